@@ -1,0 +1,7 @@
+"""`python -m ssm_lm VERB`: the same as `ssm-lm VERB`, for launchers that want a module (torchrun, deepspeed)."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

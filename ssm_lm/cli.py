@@ -1,0 +1,63 @@
+"""`ssm-lm <verb>`: the command line.
+
+Each verb lives beside the code that it runs, in a module with two functions, `add_arguments(parser)` and `run(args)`;
+this file only finds it. Modules are imported when their verb is called, so that `ssm-lm --help` does not import torch.
+
+Exit codes: 0 done; 2 the arguments, the config or the input is wrong (one line on stderr); 1 anything else.
+"""
+
+import argparse
+import importlib
+import sys
+
+from .errors import UserError
+
+# verb -> (module, one line for --help)
+VERBS = {
+    "prepare": ("ssm_lm.data.prepare", "turn text into a memory-mapped token stream"),
+    "train": ("ssm_lm.training.run", "train a model as a config says"),
+    "eval": ("ssm_lm.evaluation.run", "perplexity by token, by word and by byte"),
+    "generate": ("ssm_lm.evaluation.generate", "continue a prompt"),
+    "export": ("ssm_lm.hub.export", "write a folder that AutoModelForCausalLM loads without ssm_lm"),
+    "doctor": ("ssm_lm.doctor", "say what this machine has: torch, GPU, Triton, DeepSpeed"),
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage block."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def build_parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser of the whole command, with the arguments of `verb` alone filled in."""
+    parser = OneLineParser(prog="ssm-lm", description="Train and run state space language models.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=OneLineParser)
+    for name, (module, summary) in VERBS.items():
+        verb_parser = verbs.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        if name == verb:
+            implementation = importlib.import_module(module)
+            implementation.add_arguments(verb_parser)
+            verb_parser.set_defaults(run=implementation.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        args = build_parser(verb).parse_args(argv)
+        args.run(args)
+    except UserError as error:
+        print(f"ssm-lm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ssm-lm: interrupted", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+"""The one exception that a user is meant to see."""
+
+
+class UserError(Exception):
+    """Something the user gave is wrong: an argument, a key of a config, a file, a folder.
+
+    The message is one line that names the key or the file, what was wrong with it, and the way out. The command
+    line prints it to stderr without a traceback and ends with exit code 2.
+    """
