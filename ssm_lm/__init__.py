@@ -1,3 +1,25 @@
-"""Language models in which a structured state space layer (S4, S4D) replaces attention."""
+"""Language models in which a structured state space layer (S4, S4D) replaces attention.
+
+    from ssm_lm import S4Config, S4ForCausalLM
+
+Importing one of these names also registers the classes with transformers' AutoConfig, AutoModel and
+AutoModelForCausalLM. They are imported on first use, because transformers takes seconds to import.
+"""
+
+import importlib
 
 __version__ = "0.1.0"
+
+_NAMES = {
+    "S4Config": "configuration_s4",
+    "S4Model": "modeling_s4",
+    "S4ForCausalLM": "modeling_s4",
+}
+__all__ = ["S4Config", "S4ForCausalLM", "S4Model", "__version__"]
+
+
+def __getattr__(name):
+    if name not in _NAMES:
+        raise AttributeError(f"module 'ssm_lm' has no attribute {name!r}")
+    importlib.import_module(".auto", __name__)
+    return getattr(importlib.import_module(f".modeling.{_NAMES[name]}", __name__), name)

@@ -1,0 +1,111 @@
+"""S4Config: the hyperparameters of a state space language model."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .ssm import DISCRETIZATIONS, INITIALIZATIONS, MODES
+
+# what one layer is made of; num_hidden_layers counts these
+ARCHITECTURES = {
+    "s4": ("ssm", "ssm", "ffn"),  # the language model of the S4 paper
+    "s4-ffn": ("ssm", "ffn"),  # the plain alternation
+}
+
+
+@strict
+class S4Config(PreTrainedConfig):
+    """Configuration of S4Model and of the models on top of it.
+
+    vocab_size: number of token ids.
+    hidden_size: channels H, each with a state space of its own.
+    num_hidden_layers: how many times the sublayers of `arch` are stacked.
+    arch: "s4", [SSM, SSM, FFN] as in the S4 paper; "s4-ffn", [SSM, FFN].
+    ssm: "s4", diagonal plus low rank; "s4d", diagonal.
+    state_size: order N of every real system, even: N/2 conjugate pairs.
+    ssm_init: "legs"; for s4d also "lin" and "inv".
+    discretization: "bilinear" (s4, and s4d), "zoh" (s4d); None: the first of these for s4, zoh for s4d.
+    dt_min, dt_max: a channel's step is drawn log-uniformly between them.
+    n_ssm: how many (A, B, P) a layer has; the channels share them in turn. None: 1 for s4, one a channel for s4d.
+    mode: "chunk", "fft", "recurrent", or "auto", the fastest for the length at hand.
+    chunk_size: tokens in a chunk of the chunk scan.
+    intermediate_size: width of the FFN; None: 4 * hidden_size.
+    hidden_act: activation after an SSM and inside an FFN.
+    dropout: on the output of the activation and of every sublayer; embedding_dropout: on the embeddings.
+    layer_norm_epsilon, initializer_range (standard deviation of matrices and embeddings), tie_word_embeddings,
+    use_cache, bos_token_id, eos_token_id, pad_token_id: as everywhere in transformers.
+    Raises a ValueError that names the key for a value that makes no model.
+    """
+
+    model_type = "s4"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50257
+    hidden_size: int = 1024
+    num_hidden_layers: int = 16
+    arch: str = "s4"
+    ssm: str = "s4"
+    state_size: int = 64
+    ssm_init: str = "legs"
+    discretization: str | None = None
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    n_ssm: int | None = None
+    mode: str = "auto"
+    chunk_size: int = 64
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        # a choice that depends on another key is made here once, so that config.json says what was built
+        if self.ssm in DISCRETIZATIONS and self.discretization is None:
+            self.discretization = DISCRETIZATIONS[self.ssm][0]
+        if self.n_ssm is None:
+            self.n_ssm = 1 if self.ssm == "s4" else self.hidden_size
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+
+    @property
+    def sublayers(self) -> tuple[str, ...]:
+        """The kinds of sublayer in one layer: "ssm" or "ffn"."""
+        return ARCHITECTURES[self.arch]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' caches hold for every layer: see cache_s4.py."""
+        return ["s4"] * self.num_hidden_layers
+
+    def validate_layer_type(self):
+        """The base class knows attention layers only; "s4" is registered by cache_s4.py."""
+
+    def validate_s4(self):
+        def one_of(key, known):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key} is one of {', '.join(known)}, not {getattr(self, key)!r}")
+
+        one_of("arch", ARCHITECTURES)
+        one_of("ssm", INITIALIZATIONS)
+        one_of("mode", MODES)
+        one_of("ssm_init", INITIALIZATIONS[self.ssm])
+        one_of("discretization", DISCRETIZATIONS[self.ssm])
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "chunk_size", "intermediate_size", "n_ssm"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be positive, not {getattr(self, key)}")
+        if self.state_size < 2 or self.state_size % 2:
+            raise ValueError(f"state_size must be even and at least 2, not {self.state_size}")
+        if self.hidden_size % self.n_ssm:
+            raise ValueError(f"n_ssm must divide hidden_size ({self.hidden_size}), and {self.n_ssm} does not")
+        if not 0 < self.dt_min <= self.dt_max:
+            raise ValueError(f"0 < dt_min <= dt_max is needed, not dt_min={self.dt_min}, dt_max={self.dt_max}")
+        for key in ("dropout", "embedding_dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key} is a probability below 1, not {getattr(self, key)}")

@@ -1,0 +1,240 @@
+"""S4Model and S4ForCausalLM: a language model whose mixers are state spaces.
+
+embedding -> num_hidden_layers x [sublayers of config.arch] -> norm -> head
+sublayer:  x + dropout(f(norm(x)))
+SSM:  f = GLU(Linear(dropout(act(state space(x)))))          FFN:  f = Linear(dropout(act(Linear(x))))
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_recurrent_attention_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_s4 import S4CacheLayer  # noqa: F401  (importing it registers the "s4" cache layer)
+from .configuration_s4 import S4Config
+from .ssm import LAYERS, StateSpace
+
+
+class S4Mixer(nn.Module):
+    """A state space a channel, then a position-wise GLU that mixes the channels. (B, L, H) -> (B, L, H)"""
+
+    def __init__(self, config: S4Config, layer_index: int, state_index: int):
+        super().__init__()
+        self.layer_index, self.state_index = layer_index, state_index  # where the cache holds the state
+        self.mode = config.mode
+        self.ssm = LAYERS[config.ssm](
+            config.hidden_size,
+            config.state_size,
+            init=config.ssm_init,
+            discretization=config.discretization,
+            dt_min=config.dt_min,
+            dt_max=config.dt_max,
+            n_ssm=config.n_ssm,
+            chunk_size=config.chunk_size,
+        )
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.dropout)
+        self.out_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None):
+        if attention_mask is not None:
+            # a padded token drives no state; under left padding the state stays zero until the prompt begins
+            mask = attention_mask[:, -hidden_states.shape[1] :, None]
+            hidden_states = hidden_states * mask.to(hidden_states.dtype)
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_index]
+        state = None if cache is None else cache.get_state(self.state_index)
+        one_token = hidden_states.shape[1] == 1 and cache is not None
+        y, state = self.ssm(
+            hidden_states,
+            mode="recurrent" if one_token else self.mode,
+            initial_state=state,
+            output_final_state=cache is not None,
+            memo=cache.get_memo(self.state_index) if state is not None and not torch.is_grad_enabled() else None,
+        )
+        if cache is not None:
+            cache.update_state(self.state_index, state, hidden_states.shape[1])
+        y = self.dropout(self.activation(y))
+        return nn.functional.glu(self.out_proj(y), dim=-1)
+
+
+class S4FeedForward(nn.Module):
+    """The position-wise network of a Transformer."""
+
+    def __init__(self, config: S4Config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.dropout)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states, **kwargs):
+        return self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states))))
+
+
+class S4Sublayer(nn.Module):
+    """Pre-norm residual around a mixer or a feed-forward network."""
+
+    def __init__(self, config: S4Config, inner: nn.Module):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.inner = inner
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states + self.dropout(self.inner(self.norm(hidden_states), **kwargs))
+
+
+class S4Block(GradientCheckpointingLayer):
+    """One layer of the architecture: [SSM, SSM, FFN] or [SSM, FFN]."""
+
+    def __init__(self, config: S4Config, layer_index: int):
+        super().__init__()
+        self.sublayers = nn.ModuleList()
+        for index, kind in enumerate(config.sublayers):
+            if kind == "ssm":
+                state_index = config.sublayers[:index].count("ssm")
+                self.sublayers.append(S4Sublayer(config, S4Mixer(config, layer_index, state_index)))
+            else:
+                self.sublayers.append(S4Sublayer(config, S4FeedForward(config)))
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        for sublayer in self.sublayers:
+            hidden_states = sublayer(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values)
+        return hidden_states
+
+
+class S4PreTrainedModel(PreTrainedModel):
+    """Initialisation, and what transformers asks of a model class."""
+
+    config: S4Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["S4Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # substrings of parameter names: everything in a state space stays float32 when a checkpoint loads in half precision
+    _keep_in_fp32_modules_strict = ["ssm"]
+    _is_stateful = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": S4Block}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, StateSpace):
+            # init.copy_ leaves alone what was loaded from a checkpoint
+            for name, value in module.initial_values().items():
+                parameter = getattr(module, name)
+                init.copy_(parameter, value.to(parameter.dtype))
+
+
+class S4Model(S4PreTrainedModel):
+    """The backbone: token ids or embeddings in, the normalised last hidden states out."""
+
+    def __init__(self, config: S4Config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList([S4Block(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """input_ids (B, L) or inputs_embeds (B, L, H); attention_mask (B, L or more), 0 where a token is padding.
+
+        past_key_values: a cache from an earlier forward; the sequence goes on from its state. With use_cache the
+        output holds the cache, made here where none was given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        attention_mask = create_recurrent_attention_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+        hidden_states = self.embedding_dropout(inputs_embeds)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
+    """S4Model with a head over the vocabulary, tied to the embedding by default."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: S4Config):
+        super().__init__(config)
+        self.model = S4Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, **kwargs):
+        """No mask on one-token steps: a mask that grows with every token would recompile a compiled step each time."""
+        return create_recurrent_attention_mask(
+            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+
+    def _get_static_cache_init_shape(self):
+        return None  # there are no heads to size a static cache by: its layers wait for their first state
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """As S4Model.forward; labels (B, L) as input_ids, -100 where no loss is wanted (the shift is done here);
+        logits_to_keep: how many of the last positions get logits (0: all), or which.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
