@@ -104,7 +104,6 @@ def read_train_config(path: str, overrides: dict) -> dict:
     `model` and `deepspeed` may name files, looked for from the working directory and beside the config.
     Raises UserError for an unknown key, a value of the wrong type, a missing file.
     """
-    from ..modeling.configuration_s4 import S4Config
     from .arguments import S4TrainingArguments
 
     values = read_yaml(path)
@@ -128,16 +127,17 @@ def read_train_config(path: str, overrides: dict) -> dict:
     known = {f.name: f.type for f in dataclasses.fields(S4TrainingArguments)}
     check_keys(values, known, path)
     check_types(values, typing.get_type_hints(S4TrainingArguments), path)
-    check_keys(model, _config_fields(S4Config), model_where)
+    check_keys(model, model_keys(), model_where)
     if values.get("deepspeed") is not None and isinstance(values["deepspeed"], str):
         values["deepspeed"] = str(find_file(values["deepspeed"], path, "deepspeed"))
     return values | {"model": model}
 
 
-def _config_fields(config_class) -> set[str]:
-    """The keys that S4Config declares itself, without what it inherits from transformers."""
-    inherited = {f.name for f in dataclasses.fields(config_class.__mro__[1])}
-    return {f.name for f in dataclasses.fields(config_class)} - (inherited - set(config_class.__annotations__))
+def model_keys() -> list[str]:
+    """The keys that a `model` may have: what S4Config declares itself, without what transformers adds."""
+    from ..modeling.configuration_s4 import S4Config
+
+    return sorted(key for key in S4Config.__annotations__ if not key.startswith("_"))
 
 
 def find_file(name: str, config_path: str, key: str) -> Path:

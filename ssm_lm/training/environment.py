@@ -1,5 +1,6 @@
 """The process that training runs in: a device, a process group, and DeepSpeed's traps on a machine without a GPU."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -19,6 +20,9 @@ def prepare_process(uses_deepspeed: bool) -> None:
     """
     if on_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # of reading and writing weights; training has its own
     if not uses_deepspeed:
         return
     if "RANK" not in os.environ:
@@ -46,3 +50,24 @@ def world_size() -> int:
 
 def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def set_threads() -> None:
+    """Share the cores among the ranks of this machine; more threads than cores slow every rank down."""
+    import torch
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    if ranks > 1 or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+
+
+@contextlib.contextmanager
+def default_environment(name: str, value: str):
+    """Within the block the variable has this value unless it already had one. Yields the value it has."""
+    given = os.environ.get(name)
+    os.environ.setdefault(name, value)
+    try:
+        yield os.environ[name]
+    finally:
+        if given is None:
+            del os.environ[name]

@@ -5,12 +5,11 @@ the same config it goes on from the last whole checkpoint, or says that the run 
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from ..errors import UserError
-from .config import parse_overrides, read_train_config
-from .environment import is_main_process, on_cpu, prepare_process
+from .config import model_keys, parse_overrides, read_train_config
+from .environment import default_environment, is_main_process, on_cpu, prepare_process, set_threads
 
 # what may differ when a run is resumed, because it changes the speed and not the result
 SPEED_KEYS = ("mode", "chunk_size")
@@ -48,25 +47,27 @@ def train(values: dict, where: str = "config") -> Path:
     from transformers import AutoTokenizer, set_seed
 
     from ..data.stream import TokenStream
-    from ..data.windows import TokenWindows
+    from ..data.windows import TokenWindows, WindowSampler
     from ..modeling.modeling_s4 import S4ForCausalLM
     from .arguments import S4TrainingArguments
     from .checkpoints import RUN_FILE, claim, last_complete_checkpoint, write_json
     from .precision import deepspeed_config
-    from .trainer import S4Trainer, set_threads, tensorboard_folder
+    from .trainer import S4Trainer
 
     # ---- everything that can be wrong, before the first file is written
     stream = TokenStream.open(values["data"], "train")
+    tokenizer = AutoTokenizer.from_pretrained(Path(values["data"]) / "tokenizer")
     if values.get("init_from"):
         from ..hub.load import load_model
 
         model = load_model(values["init_from"])
         config = model.config
     else:
-        model, config = None, model_config(values["model"], stream, where)
+        model, config = None, model_config(values["model"], stream, tokenizer, where)
     stream.check_vocabulary(config.vocab_size, "the model")
     length = values.get("sequence_length", S4TrainingArguments.sequence_length)
     train_windows = TokenWindows(stream, length)
+    windows_per_epoch = len(WindowSampler(train_windows))
     eval_windows = None
     if values.get("eval_strategy", "no") != "no":
         eval_windows = TokenWindows(TokenStream.open(values["data"], "validation"), length)
@@ -87,7 +88,7 @@ def train(values: dict, where: str = "config") -> Path:
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
     if args.max_steps <= 0:
-        args.max_steps = max(1, int(args.num_train_epochs * len(train_windows) // args.global_batch_size))
+        args.max_steps = max(1, int(args.num_train_epochs * windows_per_epoch // args.global_batch_size))
     if recorded.get("finished_step", -1) >= args.max_steps:
         if is_main_process():
             print(f"{output_dir}: this run is finished ({recorded['finished_step']} steps); nothing to do")
@@ -99,38 +100,33 @@ def train(values: dict, where: str = "config") -> Path:
     set_seed(args.seed)
     if model is None:
         model = S4ForCausalLM(config)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs"))
     if is_main_process():
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / RUN_FILE, recorded | {"identity": identity})
         print_plan(args, model, stream, checkpoint)
-    trainer = S4Trainer(
-        model,
-        args,
-        train_windows,
-        eval_windows,
-        processing_class=AutoTokenizer.from_pretrained(Path(values["data"]) / "tokenizer"),
-    )
+    # transformers' own default is a new folder at every start, which would cut a resumed curve in two
+    with default_environment("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs")) as tensorboard_folder:
+        trainer = S4Trainer(model, args, train_windows, eval_windows, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(output_dir))
     trainer.accelerator.wait_for_everyone()
     if is_main_process():
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
         write_json(output_dir / RUN_FILE, {"identity": identity, "finished_step": trainer.state.global_step})
-        print(f"model        {output_dir}\ntensorboard  tensorboard --logdir {tensorboard_folder(args)}")
+        print(f"model        {output_dir}\ntensorboard  tensorboard --logdir {tensorboard_folder}")
     trainer.accelerator.end_training()
     return output_dir
 
 
-def model_config(keys: dict, stream, where: str):
+def model_config(keys: dict, stream, tokenizer, where: str):
     """S4Config from the keys of a config; vocabulary and special tokens from the data where they are not given."""
     from huggingface_hub.errors import StrictDataclassError
 
     from ..modeling.configuration_s4 import S4Config
 
-    data = {"vocab_size": stream.vocab_size}
-    if stream.eos_token_id is not None:
-        data |= {"bos_token_id": stream.eos_token_id, "eos_token_id": stream.eos_token_id}
+    eos = stream.eos_token_id
+    data = {"vocab_size": stream.vocab_size, "eos_token_id": eos, "bos_token_id": eos}
+    data["pad_token_id"] = tokenizer.pad_token_id
     try:
         return S4Config(**(data | keys))
     except (StrictDataclassError, ValueError, TypeError) as error:
@@ -142,9 +138,8 @@ def model_config(keys: dict, stream, where: str):
 def run_identity(values: dict, config, stream) -> dict:
     """What makes this run this run: two configs with the same identity may share an output folder."""
     from .arguments import S4TrainingArguments
-    from .config import _config_fields
 
-    model = {key: getattr(config, key) for key in sorted(_config_fields(type(config))) if key not in SPEED_KEYS}
+    model = {key: getattr(config, key) for key in model_keys() if key not in SPEED_KEYS}
     keys = ("sequence_length", "seed", "learning_rate", "ssm_learning_rate", "weight_decay", "init_from")
     training = {key: values.get(key, getattr(S4TrainingArguments, key)) for key in keys}
     return {"model": model, "data": stream.fingerprint, **training}

@@ -1,13 +1,11 @@
 """S4Trainer: the transformers Trainer with this project's parameter groups, data order, checkpoints and meters."""
 
 import math
-import os
 import time
 from pathlib import Path
 
-import torch
 from torch.utils.data import Sampler, Subset
-from transformers import Trainer
+from transformers import Trainer, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.windows import TokenWindows, WindowSampler
@@ -69,7 +67,14 @@ class S4Trainer(Trainer):
         if eval_windows is not None:
             length = eval_windows.sequence_length
             eval_dataset = Subset(eval_windows, range(0, len(eval_windows.stream.tokens) - length + 1, length))
-        super().__init__(model=model, args=args, train_dataset=train_windows, eval_dataset=eval_dataset, **kwargs)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_windows,
+            eval_dataset=eval_dataset,
+            data_collator=default_data_collator,  # windows are of one length: there is nothing to pad
+            **kwargs,
+        )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm:
@@ -127,15 +132,3 @@ class S4Trainer(Trainer):
         if self._meter is not None:
             self._meter = (time.perf_counter(), self.state.global_step)  # evaluation is not training time
         return metrics
-
-
-def tensorboard_folder(args) -> str:
-    """Where the TensorBoard callback writes."""
-    return os.environ.get("TENSORBOARD_LOGGING_DIR", os.path.join(args.output_dir, "runs"))
-
-
-def set_threads() -> None:
-    """Share the cores among the ranks of this machine; more threads than cores slow every rank down."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    if "OMP_NUM_THREADS" not in os.environ or ranks > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
