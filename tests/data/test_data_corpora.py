@@ -76,6 +76,7 @@ def test_wikitext_rows_become_articles(monkeypatch, articles, name, level):
     assert asked == [("Salesforce/wikitext", f"{name}-v1" if level == "word" else f"{name}-raw-v1", "validation")]
 
 
+@pytest.mark.slow
 def test_builtin_is_the_same_in_every_process():
     # a few packages, for two builds of the whole take half a minute; the hash seed would show an unordered set
     program = (
@@ -94,6 +95,7 @@ def test_builtin_is_the_same_in_every_process():
     assert digests("2") == first
 
 
+@pytest.mark.slow
 def test_builtin_is_large_distinct_prose():
     groups = {split: list(load_corpus("builtin")[split]) for split in SPLITS}
     everything = [document for group in groups.values() for document in group]

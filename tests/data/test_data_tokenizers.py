@@ -59,6 +59,12 @@ def test_bpe_refuses(size, documents):
         train_bpe(documents, size)
 
 
+@pytest.mark.timeout(60)
+def test_bpe_trains_on_a_word_of_a_megabyte():
+    tokenizer = train_bpe(["a" * 1_000_000], 262)
+    assert tokenizer.tokenize("aaaa") == ["aaaa"]
+
+
 def test_smallest_bpe_is_the_bytes():
     tokenizer = train_bpe(ARTICLES, 258)
     assert len(encode(tokenizer, "aé")) == 3
@@ -120,9 +126,9 @@ def test_special_tokens_written_in_a_text_stay_text():
 
 
 def test_long_documents_are_encoded_piecewise():
-    document = " some words of a line . \n" * 100_000
+    document = " some words of a line . \n" * 50_000
     parts = list(Encoder(BPE)([document, "next"]))
-    assert len(parts) > 3
+    assert len(parts) == 3
     assert "".join(text for text, _, _ in parts) == document + "next"
     assert [last for _, _, last in parts] == [False] * (len(parts) - 2) + [True, True]
     ids = [number for _, ids, _ in parts for number in ids]

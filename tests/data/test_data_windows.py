@@ -82,7 +82,7 @@ def test_order_is_a_function_of_seed_and_epoch(stream_of):
 def test_order_stays_the_same_in_later_releases(stream_of):
     # a resumed run must see the data that it would have seen: this order is part of the format
     sampler = WindowSampler(TokenWindows(stream_of(60), 8), seed=3)
-    assert [sampler.starts(epoch).tolist() for epoch in (0, 1)] == [[0], [0]]
+    assert [sampler.starts(epoch).tolist() for epoch in (0, 1)] == [[24, 0, 32, 40, 16, 8], [43, 11, 3, 19, 27, 35]]
 
 
 def test_every_offset_is_used(stream_of):
