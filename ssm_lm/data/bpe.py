@@ -1,5 +1,6 @@
 """Train a byte-level BPE tokenizer, in the manner of GPT-2's."""
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
@@ -11,6 +12,8 @@ from .pieces import pieces
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
+# The trainer's time grows with the square of a word's length: one megabyte without a space would take it hours.
+_LONG_RUN = re.compile(r"\S{1000}")
 
 
 def train_bpe(
@@ -37,7 +40,7 @@ def train_bpe(
             f"vocabulary size {vocab_size}: too small for the 256 bytes and {len(specials)} special tokens; "
             f"give {smallest} or more"
         )
-    texts = (piece for document in documents for piece in pieces(document))
+    texts = (_LONG_RUN.sub(r"\g<0> ", piece) for document in documents for piece in pieces(document))
     first = next(texts, None)
     if first is None:
         raise UserError("a tokenizer cannot be trained: the corpus holds no text")

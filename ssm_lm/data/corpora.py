@@ -15,7 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from ..errors import UserError
-from . import builtin
+from . import builtin, hub
 from .text_files import DOCUMENTS, KNOWN_SUFFIXES, read_documents, split_documents, suffix_of
 
 SPLITS = ("train", "validation", "test")
@@ -110,11 +110,11 @@ def _hub_lines(config: str, split: str) -> Iterator[str]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(WIKITEXT_HUB_ID, config, split=split)
+        with hub.one_line_errors():
+            rows = datasets.load_dataset(WIKITEXT_HUB_ID, config, split=split)
     except Exception as error:  # the Hub's client has a dozen kinds, of several libraries, for "not reached"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{WIKITEXT_HUB_ID} ({config}) could not be had from the Hub: {reason}; "
+            f"{WIKITEXT_HUB_ID} ({config}) could not be had from the Hub: {hub.first_line(error)}; "
             "check the network, or give a local copy by --dataset PATH"
         ) from error
     for batch in rows.iter(batch_size=1000):

@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..errors import UserError
+from .hub import first_line, one_line_errors
 from .pieces import pieces
 
 # Texts go to the tokenizer's threads in batches of about so many characters.
@@ -18,7 +19,7 @@ BATCH_CHARACTERS = 1 << 21
 def obtain_tokenizer(name: str, corpus):
     """The tokenizer that `name` speaks of, trained or loaded.
 
-    `bpe:SIZE`, `words` and `words:SIZE` are trained on the corpus's train split; anything else is a folder or a Hub name.
+    `bpe:SIZE`, `words`, `words:SIZE` are trained on the corpus's train split; anything else is a folder or a Hub name.
     Raises UserError when it cannot be trained or loaded, or has no end-of-text token.
     """
     kind, _, size = name.partition(":")
@@ -46,9 +47,11 @@ def load_tokenizer(name: str):
             f"--tokenizer {name}: {what}; give the folder of a saved tokenizer, a Hub name, bpe:SIZE or words"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name)
+        with one_line_errors():
+            tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name)
     except Exception as error:  # of the Hub's client, of JSON, of the tokenizer's own class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        is_empty = path.is_dir() and not (path / "tokenizer.json").exists()
+        reason = "there is no tokenizer.json in it" if is_empty else first_line(error)
         raise UserError(
             f"--tokenizer {name}: cannot be loaded ({reason}); "
             "give the folder of a saved tokenizer, a Hub name, bpe:SIZE or words"

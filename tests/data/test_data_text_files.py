@@ -1,0 +1,102 @@
+import bz2
+import gzip
+import json
+import lzma
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssm_lm.data.pieces import pieces
+from ssm_lm.data.text_files import DOCUMENTS, read_documents, split_documents
+from ssm_lm.errors import UserError
+
+LINES = st.lists(
+    st.sampled_from(["\n", " \n", "= A =\n", " = B = \n", " = = C = = \n", "word\n", " x y\r\n", "é\x0c\n"])
+)
+
+
+@given(LINES, st.text(max_size=8), st.sampled_from(DOCUMENTS))
+def test_documents_concatenate_to_the_text(lines, tail, documents):
+    tail = tail.replace("\n", "")
+    lines = [*lines, tail] if tail else lines
+    found = list(split_documents(lines, documents))
+    assert "".join(found) == "".join(lines)
+    assert all(found)
+
+
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [
+        ("file", [" \n = A = \n \n x \n = 1 = \n y \n \n z \n \n = B = \n \n w \n"]),
+        ("auto", [" \n = A = \n \n x \n = 1 = \n y \n \n z \n \n", " = B = \n \n w \n"]),
+        ("heading", [" \n = A = \n \n x \n = 1 = \n y \n \n z \n \n", " = B = \n \n w \n"]),
+        ("blank", [" \n = A = \n \n", " x \n = 1 = \n y \n \n", " z \n \n", " = B = \n \n", " w \n"]),
+        ("line", [" \n = A = \n \n", " x \n", " = 1 = \n", " y \n \n", " z \n \n", " = B = \n \n", " w \n"]),
+    ],
+)
+def test_where_documents_begin(documents, expected):
+    text = " \n = A = \n \n x \n = 1 = \n y \n \n z \n \n = B = \n \n w \n"
+    assert list(split_documents(text.splitlines(keepends=True), documents)) == expected
+
+
+def test_auto_is_the_whole_file_without_a_heading():
+    assert list(split_documents(["plain\n", "\n", "= A =\n", "\n"])) == ["plain\n\n= A =\n\n"]
+
+
+def test_sections_are_no_articles():
+    assert len(list(split_documents(["= A =\n", "\n", "= = B = =\n", "\n", "== C ==\n", "\n"], "heading"))) == 1
+
+
+@pytest.mark.parametrize(("suffix", "module"), [(".xz", lzma), (".gz", gzip), (".bz2", bz2)])
+def test_compressed_text_is_the_text(tmp_path, suffix, module):
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(module.compress("año\r\nb\n".encode()))
+    assert list(read_documents(path, "line")) == ["año\r\n", "b\n"]
+    path.write_bytes(module.compress(b"x" * 5000)[:-12])
+    with pytest.raises(UserError, match=rf"a\.txt\{suffix}.*damaged"):
+        list(read_documents(path))
+
+
+def test_rows_of_json_and_parquet(tmp_path):
+    texts = ["one\ntwo", "", "drei ü"]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("\n".join(json.dumps({"body": text}) for text in texts) + "\n")
+    table = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": texts}), table)
+    for path in (lines, table):
+        assert list(read_documents(path, text_field="body")) == ["one\ntwo", "drei ü"]
+        with pytest.raises(UserError, match="no field 'text', only body"):
+            list(read_documents(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2 is not an object"),
+        ('{"text": 3}', "field 'text' is int"),
+        ('{"text": "\\ud800"}', "surrogate"),
+    ],
+)
+def test_bad_json_lines(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        list(read_documents(path))
+
+
+def test_invalid_utf8_names_the_byte(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("é\nab".encode() + b"\xff\n")
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte 5"):
+        list(read_documents(path))
+
+
+@given(st.text(alphabet="ab \n\tü", max_size=200), st.integers(1, 30))
+def test_pieces_concatenate_and_are_short(text, size):
+    found = list(pieces(text, size))
+    assert "".join(found) == text
+    assert all(0 < len(piece) <= size for piece in found)
