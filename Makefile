@@ -1,0 +1,47 @@
+# make quickstart: the whole way from text to a generating model, on this machine, in minutes
+# make test:       every test that needs no GPU and no cluster
+# Both make the virtual environment if it is missing.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# more keys for the training of the quickstart, such as QUICKSTART="--max_steps 50"
+QUICKSTART ?=
+TESTS ?= tests
+
+.PHONY: quickstart test fast-test lint format venv clean
+
+quickstart: venv
+	$(BIN)/ssm-lm prepare --dataset builtin --tokenizer bpe:4096 --output data/builtin
+	$(BIN)/torchrun --standalone --nproc_per_node 2 -m ssm_lm train configs/train/quickstart.yaml $(QUICKSTART)
+	$(BIN)/ssm-lm eval runs/quickstart --data data/builtin --split validation --json runs/quickstart/eval.json
+	$(BIN)/ssm-lm generate runs/quickstart --prompt "Return a new array" --max-new-tokens 60 --seed 1
+	@if [ -e exports/quickstart ]; then echo "exports/quickstart is there already"; \
+	else $(BIN)/ssm-lm export runs/quickstart --output exports/quickstart --results runs/quickstart/eval.json; fi
+	@echo
+	@echo "TensorBoard:  $(BIN)/tensorboard --logdir runs/quickstart/runs"
+	@echo "Model:        exports/quickstart, for AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"
+
+test: venv
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+fast-test: venv
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
