@@ -1,0 +1,82 @@
+"""Windows of a token stream, in an order that is a pure function of (seed, epoch).
+
+The dataset is indexed by the position of a window's first token, and the sampler yields such positions. Splitting them
+among processes is left to what loads the data, so the order is the same for any number of them.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ..errors import UserError
+from .stream import TokenStream
+
+
+class TokenWindows(Dataset):
+    """`windows[start]` is the window of `sequence_length` tokens that begins at token `start`.
+
+    It is {"input_ids", "labels"}, two LongTensors of the same ids: the model shifts the labels. Every `start` from 0 to
+    len(windows) - 1 is valid, so windows overlap; `WindowSampler` chooses ones that do not.
+    Raises UserError when the stream is shorter than one window.
+    """
+
+    def __init__(self, stream: TokenStream, sequence_length: int):
+        if sequence_length < 2:
+            raise UserError(
+                f"sequence_length {sequence_length}: must be 2 or more, for a token is predicted from others"
+            )
+        if len(stream) < sequence_length:
+            raise UserError(
+                f"{stream.folder}: the {stream.split} split has {len(stream)} tokens, sequence_length is "
+                f"{sequence_length}; give more text or a shorter sequence_length"
+            )
+        self.stream = stream
+        self.sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return len(self.stream) - self.sequence_length + 1
+
+    def __getitem__(self, start: int) -> dict[str, torch.Tensor]:
+        if not 0 <= start < len(self):
+            raise IndexError(f"window start {start} outside 0 .. {len(self) - 1}")
+        ids = torch.from_numpy(self.stream.tokens[start : start + self.sequence_length].astype(np.int64))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+class WindowSampler(Sampler):
+    """Yields the starts of windows that do not overlap, shuffled, from an offset that is new in each epoch.
+
+    Of a stream of n tokens and windows of L, every epoch has the same number of windows: as many as fit at the largest
+    offset, L - 1 (one at least). The moving offset lets each token stand at each place of a window in its turn, and
+    shifts which tokens the ends leave out.
+    """
+
+    def __init__(self, windows: TokenWindows, seed: int = 0):
+        if seed < 0:
+            raise UserError(f"seed {seed}: must not be negative")
+        length, tokens = windows.sequence_length, len(windows.stream)
+        self.sequence_length = length
+        self.seed = seed
+        self.epoch = 0
+        self._count = max(1, (tokens - (length - 1)) // length)
+        self._offsets = min(length, tokens - self._count * length + 1)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration is of."""
+        self.epoch = epoch
+
+    def starts(self, epoch: int) -> np.ndarray:
+        """The starts of the windows of `epoch`, in order."""
+        # raw bits, for their sequence is promised to stay the same in later releases of NumPy, unlike `permutation`'s
+        bits = np.random.PCG64([self.seed, epoch])
+        offset = int(bits.random_raw()) % self._offsets
+        order = np.argsort(bits.random_raw(self._count), kind="stable")
+        return offset + order * self.sequence_length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.starts(self.epoch).tolist())
