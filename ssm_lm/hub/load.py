@@ -35,7 +35,7 @@ def load_model(path: str | Path, dtype: str | torch.dtype | None = None):
 
     dtype = _dtype(dtype)
     source = resolve(path)
-    with _quiet():
+    with quiet():
         config = _config(S4Config, source)
         if isinstance(source, Path):
             _check_weights(source)
@@ -54,17 +54,19 @@ def load_model(path: str | Path, dtype: str | torch.dtype | None = None):
     return model.eval()
 
 
-def load_tokenizer(path: str | Path):
+def load_tokenizer(path: str | Path, needs_model: bool = True):
     """The tokenizer beside a model; for a checkpoint without one, that of the training run's output folder.
 
+    needs_model: False takes a folder that holds a tokenizer alone.
     Raises UserError when there is none or it cannot be read.
     """
     from transformers import AutoTokenizer
 
-    source = resolve(path)
+    is_folder = not needs_model and Path(path).expanduser().is_dir()
+    source = Path(path).expanduser() if is_folder else resolve(path)
     if isinstance(source, Path):
         source = _tokenizer_folder(source)
-    with _quiet():
+    with quiet():
         try:
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # of JSON, of the tokenizer's class, of its Rust part, of the Hub's client
@@ -115,6 +117,24 @@ def resolve(path: str | Path) -> Path | str:
             f"{folder / CONFIG}: no such file; give a folder that holds a model, or a training run's output"
         )
     return max(checkpoints, key=lambda entry: int(_CHECKPOINT.fullmatch(entry.name)[1]))
+
+
+@contextlib.contextmanager
+def quiet():
+    """No progress bars or loading reports, and nothing on stdout, which belongs to what the verbs print."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def one_line(error: BaseException) -> str:
@@ -201,21 +221,3 @@ def _tokenizer_folder(folder: Path) -> Path:
         if (candidate / "tokenizer.json").is_file():
             return candidate
     raise UserError(f"{folder / 'tokenizer.json'}: no such file; copy the tokenizer's files into the folder")
-
-
-@contextlib.contextmanager
-def _quiet():
-    """No progress bars or loading reports, and nothing on stdout, which belongs to what the verbs print."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
