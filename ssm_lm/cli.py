@@ -8,6 +8,7 @@ Exit codes: 0 done; 2 the arguments, the config or the input is wrong (one line 
 
 import argparse
 import importlib
+import os
 import sys
 
 from .errors import UserError
@@ -46,12 +47,15 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    # the deepspeed launcher puts --local_rank=N first; the environment says the same
+    argv = [word for word in argv if not word.startswith("--local_rank=")]
     verb = next((word for word in argv if not word.startswith("-")), None)
     try:
         args = build_parser(verb).parse_args(argv)
         args.run(args)
     except UserError as error:
-        print(f"ssm-lm: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine, not once a rank
+            print(f"ssm-lm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ssm-lm: interrupted", file=sys.stderr)

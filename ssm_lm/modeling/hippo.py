@@ -3,7 +3,7 @@
 Everything here is numpy in float64 and runs once, at initialisation. A system of order N that is real has its
 eigenvalues in conjugate pairs, so only the N/2 with negative imaginary part are returned.
 
-Source: Gu, Goel, Re, "Efficiently Modeling Long Sequences with Structured State Spaces" (2022), section 3 and appendix C;
+Source: Gu, Goel, Re, "Efficiently Modeling Long Sequences with Structured State Spaces" (2022), section 3, app. C;
 Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of Diagonal State Space Models" (2022), section 4.
 """
 

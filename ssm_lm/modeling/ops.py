@@ -93,7 +93,7 @@ def chunk_states(u: torch.Tensor, operators: ChunkOperators, initial_state: torc
     """
     H, chunks, B, T = u.shape
     driven = u.reshape(H, chunks * B, T) @ operators.inject.transpose(1, 2)  # (H, chunks * B, N)
-    driven = driven.view(H, chunks, B, -1).transpose(0, 1).contiguous()
+    driven = driven.view(H, chunks, B, driven.shape[-1]).transpose(0, 1).contiguous()
     return _ChunkRecurrence.apply(driven, operators.carry, initial_state.transpose(0, 1))
 
 

@@ -1,0 +1,49 @@
+"""What a training config may say: everything of transformers' TrainingArguments, and the keys below."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class S4TrainingArguments(TrainingArguments):
+    """TrainingArguments with this project's keys and defaults; `configs/train/` explains each in its place.
+
+    model: the keys of S4Config, or the path of a YAML file with them; vocab_size and the special token ids come from
+        the data where they are not given.
+    init_from: a model folder to start from instead of fresh weights.
+    data: a folder written by `ssm-lm prepare`.
+    sequence_length: tokens in a training window.
+    ssm_learning_rate: learning rate of the state space parameters (dt, Lambda, P, B, C, D); None: learning_rate.
+    """
+
+    model: dict | str | None = None
+    init_from: str | None = None
+    data: str | None = None
+    sequence_length: int = 1024
+    ssm_learning_rate: float | None = None
+
+    # where language models differ from the defaults of TrainingArguments
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+    weight_decay: float = 0.1
+    logging_steps: float = 10
+    logging_nan_inf_filter: bool = False  # a loss that is not a number must be seen
+    report_to: str | list[str] | None = field(default_factory=lambda: ["tensorboard"])
+    save_total_limit: int | None = 2
+    prediction_loss_only: bool = True
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ssm_learning_rate is None:
+            self.ssm_learning_rate = self.learning_rate
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step sees, over all ranks and accumulated batches."""
+        return self.sequence_length * self.global_batch_size
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size

@@ -1,0 +1,44 @@
+"""Parameter groups: which learning rate and which weight decay a parameter gets."""
+
+import torch
+from torch import nn
+
+from ..modeling.ssm import StateSpace
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, ssm_learning_rate: float, weight_decay: float) -> list:
+    """Three groups for an optimizer; every trainable parameter is in one of them.
+
+    ssm:      dt, Lambda, P, B, C, D of every state space: own learning rate, no decay. Decay would pull dt and
+              Lambda towards 1, which is no neutral value for them.
+    no_decay: biases and norms, all that is a vector.
+    decay:    matrices and embeddings.
+    """
+    ssm = {id(p) for module in model.modules() if isinstance(module, StateSpace) for p in module.parameters()}
+    groups = {
+        "decay": {"params": [], "lr": learning_rate, "weight_decay": weight_decay},
+        "no_decay": {"params": [], "lr": learning_rate, "weight_decay": 0.0},
+        "ssm": {"params": [], "lr": ssm_learning_rate, "weight_decay": 0.0},
+    }
+    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in ssm:
+            group = "ssm"
+        # by name and module, not by dimension: under ZeRO 3 a partitioned parameter is a vector of any size
+        elif id(parameter) in norms or name.endswith("bias"):
+            group = "no_decay"
+        else:
+            group = "decay"
+        groups[group]["params"].append(parameter)
+    return [{"name": name, **group} for name, group in groups.items() if group["params"]]
+
+
+def check_ssm_precision(model: nn.Module) -> None:
+    """Raise RuntimeError if a state space parameter is held in less than float32."""
+    for path, module in model.named_modules():
+        if isinstance(module, StateSpace):
+            for name, parameter in module.named_parameters():
+                if parameter.dtype not in (torch.float32, torch.float64):
+                    raise RuntimeError(f"{path}.{name} is {parameter.dtype}; state space parameters stay float32")

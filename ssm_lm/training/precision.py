@@ -1,0 +1,47 @@
+"""bf16 under DeepSpeed without rounding the state space parameters."""
+
+import json
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def deepspeed_config(source: dict | str | None, bf16: bool, fp16: bool) -> dict | None:
+    """A DeepSpeed config in which `bf16: true` means autocast.
+
+    DeepSpeed's own bf16 block casts every parameter, and makes the float32 master copy from the rounded values: dt
+    and Lambda lose two digits for good. Its torch_autocast block keeps parameters, master copies and checkpoints
+    float32 and computes in bfloat16. A block `optimizer` would put all parameters in one group.
+    Raises UserError for a file that cannot be read and for the blocks that break the above.
+    """
+    if source is None:
+        return None
+    if isinstance(source, dict):
+        config, where = dict(source), "deepspeed"
+    else:
+        where = str(source)
+        try:
+            config = json.loads(Path(source).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read {source}: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{source}: not valid JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{source}: a DeepSpeed config is a JSON object, not a {type(config).__name__}")
+    for block in ("bf16", "fp16"):
+        if config.get(block, {}).get("enabled") not in (None, False, "auto"):
+            raise UserError(
+                f"{where}: the block {block!r} would cast the state space parameters; remove it and say `bf16: true` "
+                "in the training config"
+            )
+        config.pop(block, None)
+    if "optimizer" in config:
+        raise UserError(
+            f"{where}: the block 'optimizer' would undo the parameter groups; remove it and set `optim`, "
+            "`learning_rate`, `weight_decay` in the training config"
+        )
+    if fp16:
+        raise UserError("fp16 under DeepSpeed casts the state space parameters; use `bf16: true`, or deepspeed: null")
+    if bf16:
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config

@@ -1,0 +1,134 @@
+"""S4Trainer: the transformers Trainer with this project's parameter groups, data order, checkpoints and meters."""
+
+import math
+import time
+from pathlib import Path
+
+from torch.utils.data import Sampler, Subset
+from transformers import Trainer, default_data_collator
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..data.windows import TokenWindows, WindowSampler
+from .checkpoints import mark_complete
+from .param_groups import check_ssm_precision, parameter_groups
+
+
+class RunSampler(Sampler):
+    """The windows of a whole run in order: epoch after epoch of `WindowSampler`, `total` of them.
+
+    To the Trainer a run is one long epoch, so that the sample at a place is a function of (seed, place) alone, whatever
+    the number of ranks, and resuming is skipping.
+    """
+
+    def __init__(self, windows: WindowSampler, total: int):
+        self.windows, self.total = windows, total
+
+    def __len__(self):
+        return self.total
+
+    def __iter__(self):
+        place, epoch = 0, 0
+        while place < self.total:
+            self.windows.set_epoch(epoch)
+            for start in self.windows:
+                if place == self.total:
+                    return
+                yield start
+                place += 1
+            epoch += 1
+
+
+class LossProgress(ProgressCallback):
+    """The progress bar, with one readable line for every log entry."""
+
+    UNITS = (
+        ("loss", "loss {:.4f}"),
+        ("grad_norm", "grad norm {:.2f}"),
+        ("learning_rate", "lr {:.2e}"),
+        ("tokens_per_second", "{:,.0f} tokens/s"),
+        ("eval_loss", "validation loss {:.4f}"),
+        ("eval_perplexity", "perplexity {:.2f}"),
+    )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        parts = [text.format(logs[key]) for key, text in self.UNITS if key in logs]
+        if parts and state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
+
+
+class S4Trainer(Trainer):
+    """Trainer over a TokenStream.
+
+    train_windows, eval_windows: TokenWindows; the order of training is that of `RunSampler` with args.seed.
+    """
+
+    def __init__(self, model, args, train_windows: TokenWindows, eval_windows: TokenWindows | None, **kwargs):
+        eval_dataset = None
+        if eval_windows is not None:
+            length = eval_windows.sequence_length
+            eval_dataset = Subset(eval_windows, range(0, len(eval_windows.stream.tokens) - length + 1, length))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_windows,
+            eval_dataset=eval_dataset,
+            data_collator=default_data_collator,  # windows are of one length: there is nothing to pad
+            **kwargs,
+        )
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        if not args.disable_tqdm:
+            self.add_callback(LossProgress())
+        self._meter = None
+
+    # ---- data
+
+    def _get_train_sampler(self, train_dataset=None):
+        windows = WindowSampler(self.train_dataset, seed=self.args.seed)
+        return RunSampler(windows, total=self.args.max_steps * self.args.global_batch_size)
+
+    # ---- optimizer
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = parameter_groups(
+                model, self.args.learning_rate, self.args.ssm_learning_rate, self.args.weight_decay
+            )
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **kwargs)
+        return self.optimizer
+
+    # ---- checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            mark_complete(folder, self.state.global_step, self.args.world_size)
+
+    # ---- guards and meters
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._meter is None:
+            check_ssm_precision(model)  # on the engine as it is, not on the config
+            self._meter = (time.perf_counter(), self.state.global_step)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs, start_time=None):
+        now, step = time.perf_counter(), self.state.global_step
+        if "loss" in logs and self._meter is not None and step > self._meter[1]:
+            steps = step - self._meter[1]
+            logs["tokens_per_second"] = steps * self.args.tokens_per_step / (now - self._meter[0])
+            logs["tokens"] = step * self.args.tokens_per_step
+            self._meter = (now, step)
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 100.0))
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        if self._meter is not None:
+            self._meter = (time.perf_counter(), self.state.global_step)  # evaluation is not training time
+        return metrics

@@ -1,0 +1,202 @@
+"""The promise of the package: chunk == fft == recurrent == an independent dense reference."""
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssm_lm.modeling.ssm import S4, S4D
+
+LAYERS = {
+    "s4": lambda **kw: S4(4, 16, **kw),
+    "s4-shared": lambda **kw: S4(4, 16, n_ssm=1, **kw),
+    "s4d-legs": lambda **kw: S4D(4, 16, init="legs", **kw),
+    "s4d-lin": lambda **kw: S4D(4, 16, init="lin", **kw),
+    "s4d-inv": lambda **kw: S4D(4, 16, init="inv", **kw),
+    "s4d-bilinear": lambda **kw: S4D(4, 16, discretization="bilinear", n_ssm=2, **kw),
+}
+MODES = ("chunk", "fft", "recurrent")
+
+
+def make(name, seed=0, **kw):
+    torch.manual_seed(seed)
+    return LAYERS[name](**kw).double()
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("initial", [False, True], ids=["from-zero", "from-a-state"])
+@pytest.mark.parametrize("length", [1, 7, 64, 100, 1000])
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_mode_equals_the_dense_reference(name, length, initial):
+    layer = make(name)
+    u = torch.randn(2, length, 4, dtype=torch.float64)
+    state = torch.randn(2, 4, 16, dtype=torch.float64) if initial else None
+    expected, states = reference.run(layer, u, reference.complex_state(layer, state) if initial else None)
+    with torch.no_grad():
+        for mode in MODES:
+            y, final = layer(u, mode=mode, initial_state=state)
+            assert relative_error(y, expected) < 1e-9, mode
+            assert relative_error(reference.complex_state(layer, final), states[:, -1]) < 1e-9, mode
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["s4", "s4d-legs"])
+def test_split_at_every_point(name, mode):
+    """Two halves with the state handed over equal the whole, wherever the cut is."""
+    layer = make(name, chunk_size=8)
+    u = torch.randn(2, 35, 4, dtype=torch.float64)
+    with torch.no_grad():
+        whole, final = layer(u, mode=mode)
+        for cut in range(36):
+            first, state = layer(u[:, :cut], mode=mode)
+            second, last = layer(u[:, cut:], mode=mode, initial_state=state)
+            assert relative_error(torch.cat([first, second], 1), whole) < 1e-9, cut
+            assert relative_error(last, final) < 1e-9, cut
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(1, 150), chunk_size=st.integers(1, 70), half=st.integers(1, 9), seed=st.integers(0, 99))
+def test_any_chunk_size_any_order(length, chunk_size, half, seed):
+    torch.manual_seed(seed)
+    for layer in (S4(2, 2 * half, chunk_size=chunk_size).double(), S4D(2, 2 * half, chunk_size=chunk_size).double()):
+        u = torch.randn(1, length, 2, dtype=torch.float64)
+        state = torch.randn(1, 2, 2 * half, dtype=torch.float64)
+        with torch.no_grad():
+            outputs = [layer(u, mode=mode, initial_state=state) for mode in MODES]
+        for y, final in outputs[1:]:
+            assert relative_error(y, outputs[0][0]) < 1e-9
+            assert relative_error(final, outputs[0][1]) < 1e-9
+
+
+@pytest.mark.parametrize("cls", [S4, S4D])
+def test_float32_at_length_8192(cls):
+    """Each mode in float32 against the recurrence in float64, channel by channel."""
+    torch.manual_seed(0)
+    single = cls(16, 64)
+    double = cls(16, 64).double()
+    double.load_state_dict(single.state_dict())
+    u = torch.randn(1, 8192, 16)
+    with torch.no_grad():
+        expected, expected_state = double(u.double(), mode="recurrent")
+        for mode in MODES:
+            y, state = single(u, mode=mode)
+            assert y.dtype == state.dtype == torch.float32
+            error = (y - expected).abs().amax((0, 1)) / expected.abs().amax((0, 1))
+            assert error.max() < 1e-4, mode
+            assert relative_error(state, expected_state) < 1e-4, mode
+        kernel, expected_kernel = single.kernel(8192), double.kernel(8192)
+        assert relative_error(kernel, expected_kernel) < 5e-6
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_kernel_is_the_impulse_response(name):
+    layer = make(name)
+    for length in (1, 2, 33, 64):
+        impulse = torch.zeros(1, length, 4, dtype=torch.float64)
+        impulse[:, 0] = 1
+        expected, _ = reference.run(layer, impulse)
+        expected[:, 0] -= layer.D
+        with torch.no_grad():
+            assert relative_error(layer.kernel(length), expected[0].T) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d-legs"])
+def test_step_is_the_recurrence(name):
+    layer = make(name)
+    u = torch.randn(2, 5, 4, dtype=torch.float64)
+    with torch.no_grad():
+        expected, final = layer(u, mode="chunk")
+        state = layer.zero_state(2)
+        for t in range(5):
+            y, state = layer.step(u[:, t], state)
+            assert relative_error(y, expected[:, t]) < 1e-9
+    assert relative_error(state, final) < 1e-9
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["s4", "s4d-legs", "s4d-bilinear"])
+def test_gradients_of_everything(name, mode):
+    """Input, initial state and every parameter, through output and final state, across a ragged chunk."""
+    torch.manual_seed(0)
+    layer = {"s4": S4, "s4d-legs": S4D, "s4d-bilinear": S4D}[name](
+        2, 4, chunk_size=3, discretization="bilinear" if name == "s4d-bilinear" else None
+    ).double()
+    names = [n for n, _ in layer.named_parameters()]
+
+    def run(u, state, *parameters):
+        kwargs = {"mode": mode, "initial_state": state}
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (u,), kwargs)
+
+    u = torch.randn(2, 8, 2, dtype=torch.float64, requires_grad=True)
+    state = torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True)
+    parameters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(run, (u, state, *parameters))
+
+
+@pytest.mark.parametrize("cls", [S4, S4D])
+def test_stable_at_both_ends_of_dt(cls):
+    """No value that is not a number, and a bounded impulse response, for any step and any length parity."""
+    for dt in (1e-6, 1e-3, 1e-1, 10.0):
+        layer = cls(3, 64, dt_min=dt, dt_max=dt)
+        for length in (1, 2, 127, 128):
+            u = torch.ones(1, length, 3, requires_grad=True)
+            for mode in MODES:
+                y, state = layer(u, mode=mode)
+                (y.sum() + state.sum()).backward()
+                assert torch.isfinite(y).all()
+                assert torch.isfinite(u.grad).all()
+                assert all(torch.isfinite(p.grad).all() for p in layer.parameters()), (dt, length, mode)
+
+
+@pytest.mark.parametrize("cls", [S4, S4D])
+def test_stable_after_random_optimiser_steps(cls):
+    torch.manual_seed(0)
+    layer = cls(4, 16)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    for _ in range(1000):
+        for parameter in layer.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    u = torch.randn(1, 512, 4)
+    with torch.no_grad():
+        outputs = [layer(u, mode=mode)[0] for mode in MODES]
+    assert torch.isfinite(outputs[0]).all()
+    for y in outputs[1:]:
+        assert relative_error(y, outputs[0]) < 1e-4
+
+
+def test_empty_batch_and_empty_sequence():
+    layer = S4(4, 8)
+    for mode in MODES:
+        assert layer(torch.zeros(2, 0, 4), mode=mode)[0].shape == (2, 0, 4)
+        assert layer(torch.zeros(0, 5, 4), mode=mode)[0].shape == (0, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"state_size": 7}, "even"),
+        ({"init": "nonsense"}, "init of s4"),
+        ({"discretization": "zoh"}, "discretization of s4"),
+        ({"dt_min": 0.0}, "dt_min"),
+        ({"n_ssm": 3}, "n_ssm"),
+        ({"chunk_size": 0}, "chunk_size"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        S4(4, **kwargs)
+
+
+def test_bad_inputs():
+    layer = S4(4, 8)
+    with pytest.raises(ValueError, match="mode"):
+        layer(torch.zeros(1, 3, 4), mode="scan")
+    with pytest.raises(ValueError, match="u must be"):
+        layer(torch.zeros(1, 3, 5))
+    with pytest.raises(ValueError, match="initial_state must be"):
+        layer(torch.zeros(1, 3, 4), initial_state=torch.zeros(2, 4, 8))

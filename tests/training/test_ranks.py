@@ -1,0 +1,135 @@
+"""Several processes: ZeRO stages, launchers, a kill and what comes after it. The real command, in subprocesses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import REPO, losses, process_environment, run, train_command
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+STEPS = 30
+
+
+def zero(stage: int) -> str:
+    return str(REPO / "configs" / "deepspeed" / f"zero{stage}.json")
+
+
+@pytest.fixture(scope="module")
+def two_ranks_plain(corpus, tmp_path_factory):
+    """The losses of 30 steps on two ranks without DeepSpeed, and the folder of the run."""
+    import yaml
+    from conftest import base_config
+
+    folder = tmp_path_factory.mktemp("plain")
+    config = folder / "config.yaml"
+    settings = {"max_steps": STEPS, "per_device_train_batch_size": 2}
+    config.write_text(yaml.safe_dump(base_config(corpus, folder / "run", **settings)))
+    run(train_command(str(config), ranks=2))
+    return losses(folder / "run"), folder / "run"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_gives_the_same_losses(write_config, tmp_path, two_ranks_plain, stage):
+    expected, plain = two_ranks_plain
+    config = write_config(max_steps=STEPS, per_device_train_batch_size=2, deepspeed=zero(stage))
+    run(train_command(config, ranks=2))
+    ours = losses(tmp_path / "run")
+    assert len(ours) == STEPS
+    assert ours == pytest.approx(expected, rel=1e-5)
+    weights, reference = (load_file(f / "model.safetensors") for f in (tmp_path / "run", plain))
+    assert set(weights) >= set(reference)
+    for key in reference:
+        torch.testing.assert_close(weights[key], reference[key], rtol=1e-3, atol=1e-4)
+
+
+def test_one_rank_with_the_same_global_batch(write_config, tmp_path, two_ranks_plain):
+    """The order of the data does not depend on the number of ranks. Also: DeepSpeed without a launcher."""
+    config = write_config(max_steps=STEPS, per_device_train_batch_size=4, deepspeed=zero(2))
+    run(train_command(config))
+    assert losses(tmp_path / "run") == pytest.approx(two_ranks_plain[0], rel=1e-5)
+
+
+def test_the_deepspeed_launcher(write_config, tmp_path, two_ranks_plain):
+    config = write_config(max_steps=STEPS, per_device_train_batch_size=2, deepspeed=zero(1))
+    launcher = Path(sys.executable).parent / "deepspeed"
+    run([str(launcher), "--num_accelerators", "2", "--module", "ssm_lm", "train", config], DS_ACCELERATOR="cpu")
+    assert losses(tmp_path / "run") == pytest.approx(two_ranks_plain[0], rel=1e-5)
+
+
+def test_killed_and_resumed(write_config, tmp_path):
+    """SIGKILL of every process after step 15; the resumed run writes the losses of one that was left alone."""
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "deepspeed": zero(2),
+        "save_strategy": "steps",
+        "save_steps": 5,
+        # dropout, so that the losses also depend on the random state of each rank
+        "model": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "chunk_size": 16, "dropout": 0.1},
+    }
+    straight, killed = write_config("straight", **settings), write_config("killed", **settings)
+    run(train_command(straight, ranks=2))
+
+    process = subprocess.Popen(
+        train_command(killed, ranks=2),
+        cwd=REPO,
+        env=process_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    mark = tmp_path / "killed" / "checkpoint-15" / "complete.json"
+    deadline = time.monotonic() + 200
+    while not mark.exists():
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        os.kill(victim.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+
+    done = run(train_command(killed, ranks=2))
+    assert "resuming" in done.stdout
+    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "straight"), rel=1e-6)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "straight"))
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_keeps_the_state_space_in_float32(write_config, tmp_path, two_ranks_plain, stage):
+    config = write_config(max_steps=STEPS, per_device_train_batch_size=4, deepspeed=zero(stage), bf16=True)
+    done = run(train_command(config))
+    assert "bfloat16 (autocast)" in done.stdout
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    state_space = {key: value for key, value in weights.items() if ".ssm." in key}
+    assert state_space
+    for key, value in state_space.items():
+        assert value.dtype == torch.float32
+        # not a float32 copy of rounded values either
+        assert not torch.equal(value, value.bfloat16().float()), key
+    ours = losses(tmp_path / "run")
+    assert ours == pytest.approx(two_ranks_plain[0], rel=2e-2)
+    assert ours != pytest.approx(two_ranks_plain[0], rel=1e-6)
+
+
+def test_a_bad_config_ends_every_rank_with_code_2(write_config):
+    done = subprocess.run(
+        train_command(write_config(learning_rte=1), ranks=2),
+        cwd=REPO,
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("did you mean 'learning_rate'") == 1
+    assert "exitcode  : 2" in done.stderr

@@ -1,0 +1,128 @@
+"""Training in this process, without a launcher: the curve, resuming, what a folder holds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import losses
+from safetensors.torch import load_file
+
+from ssm_lm.cli import main
+from ssm_lm.training.trainer import RunSampler
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+
+
+@pytest.mark.parametrize("ssm", ["s4", "s4d"])
+def test_golden_losses(write_config, tmp_path, ssm):
+    """20 steps give the curve that is under version control. A change of it is a change of the model or the data order:
+    explain it in the commit that writes the file anew."""
+    assert main(["train", write_config(**{"model": golden_model(ssm)})]) == 0
+    ours = losses(tmp_path / "run")
+    golden = json.loads(GOLDEN.read_text())[ssm]
+    assert len(ours) == len(golden) == 20
+    assert ours == pytest.approx(golden, rel=1e-4)
+    assert ours[-1] < ours[0] - 0.5
+
+
+def golden_model(ssm):
+    return {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "ssm": ssm, "chunk_size": 16}
+
+
+def test_a_finished_run_is_left_alone(write_config, tmp_path, capsys):
+    config = write_config(max_steps=3)
+    assert main(["train", config]) == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    assert main(["train", config]) == 0
+    assert "finished (3 steps)" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_run_goes_on_from_its_last_whole_checkpoint(write_config, tmp_path):
+    straight = write_config("straight", max_steps=12, save_strategy="steps", save_steps=4)
+    assert main(["train", straight]) == 0
+    # the same run, cut off: the last checkpoint has no mark, as after a kill in the middle of writing it
+    broken = write_config("broken", max_steps=12, save_strategy="steps", save_steps=4)
+    assert main(["train", broken]) == 0
+    folder = tmp_path / "broken"
+    (folder / "checkpoint-12" / "complete.json").unlink()
+    (folder / "checkpoint-12" / "model.safetensors").write_bytes(b"half")
+    record = json.loads((folder / "run.json").read_text())
+    del record["finished_step"]
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "model.safetensors").unlink()
+    assert main(["train", broken]) == 0
+    assert losses(folder) == losses(tmp_path / "straight")
+    ours, theirs = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "straight"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_another_run_in_the_folder_is_refused(write_config, tmp_path, capsys):
+    assert main(["train", write_config(max_steps=2)]) == 0
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    for overrides, message in (
+        ({"learning_rate": 0.5}, "learning_rate is 0.01, not 0.5"),
+        ({"model": golden_model("s4d")}, "model."),
+        ({"seed": 9}, "seed is 1, not 9"),
+    ):
+        assert main(["train", write_config(max_steps=2, **overrides)]) == 2
+        error = capsys.readouterr().err
+        assert "holds another run" in error
+        assert message in error
+        assert len(error.strip().splitlines()) == 1
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(write_config, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    assert main(["train", write_config()]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_accumulating_gradients_changes_nothing(write_config, tmp_path):
+    assert main(["train", write_config("whole", max_steps=6, per_device_train_batch_size=4)]) == 0
+    accumulated = write_config("parts", max_steps=6, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert main(["train", accumulated]) == 0
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_tensorboard_evaluation_and_activation_checkpointing(write_config, tmp_path):
+    config = write_config(
+        max_steps=4, report_to=["tensorboard"], eval_strategy="steps", eval_steps=2, activation_checkpointing=True
+    )
+    assert main(["train", config]) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "runs")).Reload()
+    tags = events.Tags()["scalars"]
+    assert {"train/loss", "train/tokens_per_second", "train/learning_rate", "eval/loss", "eval/perplexity"} <= set(tags)
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_fine_tuning_from_a_model(write_config, tmp_path):
+    assert main(["train", write_config("first", max_steps=10)]) == 0
+    second = write_config("second", max_steps=2, model={}, init_from=str(tmp_path / "first"), warmup_steps=0)
+    assert main(["train", second]) == 0
+    assert losses(tmp_path / "second")[0] < losses(tmp_path / "first")[0] - 0.3
+
+
+class TestRunSampler:
+    class Windows:
+        """Three windows an epoch."""
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __iter__(self):
+            return iter([10 * self.epoch + i for i in range(3)])
+
+    @pytest.mark.parametrize("total", [0, 2, 3, 7])
+    def test_goes_through_epochs_until_the_run_is_full(self, total):
+        sampler = RunSampler(self.Windows(), total)
+        assert list(sampler) == [0, 1, 2, 10, 11, 12, 20][:total]
+        assert list(sampler) == [0, 1, 2, 10, 11, 12, 20][:total]
+        assert len(sampler) == total

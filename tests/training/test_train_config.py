@@ -1,0 +1,103 @@
+import pytest
+import yaml
+from conftest import base_config
+
+from ssm_lm.cli import main
+from ssm_lm.errors import UserError
+from ssm_lm.training.config import parse_overrides, read_train_config
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+        return str(path)
+
+    return write
+
+
+def test_overrides():
+    words = "--learning-rate 1e-3 --model.hidden_size=32 --bf16 --deepspeed null --seed 7".split()
+    assert parse_overrides(words) == {
+        "learning_rate": 1e-3,
+        "model.hidden_size": 32,
+        "bf16": True,
+        "deepspeed": None,
+        "seed": 7,
+    }
+    with pytest.raises(UserError, match="'stray'"):
+        parse_overrides(["stray"])
+
+
+def test_numbers_are_those_of_yaml_1_2(config_file):
+    values = read_train_config(config_file("learning_rate: 1e-3\nweight_decay: .1\nmax_steps: 10\nseed: 0"), {})
+    assert (values["learning_rate"], values["weight_decay"], values["max_steps"]) == (1e-3, 0.1, 10)
+
+
+def test_a_model_file_is_found_beside_the_config_and_overridden(tmp_path, config_file):
+    (tmp_path / "model.yaml").write_text("hidden_size: 8\nstate_size: 4")
+    values = read_train_config(config_file("model: model.yaml"), {"model.state_size": 6, "seed": 3})
+    assert values == {"model": {"hidden_size": 8, "state_size": 6}, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ("model: {hiden_size: 8}", "unknown key 'hiden_size'; did you mean 'hidden_size'"),
+        ("learning_rate: fast", "learning_rate must be float, not 'fast'"),
+        ("max_steps: 1.5", "max_steps must be int"),
+        ("bf16: 1", "bf16 must be bool"),
+        ("model: nowhere.yaml", "model names nowhere.yaml"),
+        ("deepspeed: nowhere.json", "deepspeed names nowhere.json"),
+        ("model: 3", "model must be a mapping"),
+        ("- a list", "a config is a mapping"),
+        ("a: [unclosed", "not valid YAML"),
+    ],
+)
+def test_a_bad_config_is_one_line_and_exit_code_2(config_file, capsys, text, message):
+    path = config_file(text)
+    assert main(["train", path]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "config.yaml" in error
+
+
+def test_a_missing_config(capsys):
+    assert main(["train", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_a_bad_override_names_the_key(write_config, capsys):
+    assert main(["train", write_config(), "--learning_rte", "1"]) == 2
+    assert "did you mean 'learning_rate'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data": "nowhere"}, "nowhere"),
+        ({"data": None}, "'data' is needed"),
+        ({"sequence_length": 1}, "sequence_length must be at least 2"),
+        ({"sequence_length": 10**6}, "sequence_length"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"model": {"hidden_size": 16, "state_size": 5}}, "state_size"),
+        ({"model": {"hidden_size": 16, "ssm": "s6"}}, "ssm is one of"),
+        ({"model": {"hidden_size": 16, "vocab_size": 5}}, "only 5"),
+        ({"model": {}}, "exactly one of 'model' and 'init_from'"),
+        ({"init_from": "nowhere", "model": {}}, "nowhere"),
+        ({"lr_scheduler_type": "sawtooth"}, "sawtooth"),
+        ({"deepspeed": {"bf16": {"enabled": True}}}, "'bf16' would cast"),
+        ({"deepspeed": {"optimizer": {}}}, "parameter groups"),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}, "fp16": True}, "fp16 under DeepSpeed"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(corpus, tmp_path, config_file, capsys, overrides, message):
+    path = config_file(base_config(corpus, tmp_path / "run", **overrides))
+    assert main(["train", path]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
