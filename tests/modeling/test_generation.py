@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from ssm_lm import S4Config, S4ForCausalLM
 
@@ -208,3 +208,28 @@ def test_a_change_of_the_weights_between_calls_is_seen():
     after = generate(model, ids, 16)
     assert not torch.equal(before, after)
     assert torch.equal(after, greedy_by_full_forwards(model, ids, 16))
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@torch.no_grad()
+def test_a_cache_that_was_reset_is_as_new(kind):
+    model, ids = build(), prompt(20)
+    cache = kind(config=model.config, **({"max_cache_len": 64} if kind is StaticCache else {}))
+
+    def run():
+        model(ids[:, :10], past_key_values=cache)
+        return torch.cat([model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(10, 20)], 1)
+
+    fresh = run()
+    assert cache.get_seq_length() == 20
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(run(), fresh)
+    # nor may the system of the old weights be kept
+    for name, parameter in model.named_parameters():
+        if name.endswith("log_dt"):
+            parameter += 1.0
+    cache.reset()
+    changed = run()
+    torch.testing.assert_close(changed, model(ids, use_cache=False).logits[:, 10:], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(changed, fresh, atol=1e-2)
