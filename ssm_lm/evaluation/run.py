@@ -120,6 +120,7 @@ def evaluate(
         "unigram_perplexity": None,
         "protocol": protocol,
         "split": split,
+        "dataset": stream.manifest.dataset,
         "seconds": seconds,
         "tokens_per_second": info.tokens / seconds,
     }

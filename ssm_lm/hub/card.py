@@ -39,7 +39,7 @@ def read_results(path: Path) -> dict:
         results = json.loads(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--results {path}: cannot be read ({' '.join(str(error).split())})") from error
-    needed = ("protocol", "split", "data", "tokens", *(key for key, _, _ in MEASURES))
+    needed = ("protocol", "split", "dataset", "tokens", *(key for key, _, _ in MEASURES))
     missing = [key for key in needed if not isinstance(results, dict) or key not in results]
     if missing:
         raise UserError(f"--results {path}: has no key {missing[0]}; give a file of `ssm-lm eval --json`")
@@ -93,8 +93,8 @@ def write_card(model, name: str, results: list[dict]) -> str:
     if results:
         parts += ["## Results", "", "| data | split | protocol | measure | value | unit |", "|---|---|---|---|---|---|"]
         for result in results:
-            # of a path the last part: where the data lay is nobody's business
-            row = f"| {Path(result['data']).name} | {result['split']} | {result['protocol']} |"
+            # not "data": where it lay is nobody's business
+            row = f"| {result['dataset']} | {result['split']} | {result['protocol']} |"
             parts += [f"{row} {what} | {_number(result[key])} | {unit} |" for key, what, unit in MEASURES]
         parts.append("")
     parts += ["## Licence", "", "The code (the `.py` files) is under the Apache License 2.0.", ""]

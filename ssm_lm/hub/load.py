@@ -19,6 +19,7 @@ from ..errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+COMPLETE = "complete.json"  # the last file of a checkpoint that the trainer writes
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -116,7 +117,8 @@ def resolve(path: str | Path) -> Path | str:
         raise UserError(
             f"{folder / CONFIG}: no such file; give a folder that holds a model, or a training run's output"
         )
-    return max(checkpoints, key=lambda entry: int(_CHECKPOINT.fullmatch(entry.name)[1]))
+    # a run that was killed may leave its last one half written; the trainer's mark says which are whole
+    return max(checkpoints, key=lambda entry: ((entry / COMPLETE).is_file(), int(_CHECKPOINT.fullmatch(entry.name)[1])))
 
 
 @contextlib.contextmanager

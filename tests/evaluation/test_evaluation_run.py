@@ -70,6 +70,7 @@ def test_numbers_and_units(folders, capsys):
     assert results["word_perplexity_with_line_ends"] == pytest.approx(math.exp(nll / both))
     assert results["bits_per_byte"] == pytest.approx(nll / math.log(2) / results["bytes"])
     assert results["protocol"] == "full context, state carried"
+    assert results["dataset"] == "text"
     assert (results["split"], results["model"]) == ("test", str(folders / "model"))
     # near 300 for an untrained model; the words of the train split are known to the unigram model
     assert 200 < results["token_perplexity"] < 400

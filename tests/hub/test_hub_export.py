@@ -26,7 +26,8 @@ RESULTS = {
     "protocol": "full context, state carried",
     "split": "test",
     "model": "/home/someone/runs/secret",
-    "data": "/home/someone/data/prose",
+    "data": "/home/someone/data",
+    "dataset": "prose",
 }
 
 

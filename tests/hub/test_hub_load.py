@@ -78,6 +78,8 @@ def test_training_output_folder(saved, tmp_path):
     edit_weights(tmp_path / "checkpoint-20", lambda weights: weights["model.norm.bias"].fill_(7.0))
     assert load_model(tmp_path).model.norm.bias[0] == 7.0  # 20, not 5, which sorts after it as text
     assert load_model(tmp_path / "checkpoint-5").model.norm.bias[0] == 0.0
+    (tmp_path / "checkpoint-5" / "complete.json").write_text("{}")
+    assert load_model(tmp_path).model.norm.bias[0] == 0.0  # 20 was being written when the run was killed
     save_tokenizer(tmp_path)
     assert load_tokenizer(tmp_path / "checkpoint-5").eos_token_id == 0
     assert load_tokenizer(tmp_path).eos_token_id == 0
