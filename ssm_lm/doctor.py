@@ -1,0 +1,254 @@
+"""`ssm-lm doctor`: what this machine has for training and running models, and whether the layers compute right on it.
+
+Nothing is built, downloaded or written; the Hub is asked for only with --network.
+"""
+
+import argparse
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+TOLERANCE = 1e-4  # between the modes of a layer, in float32, relative to the largest output
+GIB = 1 << 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--network", action="store_true", help="also try to reach the Hub, for two seconds")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the report; exit code 1 when the self-check fails, else 0, whatever is missing."""
+    report = examine(args.network)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+    if not report["self-check"]["passed"]:
+        raise SystemExit(1)
+
+
+def examine(network: bool = False) -> dict[str, dict]:
+    """The report: section -> {item: JSON-able value}. "packages" maps to {version, wanted, fits}."""
+    return {
+        "machine": machine(),
+        "torch": torch_and_devices(),
+        "packages": packages(),
+        "deepspeed": deepspeed_readiness(),
+        "hub": hub(network),
+        "self-check": self_check(),
+    }
+
+
+def machine() -> dict:
+    """Python, system, processors, memory and disk, as this process may use them."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpus": f"{usable} of {os.cpu_count()}",
+        "memory_gib": _memory_gib(),
+        "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
+        "g++": shutil.which("g++"),
+        "ninja": _tool("ninja"),
+        "nvcc": shutil.which("nvcc"),
+    }
+
+
+def torch_and_devices() -> dict:
+    """torch, its threads, the GPUs it sees, bfloat16 in hardware, and Triton."""
+    import torch
+
+    report = {"version": torch.__version__, "threads": torch.get_num_threads(), "cuda_build": torch.version.cuda}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            report[f"cuda:{index}"] = (
+                f"{device.name}, {device.total_memory / GIB:.0f} GiB, capability {device.major}.{device.minor}"
+            )
+        report["bf16_on_gpu"] = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        report["gpu"] = None
+    flags = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
+    found = [name for name, flag in flags.items() if getattr(torch.cpu, flag, bool)()]
+    report["bf16_on_cpu"] = ", ".join(found) or "emulated"
+    report["triton"] = _triton()
+    return report
+
+
+def packages() -> dict[str, dict]:
+    """The packages that ssm_lm asks for: version installed, version wanted, and whether the one is in the other."""
+    try:
+        requirements = importlib.metadata.requires("ssm_lm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {"ssm_lm": {"version": None, "wanted": "installed, for its ranges to be known", "fits": False}}
+    report = {}
+    for requirement in map(Requirement, requirements):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(requirement.name)
+        fits = version is not None and requirement.specifier.contains(version, prereleases=True)
+        report[requirement.name] = {"version": version, "wanted": str(requirement.specifier), "fits": fits}
+    return report
+
+
+def deepspeed_readiness() -> dict:
+    """What DeepSpeed could do here. It is not imported, for that may start the compilation of its operators."""
+    launcher = _tool("deepspeed")
+    compiler = bool(shutil.which("g++") and _tool("ninja"))
+    return {
+        "version": _version("deepspeed"),
+        "launcher": launcher,
+        "several_nodes": "pdsh"
+        if shutil.which("pdsh")
+        else "ssh alone"
+        if shutil.which("ssh")
+        else "neither pdsh nor ssh",
+        "built_operators": ", ".join(_built_operators()) or "none",
+        "builds_operators_when_used": compiler,
+    }
+
+
+def hub(network: bool) -> dict:
+    """Where the Hub's files are kept and whether it is to be asked; with `network`, whether it answers."""
+    from huggingface_hub import constants
+
+    report = {
+        "cache": constants.HF_HUB_CACHE,
+        "offline": bool(constants.HF_HUB_OFFLINE),
+        "datasets_offline": os.environ.get("HF_DATASETS_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"),
+    }
+    if network:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=2):
+                report["reachable"] = True
+        except urllib.error.HTTPError:
+            report["reachable"] = True  # it answered
+        except (OSError, ValueError) as error:
+            report["reachable"] = f"no: {getattr(error, 'reason', error)}"
+    return report
+
+
+def self_check() -> dict:
+    """Run S4 and S4D in their three modes on every kind of device: {layer on device: largest relative difference}.
+
+    "passed" is False where one exceeds TOLERANCE, or a layer fails.
+    """
+    import torch
+
+    from .modeling.ssm import LAYERS
+
+    report, passed = {}, True
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 500, 16, generator=generator)  # no whole number of chunks
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        for name, layer_class in LAYERS.items():
+            key = f"{name} on {device}"
+            try:
+                with torch.no_grad():
+                    difference = _largest_difference(layer_class(16).to(device), inputs.to(device))
+                report[key] = difference if math.isfinite(difference) else str(difference)  # JSON has no NaN
+                passed = passed and difference < TOLERANCE  # a NaN is not
+            except Exception as error:  # the report is to say what fails, not to fail with it
+                report[key], passed = f"{type(error).__name__}: {' '.join(str(error).split())}", False
+    return report | {"tolerance": TOLERANCE, "passed": passed}
+
+
+def _largest_difference(layer, inputs) -> float:
+    """Between chunk, fft and recurrent: of outputs and final states, relative to the largest value."""
+    expected = layer(inputs, mode="chunk")
+    differences = [
+        ((a - b).abs().max() / b.abs().max()).item()
+        for mode in ("fft", "recurrent")
+        for a, b in zip(layer(inputs, mode=mode), expected, strict=True)
+    ]
+    return math.nan if any(map(math.isnan, differences)) else max(differences)
+
+
+def print_report(report: dict[str, dict]) -> None:
+    """The report as tables."""
+    console = Console()
+    for section, items in report.items():
+        table = Table(title=section, title_justify="left", show_header=False)
+        for item, value in items.items():
+            table.add_row(item, escape(_for_people(value)))
+        console.print(table)
+
+
+def _for_people(value) -> str:
+    if isinstance(value, dict):
+        outside = "" if value["fits"] else f"   <- outside {value['wanted']}"
+        return f"{value['version'] or 'not installed'}{outside}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "none" if value is None else str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _tool(name: str) -> str | None:
+    """A program on the path, or beside this Python, where it is when the environment is not activated."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
+def _memory_gib() -> float | None:
+    """Of the machine, or what the container may have of it."""
+    limits = []
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(file).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return round(min(limits) / GIB, 1) if limits else None
+
+
+def _triton() -> str | None:
+    """Triton's version and whether it finds a GPU driver; None where it is not installed."""
+    version = _version("triton")
+    if version is None:
+        return None
+    try:
+        from triton.runtime import driver
+
+        return f"{version}, driver {driver.active.get_current_target().backend}"
+    except Exception as error:  # of the import, of the driver's library, of a missing GPU
+        return f"{version}, no driver ({' '.join(str(error).split())})"
+
+
+def _built_operators() -> list[str]:
+    """DeepSpeed's operators that its installation holds compiled, read from the file in which its setup notes them."""
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        return []
+    try:
+        text = Path(spec.origin).with_name("git_version_info_installed.py").read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "installed_ops":
+                return [name for name, built in ast.literal_eval(node.value).items() if built]
+    except (OSError, ValueError, SyntaxError):
+        pass
+    return []

@@ -1,0 +1,265 @@
+"""`ssm-lm eval`: the perplexity of a model on a split, with its unit and protocol named.
+
+Three units, for numbers of the literature are in all of them: by token (of the model's tokenizer), by word (separated
+by white space, or these and the line ends, as published WikiText numbers count), and bits by byte of UTF-8.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..errors import UserError
+from ..hub.load import DTYPES, check_vocabulary_fits, has_tokenizer, load_model, load_tokenizer
+
+SPLITS = ("train", "validation", "test")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument("model", metavar="MODEL", help="a model folder, a training run's output or a Hub id")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="PATH|NAME",
+        help="a prepared folder; or text, as in `prepare --dataset`, which is tokenised with the model's tokenizer",
+    )
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: test)")
+    parser.add_argument(
+        "--context",
+        default="full",
+        metavar="full|N",
+        help="full (default): the state is carried over the whole split; N: windows of N tokens from a zero state",
+    )
+    parser.add_argument(
+        "--window", type=int, default=1024, metavar="N", help="tokens a forward, of --context full (default: 1024)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="windows a forward, of --context N (default: 8)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, as one object")
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every verb that runs a model."""
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: the dtype of the checkpoint)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate as the arguments say, print a table and write the JSON file."""
+    context = None if args.context == "full" else _positive("--context", args.context, "full or a number")
+    _positive("--window", args.window)
+    _positive("--batch-size", args.batch_size)
+    if args.json is not None:
+        check_writable(args.json)  # before the long part
+    model = place(load_model(args.model, args.dtype), args.device)
+    with prepared(args.data, args.model, args.split, model) as folder, _progress() as progress:
+        results = evaluate(model, folder, args.split, context, args.window, args.batch_size, progress)
+    results |= {"model": args.model, "data": args.data}
+    Console().print(table(results))
+    if args.json is not None:
+        write_json(args.json, results)
+
+
+def evaluate(
+    model,
+    folder: str | Path,
+    split: str = "test",
+    context: int | None = None,
+    window: int = 1024,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """The numbers of the JSON file for one split of a prepared folder, as a dict of JSON-able values.
+
+    context: None carries the state over the whole split, in forwards of `window` tokens; N resets it every N tokens,
+    `batch_size` windows at a time. progress is called with (tokens just scored, tokens in all).
+    Raises UserError when the folder does not fit the model, or the NLL is not finite.
+    """
+    from ..data.stream import TokenStream
+    from .perplexity import full_context_nll, windowed_nll
+    from .unigram import unigram_perplexity
+
+    stream = TokenStream.open(folder, split)
+    stream.check_vocabulary(model.config.vocab_size)
+    step = None if progress is None else lambda count: progress(count, len(stream.tokens))
+    start = time.perf_counter()
+    if context is None:
+        protocol = "full context, state carried"
+        nll = full_context_nll(model, stream.tokens, stream.eos_token_id, window, step)
+    else:
+        protocol = f"non-overlapping windows of {context}"
+        nll = windowed_nll(model, stream.tokens, stream.eos_token_id, context, batch_size, step)
+    seconds = time.perf_counter() - start
+    if not math.isfinite(nll):
+        raise UserError(f"the model's NLL on {folder} is {nll}; its training diverged, evaluate an earlier checkpoint")
+    info = stream.info
+    results = {
+        "tokens": info.tokens,
+        "words": info.words,
+        "lines": info.lines,
+        "bytes": info.bytes,
+        "nll": nll,
+        "token_perplexity": perplexity(nll, info.tokens),
+        "word_perplexity": perplexity(nll, info.words),
+        "word_perplexity_with_line_ends": perplexity(nll, info.words + info.lines),
+        "bits_per_byte": nll / (math.log(2) * info.bytes) if info.bytes else None,
+        "unigram_perplexity": None,
+        "protocol": protocol,
+        "split": split,
+        "dataset": stream.manifest.dataset,
+        "seconds": seconds,
+        "tokens_per_second": info.tokens / seconds,
+    }
+    if "train" in stream.manifest.splits:
+        results["unigram_perplexity"] = unigram_perplexity(TokenStream.open(folder, "train"), stream)
+    return results
+
+
+def perplexity(nll: float, count: int) -> float | None:
+    """exp(nll / count); None, JSON's null, where there is nothing to count by or the number is beyond a float."""
+    return math.exp(nll / count) if count and nll / count < 700 else None
+
+
+@contextlib.contextmanager
+def prepared(data: str, model_path: str, split: str, model) -> Iterator[Path]:
+    """A prepared folder that fits the model: `data` itself, or its text tokenised into a temporary folder.
+
+    Raises UserError when `data` was prepared with another tokenizer than the model's.
+    """
+    from ..data.manifest import MANIFEST_FILE
+
+    folder = Path(data).expanduser()
+    if (folder / MANIFEST_FILE).is_file():
+        check_same_tokenizer(folder, model_path)
+        yield folder
+        return
+    if not has_tokenizer(model_path):
+        raise UserError(
+            f"{data}: is text, and {model_path} holds no tokenizer to read it with; "
+            "give a folder that `ssm-lm prepare` wrote"
+        )
+    from ..data.prepare import prepare
+
+    tokenizer = load_tokenizer(model_path)
+    check_vocabulary_fits(tokenizer, model, model_path)
+    with tempfile.TemporaryDirectory(prefix="ssm-lm-eval-") as temporary:
+        tokenizer.save_pretrained(Path(temporary) / "tokenizer")
+        prepare(data, Path(temporary) / "tokenizer", Path(temporary) / "data")
+        yield Path(temporary) / "data"
+
+
+def check_same_tokenizer(folder: Path, model_path: str) -> None:
+    """UserError unless the tokenizer beside the data is the model's; a model without one is taken at its word."""
+    if not has_tokenizer(model_path):
+        return
+    of_data, of_model = _definition(load_data_tokenizer(folder)), _definition(load_tokenizer(model_path))
+    if of_data != of_model:
+        raise UserError(
+            f"{folder}: was prepared with another tokenizer than that of {model_path}; "
+            "prepare the text with the model's tokenizer, or give the text itself as --data"
+        )
+
+
+def load_data_tokenizer(folder: Path):
+    """The tokenizer of a prepared folder."""
+    from ..data.tokenizer import load_tokenizer as load
+
+    return load(str(folder / "tokenizer"))
+
+
+def _definition(tokenizer) -> dict:
+    """What decides on the ids of a text; how batches are padded and cut does not."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {key: value for key, value in definition.items() if key not in ("padding", "truncation")}
+
+
+def place(model, device: str | None):
+    """The model on `device`, by default a GPU if there is one; UserError for a device that is not there."""
+    import torch
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(torch.device(name))
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from error
+
+
+def check_writable(path: Path) -> None:
+    """UserError unless results can be written at `path`: nothing there yet, or results of an earlier evaluation."""
+    if path.is_dir():
+        raise UserError(f"--json {path}: is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise UserError(f"--json {path}: the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--json {path}: the folder {path.parent} cannot be written to; choose another place")
+    if path.exists() and not _is_results(path):
+        raise UserError(f"--json {path}: exists and was not written by `ssm-lm eval`; choose another name")
+
+
+def _is_results(path: Path) -> bool:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and {"nll", "protocol"} <= values.keys()
+
+
+def write_json(path: Path, results: dict) -> None:
+    """Write under another name and rename, so that the file is whole or absent."""
+    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def table(results: dict) -> Table:
+    """The results for people."""
+    view = Table(title=f"{results['split']} split: {results['protocol']}", title_justify="left")
+    for column, justify in (("measure", "left"), ("value", "right"), ("of", "left")):
+        view.add_column(column, justify=justify)
+
+    def row(name: str, key: str, unit: str):
+        view.add_row(name, "-" if results[key] is None else f"{results[key]:,.4f}", unit)
+
+    tokens, words, lines = (f"{results[key]:,}" for key in ("tokens", "words", "lines"))
+    row("token perplexity", "token_perplexity", f"{tokens} tokens")
+    row("word perplexity", "word_perplexity", f"{words} words")
+    row("word perplexity, line ends counted", "word_perplexity_with_line_ends", f"{words} words, {lines} line ends")
+    row("bits per byte", "bits_per_byte", f"{results['bytes']:,} bytes")
+    row("unigram token perplexity, for reference", "unigram_perplexity", "counts of the train split, add one")
+    row("seconds", "seconds", f"{results['tokens_per_second']:,.0f} tokens a second")
+    return view
+
+
+def _positive(name: str, value, what: str = "a number") -> int:
+    if not str(value).isascii() or not str(value).isdigit() or int(value) < 1:
+        raise UserError(f"{name} {value}: must be {what} of 1 or more")
+    return int(value)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr where that is a terminal."""
+    columns = (TextColumn("scored"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    with bar:
+        task = bar.add_task("scored", total=None)
+        yield lambda count, total: bar.update(task, advance=count, total=total)
