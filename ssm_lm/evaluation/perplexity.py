@@ -18,7 +18,7 @@ SLICE_ELEMENTS = 1 << 25
 
 @torch.inference_mode()
 def full_context_nll(
-    model, tokens: np.ndarray, eos_token_id: int, window: int = 1024, progress: Callable[[int], None] | None = None
+    model, tokens: np.ndarray, eos_token_id: int, window: int = 4096, progress: Callable[[int], None] | None = None
 ) -> float:
     """The summed NLL (natural log) of `tokens` (n,), each one predicted from all before it.
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="full (default): the state is carried over the whole split; N: windows of N tokens from a zero state",
     )
     parser.add_argument(
-        "--window", type=int, default=1024, metavar="N", help="tokens a forward, of --context full (default: 1024)"
+        "--window", type=int, default=4096, metavar="N", help="tokens a forward, of --context full (default: 4096)"
     )
     parser.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="windows a forward, of --context N (default: 8)"
@@ -79,7 +79,7 @@ def evaluate(
     folder: str | Path,
     split: str = "test",
     context: int | None = None,
-    window: int = 1024,
+    window: int = 4096,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict:

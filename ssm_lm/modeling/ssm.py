@@ -213,7 +213,7 @@ class StateSpace(nn.Module):
             state = None if initial_state is None else initial_state.to(x.dtype)
             if mode == "auto":
                 mode = self._fastest_mode(L, needs_state=state is not None or output_final_state)
-            if L == 0:
+            if x.numel() == 0:
                 y, state = x, state if state is not None else self.zero_state(B, x.device)
             elif mode == "recurrent":
                 y, state = self._run_recurrent(x, state, memo)
