@@ -50,7 +50,7 @@ def write_card(model, name: str, results: list[dict]) -> str:
     """The text of README.md. name: of the exported folder; results: objects from `read_results`, or none."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    embedding = model.get_input_embeddings().weight.numel()
+    embedding = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
     parts = [
         "---",
         "library_name: transformers",

@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .adaptive import check_adaptive
 from .ssm import DISCRETIZATIONS, INITIALIZATIONS, MODES
 
 # what one layer is made of; num_hidden_layers counts these
@@ -31,6 +32,15 @@ class S4Config(PreTrainedConfig):
     intermediate_size: width of the FFN; None: 4 * hidden_size.
     hidden_act: activation after an SSM and inside an FFN.
     dropout: on the output of the activation and of every sublayer; embedding_dropout: on the embeddings.
+    adaptive_cutoffs: where the vocabulary is cut into clusters, ids sorted by frequency; gives the model an adaptive
+        embedding and an adaptive softmax (adaptive.py). Its `logits` are log-probabilities, float32. None: neither.
+    adaptive_div_val: cluster i has vectors of hidden_size / adaptive_div_val^i entries.
+    adaptive_tie_projections: with tie_word_embeddings, the tails of the softmax share the embedding's projections too.
+    head_dropout: inside an adaptive softmax, on the projected hidden states; embedding_dropout then acts inside the
+        adaptive embedding.
+    loss_chunk_size: tokens whose logits exist at a time in the loss. A number makes the training mode, given labels,
+        return a loss and no logits (None in the output), as an adaptive model always does; evaluation mode keeps them.
+        None: logits as everywhere; the forward's skip_logits then decides call by call.
     layer_norm_epsilon, initializer_range (standard deviation of matrices and embeddings), tie_word_embeddings,
     use_cache, bos_token_id, eos_token_id, pad_token_id: as everywhere in transformers.
     Raises a ValueError that names the key for a value that makes no model.
@@ -63,6 +73,11 @@ class S4Config(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 0
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+    adaptive_cutoffs: list[int] | tuple[int, ...] | None = None
+    adaptive_div_val: int = 4
+    adaptive_tie_projections: bool = True
+    head_dropout: float | int = 0.0
+    loss_chunk_size: int | None = None
 
     def __post_init__(self, **kwargs):
         # a choice that depends on another key is made here once, so that config.json says what was built
@@ -106,6 +121,12 @@ class S4Config(PreTrainedConfig):
             raise ValueError(f"n_ssm must divide hidden_size ({self.hidden_size}), and {self.n_ssm} does not")
         if not 0 < self.dt_min <= self.dt_max:
             raise ValueError(f"0 < dt_min <= dt_max is needed, not dt_min={self.dt_min}, dt_max={self.dt_max}")
-        for key in ("dropout", "embedding_dropout"):
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size must be positive or null, not {self.loss_chunk_size}")
+        if self.adaptive_cutoffs is not None:
+            check_adaptive(self.vocab_size, self.hidden_size, self.adaptive_cutoffs, self.adaptive_div_val)
+        elif self.head_dropout:
+            raise ValueError("head_dropout belongs to the adaptive softmax: set adaptive_cutoffs too, or leave it at 0")
+        for key in ("dropout", "embedding_dropout", "head_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} is a probability below 1, not {getattr(self, key)}")

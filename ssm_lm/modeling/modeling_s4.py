@@ -21,8 +21,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, tied_keys
 from .cache_s4 import S4CacheLayer  # noqa: F401  (importing it registers the "s4" cache layer)
 from .configuration_s4 import S4Config
+from .losses import LanguageModelHead, average, causal_targets
 from .ssm import LAYERS, StateSpace
 
 
@@ -136,6 +138,27 @@ class S4PreTrainedModel(PreTrainedModel):
             for name, value in module.initial_values().items():
                 parameter = getattr(module, name)
                 init.copy_(parameter, value.to(parameter.dtype))
+        elif isinstance(module, (AdaptiveEmbedding, AdaptiveSoftmax)):
+            module.init_parameters(init)
+
+    def set_input_embeddings(self, value):
+        if self.config.adaptive_cutoffs is not None and not isinstance(value, AdaptiveEmbedding):
+            raise ValueError(
+                f"the embedding of an adaptive model is an AdaptiveEmbedding, not {type(value).__name__}: the softmax "
+                "shares its clusters"
+            )
+        super().set_input_embeddings(value)
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers; NotImplementedError for an adaptive model, whose clusters are part of its design."""
+        if self.config.adaptive_cutoffs is None:
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens not in (None, self.config.vocab_size) or pad_to_multiple_of is not None:
+            raise NotImplementedError(
+                "an adaptive embedding cannot be resized: its clusters follow the frequencies of the vocabulary "
+                f"(adaptive_cutoffs {list(self.config.adaptive_cutoffs)}); build a model with another vocab_size"
+            )
+        return self.get_input_embeddings()
 
 
 class S4Model(S4PreTrainedModel):
@@ -143,8 +166,18 @@ class S4Model(S4PreTrainedModel):
 
     def __init__(self, config: S4Config):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        if config.adaptive_cutoffs is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+            self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        else:
+            self.embed_tokens = AdaptiveEmbedding(
+                config.vocab_size,
+                config.hidden_size,
+                config.adaptive_cutoffs,
+                config.adaptive_div_val,
+                config.embedding_dropout,
+            )
+            self.embedding_dropout = nn.Identity()  # the recipe drops entries of the narrow vectors, in there
         self.layers = nn.ModuleList([S4Block(config, index) for index in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
@@ -186,7 +219,7 @@ class S4Model(S4PreTrainedModel):
 
 
 class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
-    """S4Model with a head over the vocabulary, tied to the embedding by default."""
+    """S4Model with a head over the vocabulary, linear or adaptive, tied to the embedding by default."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -195,7 +228,18 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = S4Model(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.adaptive_cutoffs is None:
+            self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
+        else:
+            self.lm_head = AdaptiveSoftmax(
+                config.vocab_size,
+                config.hidden_size,
+                config.adaptive_cutoffs,
+                config.adaptive_div_val,
+                config.head_dropout,
+            )
+            self._tied_weights_keys = tied_keys(len(self.lm_head.bounds), config.adaptive_tie_projections)
+            self._tp_plan = {}  # log-probabilities of a slice of a cluster are none
         self.post_init()
 
     @staticmethod
@@ -218,10 +262,14 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """As S4Model.forward; labels (B, L) as input_ids, -100 where no loss is wanted (the shift is done here);
         logits_to_keep: how many of the last positions get logits (0: all), or which.
+        skip_logits: True: the loss alone, without holding (B, L, V), and logits None in the output; None: so in
+            training mode where labels are given and the config has loss_chunk_size or adaptive_cutoffs.
+        The logits of an adaptive model are log-probabilities.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -231,10 +279,25 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        hidden_states = outputs.last_hidden_state
+        adaptive = self.config.adaptive_cutoffs is not None
+        if skip_logits is None:
+            skip_logits = self.training and (adaptive or self.config.loss_chunk_size is not None)
+            skip_logits = skip_logits and labels is not None
+        elif skip_logits and labels is None:
+            raise ValueError("skip_logits leaves only the loss, and there is none without labels")
+        logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         loss = None
-        if labels is not None:
+        if labels is not None and (skip_logits or adaptive):
+            loss = self._loss_without_logits(hidden_states, labels, **kwargs)
+        elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def _loss_without_logits(self, hidden_states, labels, num_items_in_batch=None, shift_labels=None, **kwargs):
+        """The causal loss of transformers (its arguments and its meaning) from hidden states (B, L, H)."""
+        targets = causal_targets(labels, shift_labels).to(hidden_states.device)
+        summed = self.lm_head(hidden_states.flatten(0, 1), targets, self.config.loss_chunk_size)
+        return average(summed, targets, num_items_in_batch)

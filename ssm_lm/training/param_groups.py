@@ -27,7 +27,7 @@ def parameter_groups(model: nn.Module, learning_rate: float, ssm_learning_rate: 
         if id(parameter) in ssm:
             group = "ssm"
         # by name and module, not by dimension: under ZeRO 3 a partitioned parameter is a vector of any size
-        elif id(parameter) in norms or name.endswith("bias"):
+        elif id(parameter) in norms or "bias" in name.rsplit(".", 1)[-1]:
             group = "no_decay"
         else:
             group = "decay"

@@ -12,7 +12,7 @@ from .config import model_keys, parse_overrides, read_train_config
 from .environment import default_environment, is_main_process, on_cpu, prepare_process, set_threads
 
 # what may differ when a run is resumed, because it changes the speed and not the result
-SPEED_KEYS = ("mode", "chunk_size")
+SPEED_KEYS = ("mode", "chunk_size", "loss_chunk_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """S4Trainer: the transformers Trainer with this project's parameter groups, data order, checkpoints and meters."""
 
+import inspect
 import math
 import time
 from pathlib import Path
@@ -80,6 +81,16 @@ class S4Trainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(LossProgress())
         self._meter = None
+        self._may_skip_logits = "skip_logits" in inspect.signature(model.forward).parameters
+
+    # ---- loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss alone, where nobody looks at the logits: they would be the largest tensor of the step."""
+        nobody_looks = self.label_smoother is None and (model.training or self.args.prediction_loss_only)
+        if self._may_skip_logits and nobody_looks:
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     # ---- data
 

@@ -57,6 +57,21 @@ def test_one_rank_with_the_same_global_batch(write_config, tmp_path, two_ranks_p
     assert losses(tmp_path / "run") == pytest.approx(two_ranks_plain[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_adaptive_model_under_zero(write_config, tmp_path, stage):
+    """Shared clusters and a loss inside the head's forward, where ZeRO 3 has gathered its parameters."""
+    keys = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "adaptive_cutoffs": [8, 20]}
+    settings = {"model": keys, "max_steps": 8}
+    one = write_config("one", **settings, per_device_train_batch_size=4)
+    run(train_command(one))
+    two = write_config("two", **settings, per_device_train_batch_size=2, deepspeed=zero(stage))
+    run(train_command(two, ranks=2))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    weights, reference = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    for key in reference:
+        torch.testing.assert_close(weights[key], reference[key], rtol=1e-3, atol=1e-4)
+
+
 def test_the_deepspeed_launcher(write_config, tmp_path, two_ranks_plain):
     config = write_config(max_steps=STEPS, per_device_train_batch_size=2, deepspeed=zero(1))
     launcher = Path(sys.executable).parent / "deepspeed"

@@ -1,5 +1,6 @@
 """Training in this process, without a launcher: the curve, resuming, what a folder holds."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -126,3 +127,46 @@ class TestRunSampler:
         assert list(sampler) == [0, 1, 2, 10, 11, 12, 20][:total]
         assert list(sampler) == [0, 1, 2, 10, 11, 12, 20][:total]
         assert len(sampler) == total
+
+
+def test_training_holds_no_logits_and_evaluation_that_wants_them_does(write_config, tmp_path, monkeypatch):
+    from ssm_lm.modeling.modeling_s4 import S4ForCausalLM
+
+    seen, forward = [], S4ForCausalLM.forward
+
+    def watched(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        seen.append((self.training, out.logits is None))
+        return out
+
+    # the signature is what the Trainer reads
+    watched.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(S4ForCausalLM, "forward", watched)
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    assert main(["train", write_config(**settings)]) == 0
+    assert set(seen) == {(True, True), (False, True)}
+    seen.clear()
+    assert main(["train", write_config("logits", **settings, prediction_loss_only=False)]) == 0
+    assert set(seen) == {(True, True), (False, False)}
+
+
+def test_an_adaptive_model_learns_and_resumes(write_config, tmp_path):
+    adaptive = golden_model("s4") | {"adaptive_cutoffs": [8, 20], "adaptive_div_val": 2, "head_dropout": 0.1}
+    settings = {"model": adaptive, "max_steps": 20, "eval_strategy": "steps", "eval_steps": 20}
+    straight = write_config("straight", **settings)
+    assert main(["train", straight]) == 0
+    curve = losses(tmp_path / "straight")
+    assert curve[-1] < curve[0] - 0.3
+    weights = load_file(tmp_path / "straight" / "model.safetensors")
+    assert "model.embed_tokens.projection_1" in weights
+    assert "lm_head.projection_1" not in weights  # tied
+
+    interrupted = write_config("interrupted", **settings, save_strategy="steps", save_steps=10)
+    assert main(["train", interrupted]) == 0
+    folder = tmp_path / "interrupted"
+    record = json.loads((folder / "run.json").read_text())
+    del record["finished_step"]
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "checkpoint-20" / "complete.json").unlink()
+    assert main(["train", interrupted]) == 0
+    assert losses(folder) == curve
