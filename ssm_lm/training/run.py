@@ -8,8 +8,9 @@ import argparse
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import write_json
 from .config import model_keys, parse_overrides, read_train_config
-from .environment import default_environment, is_main_process, on_cpu, prepare_process, set_threads
+from .environment import default_environment, is_main_process, on_cpu, prepare_process, set_threads, world_size
 
 # what may differ when a run is resumed, because it changes the speed and not the result
 SPEED_KEYS = ("mode", "chunk_size")
@@ -44,19 +45,20 @@ def train(values: dict, where: str = "config") -> Path:
             raise UserError(f"{where}: {key} must be at least {least}, not {values[key]}")
     prepare_process(uses_deepspeed=values.get("deepspeed") is not None)
 
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
 
     from ..data.stream import TokenStream
+    from ..data.tokenizer import load_tokenizer
     from ..data.windows import TokenWindows, WindowSampler
     from ..modeling.modeling_s4 import S4ForCausalLM
     from .arguments import S4TrainingArguments
-    from .checkpoints import RUN_FILE, claim, last_complete_checkpoint, write_json
+    from .checkpoints import RUN_FILE, check_resumable, claim, last_complete_checkpoint
     from .precision import deepspeed_config
     from .trainer import S4Trainer
 
     # ---- everything that can be wrong, before the first file is written
     stream = TokenStream.open(values["data"], "train")
-    tokenizer = AutoTokenizer.from_pretrained(Path(values["data"]) / "tokenizer")
+    tokenizer = load_tokenizer(str(Path(values["data"]) / "tokenizer"))
     if values.get("init_from"):
         from ..hub.load import load_model
 
@@ -83,6 +85,9 @@ def train(values: dict, where: str = "config") -> Path:
         arguments["use_cpu"] = True
     identity = run_identity(values, config, stream)
     recorded = claim(output_dir, identity)
+    checkpoint = values.get("resume_from_checkpoint") or last_complete_checkpoint(output_dir)
+    if checkpoint is not None:
+        check_resumable(Path(checkpoint), world_size(), sharded=bool(arguments["deepspeed"]))
     try:
         args = S4TrainingArguments(**arguments)
     except (ValueError, TypeError) as error:
@@ -93,7 +98,6 @@ def train(values: dict, where: str = "config") -> Path:
         if is_main_process():
             print(f"{output_dir}: this run is finished ({recorded['finished_step']} steps); nothing to do")
         return output_dir
-    checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(output_dir)
 
     # ---- train
     set_threads()
@@ -101,8 +105,11 @@ def train(values: dict, where: str = "config") -> Path:
     if model is None:
         model = S4ForCausalLM(config)
     if is_main_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / RUN_FILE, recorded | {"identity": identity})
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(output_dir / RUN_FILE, recorded | {"identity": identity})
+        except OSError as error:
+            raise UserError(f"output_dir {output_dir} cannot be written to ({error.strerror or error})") from error
         print_plan(args, model, stream, checkpoint)
     # transformers' own default is a new folder at every start, which would cut a resumed curve in two
     with default_environment("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs")) as tensorboard_folder:
@@ -130,7 +137,6 @@ def model_config(keys: dict, stream, tokenizer, where: str):
     try:
         return S4Config(**(data | keys))
     except (StrictDataclassError, ValueError, TypeError) as error:
-        # the base of a strict-dataclass error is the sentence that says what is wrong
         reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
         raise UserError(f"{where}: model: {reason}") from error
 
