@@ -14,6 +14,7 @@ class S4TrainingArguments(TrainingArguments):
     init_from: a model folder to start from instead of fresh weights.
     data: a folder written by `ssm-lm prepare`.
     sequence_length: tokens in a training window.
+    carry_state: each window continues the one before it in its row, from that one's final state (see carry.py).
     ssm_learning_rate: learning rate of the state space parameters (dt, Lambda, P, B, C, D); None: learning_rate.
     """
 
@@ -21,6 +22,7 @@ class S4TrainingArguments(TrainingArguments):
     init_from: str | None = None
     data: str | None = None
     sequence_length: int = 1024
+    carry_state: bool = False
     ssm_learning_rate: float | None = None
 
     # where language models differ from the defaults of TrainingArguments

@@ -43,6 +43,11 @@ def train(values: dict, where: str = "config") -> Path:
     for key, least in (("sequence_length", 2), ("per_device_train_batch_size", 1), ("gradient_accumulation_steps", 1)):
         if values.get(key, least) < least:
             raise UserError(f"{where}: {key} must be at least {least}, not {values[key]}")
+    if values.get("carry_state") and (values.get("activation_checkpointing") or values.get("gradient_checkpointing")):
+        raise UserError(
+            f"{where}: carry_state and activation_checkpointing exclude each other (the recomputed forward would go on "
+            "from the state that it is to make); set one of them to false"
+        )
     prepare_process(uses_deepspeed=values.get("deepspeed") is not None)
 
     from transformers import set_seed
@@ -146,7 +151,7 @@ def run_identity(values: dict, config, stream) -> dict:
     from .arguments import S4TrainingArguments
 
     model = {key: getattr(config, key) for key in model_keys() if key not in SPEED_KEYS}
-    keys = ("sequence_length", "seed", "learning_rate", "ssm_learning_rate", "weight_decay", "init_from")
+    keys = ("sequence_length", "carry_state", "seed", "learning_rate", "ssm_learning_rate", "weight_decay", "init_from")
     training = {key: values.get(key, getattr(S4TrainingArguments, key)) for key in keys}
     return {"model": model, "data": stream.fingerprint, **training}
 

@@ -9,6 +9,7 @@ from transformers import Trainer, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.windows import TokenWindows, WindowSampler
+from .carry import CarriedState, RowSampler
 from .checkpoints import mark_complete
 from .param_groups import check_ssm_precision, parameter_groups
 
@@ -81,11 +82,20 @@ class S4Trainer(Trainer):
             self.add_callback(LossProgress())
         self._meter = None
 
+        self._carried = None
+        if args.carry_state:
+            per_row = self._get_train_sampler().windows_per_row
+            self._carried = CarriedState(model.config, per_row, args.gradient_accumulation_steps)
+
     # ---- data
 
     def _get_train_sampler(self, train_dataset=None):
-        windows = WindowSampler(self.train_dataset, seed=self.args.seed)
-        return RunSampler(windows, total=self.args.max_steps * self.args.global_batch_size)
+        rows = self.args.global_batch_size
+        total = self.args.max_steps * rows
+        windows = self.train_dataset
+        if self.args.carry_state:
+            return RowSampler(len(windows.stream), windows.sequence_length, rows, total)
+        return RunSampler(WindowSampler(windows, seed=self.args.seed), total)
 
     # ---- optimizer
 
@@ -99,13 +109,30 @@ class S4Trainer(Trainer):
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 
+    # ---- the state from window to window
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self._carried is not None and model.training:
+            inputs = inputs | {"past_key_values": self._carried.next_cache(), "use_cache": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _carried_file(self, checkpoint) -> Path:
+        return Path(checkpoint) / f"carried_state_{self.args.process_index}.safetensors"
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if self._carried is not None and resume_from_checkpoint is not None:
+            self._carried.load(self._carried_file(resume_from_checkpoint), self.args.device)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     # ---- checkpoints
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self._carried is not None:
+            self._carried.save(self._carried_file(folder))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             mark_complete(folder, self.state.global_step, self.args.world_size)
 
     # ---- guards and meters

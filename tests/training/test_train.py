@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses
+from harness import losses
 from safetensors.torch import load_file
 
 from ssm_lm.cli import main

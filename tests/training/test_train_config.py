@@ -1,6 +1,6 @@
 import pytest
 import yaml
-from conftest import base_config
+from harness import base_config
 
 from ssm_lm.cli import main
 from ssm_lm.errors import UserError
