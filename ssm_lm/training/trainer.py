@@ -1,4 +1,4 @@
-"""S4Trainer: the transformers Trainer with this project's parameter groups, data order, checkpoints and meters."""
+"""The transformers Trainer with this project's parameter groups, data order, checkpoints and meters."""
 
 import math
 import time
@@ -8,6 +8,7 @@ from torch.utils.data import Sampler, Subset
 from transformers import Trainer, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..data.sequences import SequenceTask
 from ..data.windows import TokenWindows, WindowSampler
 from .carry import CarriedState, RowSampler
 from .checkpoints import mark_complete
@@ -47,8 +48,10 @@ class LossProgress(ProgressCallback):
         ("grad_norm", "grad norm {:.2f}"),
         ("learning_rate", "lr {:.2e}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
+        ("samples_per_second", "{:,.0f} samples/s"),
         ("eval_loss", "validation loss {:.4f}"),
         ("eval_perplexity", "perplexity {:.2f}"),
+        ("eval_accuracy", "accuracy {:.2%}"),
     )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -58,9 +61,72 @@ class LossProgress(ProgressCallback):
 
 
 class S4Trainer(Trainer):
+    """What every task shares: parameter groups, marks of whole checkpoints, the precision guard, the meter."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        if not self.args.disable_tqdm:
+            self.add_callback(LossProgress())
+        self._meter = None
+
+    # ---- optimizer
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = parameter_groups(
+                model, self.args.learning_rate, self.args.ssm_learning_rate, self.args.weight_decay
+            )
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **kwargs)
+        return self.optimizer
+
+    # ---- checkpoints
+
+    def save_state(self, folder: Path) -> None:
+        """What a subclass adds to a checkpoint; called on every rank."""
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self.save_state(folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder, self.state.global_step, self.args.world_size)
+
+    # ---- guards and meters
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._meter is None:
+            check_ssm_precision(model)  # on the engine as it is, not on the config
+            self._meter = (time.perf_counter(), self.state.global_step)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def speed(self, step: int, steps: int, seconds: float) -> dict:
+        """Entries of the log, at `step`, about the last `steps` steps, which took `seconds`."""
+        return {"samples_per_second": steps * self.args.global_batch_size / seconds}
+
+    def log(self, logs, start_time=None):
+        now, step = time.perf_counter(), self.state.global_step
+        if "loss" in logs and self._meter is not None and step > self._meter[1]:
+            logs |= self.speed(step, step - self._meter[1], now - self._meter[0])
+            self._meter = (now, step)
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        if self._meter is not None:
+            self._meter = (time.perf_counter(), self.state.global_step)  # evaluation is not training time
+        return metrics
+
+
+class LanguageModelTrainer(S4Trainer):
     """Trainer over a TokenStream.
 
-    train_windows, eval_windows: TokenWindows; the order of training is that of `RunSampler` with args.seed.
+    train_windows, eval_windows: TokenWindows; the order of training is that of `RunSampler` with args.seed, or of
+    `RowSampler` where the state is carried.
     """
 
     def __init__(self, model, args, train_windows: TokenWindows, eval_windows: TokenWindows | None, **kwargs):
@@ -76,18 +142,10 @@ class S4Trainer(Trainer):
             data_collator=default_data_collator,  # windows are of one length: there is nothing to pad
             **kwargs,
         )
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(PrinterCallback)
-        if not args.disable_tqdm:
-            self.add_callback(LossProgress())
-        self._meter = None
-
         self._carried = None
         if args.carry_state:
             per_row = self._get_train_sampler().windows_per_row
             self._carried = CarriedState(model.config, per_row, args.gradient_accumulation_steps)
-
-    # ---- data
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.args.global_batch_size
@@ -97,17 +155,14 @@ class S4Trainer(Trainer):
             return RowSampler(len(windows.stream), windows.sequence_length, rows, total)
         return RunSampler(WindowSampler(windows, seed=self.args.seed), total)
 
-    # ---- optimizer
+    def speed(self, step, steps, seconds):
+        tokens = self.args.tokens_per_step
+        return {"tokens_per_second": steps * tokens / seconds, "tokens": step * tokens}
 
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            groups = parameter_groups(
-                model, self.args.learning_rate, self.args.ssm_learning_rate, self.args.weight_decay
-            )
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(groups, **kwargs)
-        return self.optimizer
+    def log(self, logs, start_time=None):
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 100.0))
+        super().log(logs, start_time)
 
     # ---- the state from window to window
 
@@ -124,38 +179,26 @@ class S4Trainer(Trainer):
             self._carried.load(self._carried_file(resume_from_checkpoint), self.args.device)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    # ---- checkpoints
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+    def save_state(self, folder):
         if self._carried is not None:
             self._carried.save(self._carried_file(folder))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(folder, self.state.global_step, self.args.world_size)
 
-    # ---- guards and meters
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._meter is None:
-            check_ssm_precision(model)  # on the engine as it is, not on the config
-            self._meter = (time.perf_counter(), self.state.global_step)
-        return super().training_step(model, inputs, num_items_in_batch)
+class ClassificationTrainer(S4Trainer):
+    """Trainer over a SequenceTask; evaluation is on its validation split, with accuracy."""
 
-    def log(self, logs, start_time=None):
-        now, step = time.perf_counter(), self.state.global_step
-        if "loss" in logs and self._meter is not None and step > self._meter[1]:
-            steps = step - self._meter[1]
-            logs["tokens_per_second"] = steps * self.args.tokens_per_step / (now - self._meter[0])
-            logs["tokens"] = step * self.args.tokens_per_step
-            self._meter = (now, step)
-        if "eval_loss" in logs:
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 100.0))
-        super().log(logs, start_time)
+    def __init__(self, model, args, task: SequenceTask, **kwargs):
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=task.splits["train"],
+            eval_dataset=task.splits["validation"],
+            data_collator=task.collate,
+            compute_metrics=accuracy,
+            **kwargs,
+        )
 
-    def evaluate(self, *args, **kwargs):
-        metrics = super().evaluate(*args, **kwargs)
-        if self._meter is not None:
-            self._meter = (time.perf_counter(), self.state.global_step)  # evaluation is not training time
-        return metrics
+
+def accuracy(prediction) -> dict:
+    """Share of examples whose largest logit is that of their label."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
