@@ -13,7 +13,7 @@ TESTS ?= tests
 
 quickstart: venv
 	$(BIN)/ssm-lm prepare --dataset builtin --tokenizer bpe:4096 --output data/builtin
-	$(BIN)/torchrun --standalone --nproc_per_node 2 -m ssm_lm train configs/train/quickstart.yaml $(QUICKSTART)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m ssm_lm train configs/train/quickstart.yaml $(QUICKSTART)
 	$(BIN)/ssm-lm eval runs/quickstart --data data/builtin --split validation --json runs/quickstart/eval.json
 	$(BIN)/ssm-lm generate runs/quickstart --prompt "Return a new array" --max-new-tokens 60 --seed 1
 	@if [ -e exports/quickstart ]; then echo "exports/quickstart is there already"; \

@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import secrets
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from ..errors import UserError
+from ..files import write_json
 from ..hub.load import DTYPES, check_vocabulary_fits, has_tokenizer, load_model, load_tokenizer
 
 SPLITS = ("train", "validation", "test")
@@ -71,7 +71,10 @@ def run(args: argparse.Namespace) -> None:
     results |= {"model": args.model, "data": args.data}
     Console().print(table(results))
     if args.json is not None:
-        write_json(args.json, results)
+        try:
+            write_json(args.json, results)
+        except OSError as error:
+            raise UserError(f"--json {args.json}: cannot be written ({error.strerror or error})") from error
 
 
 def evaluate(
@@ -216,18 +219,6 @@ def _is_results(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and {"nll", "protocol"} <= values.keys()
-
-
-def write_json(path: Path, results: dict) -> None:
-    """Write under another name and rename, so that the file is whole or absent."""
-    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def table(results: dict) -> Table:

@@ -41,7 +41,10 @@ class S4CacheLayer(CacheLayerMixin):
         """Put the state after `num_new_tokens` more tokens in the place of the old one."""
         if index == len(self.states):
             self.lazy_initialization(state)
-        self.states[index].copy_(state)
+        if torch.is_grad_enabled():
+            self.states[index] = state  # keeps its graph: the caller may go back through several forwards, or detach
+        else:
+            self.states[index].copy_(state)  # stays at its address, for compiled and captured decoding
         if index == 0:  # every state of the layer sees the same tokens
             self._advance(num_new_tokens)
 

@@ -13,14 +13,18 @@ class S4TrainingArguments(TrainingArguments):
         the data where they are not given.
     init_from: a model folder to start from instead of fresh weights.
     data: a folder written by `ssm-lm prepare`.
+    task: a sequence classification task instead of `data`, as digits or imdb:FOLDER (see data/sequences.py).
     sequence_length: tokens in a training window.
+    carry_state: each window continues the one before it in its row, from that one's final state (see carry.py).
     ssm_learning_rate: learning rate of the state space parameters (dt, Lambda, P, B, C, D); None: learning_rate.
     """
 
     model: dict | str | None = None
     init_from: str | None = None
     data: str | None = None
+    task: str | None = None
     sequence_length: int = 1024
+    carry_state: bool = False
     ssm_learning_rate: float | None = None
 
     # where language models differ from the defaults of TrainingArguments

@@ -1,21 +1,14 @@
 """Which run a folder holds, and which of its checkpoints are whole."""
 
 import json
-import os
 import re
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import write_json
 
 RUN_FILE = "run.json"
 COMPLETE_FILE = "complete.json"
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def mark_complete(checkpoint: Path, step: int, world_size: int) -> None:
@@ -31,6 +24,21 @@ def last_complete_checkpoint(output_dir: Path) -> Path | None:
         if match and (folder / COMPLETE_FILE).is_file():
             found.append((int(match[1]), folder))
     return max(found)[1] if found else None
+
+
+def check_resumable(checkpoint: Path, world_size: int, sharded: bool) -> None:
+    """Raise UserError unless training can go on from the checkpoint. sharded: every rank wrote a part (DeepSpeed)."""
+    try:
+        mark = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
+        ranks = int(mark["world_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{checkpoint}: is no whole checkpoint (its {COMPLETE_FILE} is missing or damaged); name another one"
+        ) from error
+    if sharded and ranks != world_size:
+        raise UserError(
+            f"{checkpoint}: was written by {ranks} ranks, and DeepSpeed resumes with as many, not {world_size}"
+        )
 
 
 def claim(output_dir: Path, identity: dict) -> dict:

@@ -14,9 +14,17 @@ from ..errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: 1e-3 is a float, which PyYAML's YAML 1.1 takes for a string."""
+    """The scalars of YAML 1.2: 1e-3 is a float and `no` is a word; PyYAML's YAML 1.1 has a string and false."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import warnings
 
 
 def on_cpu() -> bool:
@@ -30,6 +31,8 @@ def prepare_process(uses_deepspeed: bool) -> None:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
+    # DeepSpeed calls it every step, and nothing that a user does can change that
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     import deepspeed
 
     if on_cpu():

@@ -8,11 +8,9 @@ import argparse
 from pathlib import Path
 
 from ..errors import UserError
-from .config import model_keys, parse_overrides, read_train_config
-from .environment import default_environment, is_main_process, on_cpu, prepare_process, set_threads
-
-# what may differ when a run is resumed, because it changes the speed and not the result
-SPEED_KEYS = ("mode", "chunk_size", "loss_chunk_size")
+from ..files import write_json
+from .config import parse_overrides, read_train_config
+from .environment import default_environment, is_main_process, on_cpu, prepare_process, set_threads, world_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,44 +32,18 @@ def train(values: dict, where: str = "config") -> Path:
     The folder holds the model and its tokenizer, checkpoint-N folders, and TensorBoard files in runs/.
     Raises UserError, before anything is written, for whatever the config or the folders have wrong.
     """
-    for key in ("data", "output_dir"):
-        if not values.get(key):
-            raise UserError(f"{where}: the key {key!r} is needed")
-    if bool(values["model"]) == bool(values.get("init_from")):
-        raise UserError(f"{where}: exactly one of 'model' and 'init_from' is needed")
-    for key, least in (("sequence_length", 2), ("per_device_train_batch_size", 1), ("gradient_accumulation_steps", 1)):
-        if values.get(key, least) < least:
-            raise UserError(f"{where}: {key} must be at least {least}, not {values[key]}")
+    check_values(values, where)
     prepare_process(uses_deepspeed=values.get("deepspeed") is not None)
 
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
 
-    from ..data.stream import TokenStream
-    from ..data.windows import TokenWindows, WindowSampler
-    from ..modeling.modeling_s4 import S4ForCausalLM
     from .arguments import S4TrainingArguments
-    from .checkpoints import RUN_FILE, claim, last_complete_checkpoint, write_json
+    from .checkpoints import RUN_FILE, check_resumable, claim, last_complete_checkpoint
     from .precision import deepspeed_config
-    from .trainer import S4Trainer
+    from .tasks import make_task, run_identity
 
     # ---- everything that can be wrong, before the first file is written
-    stream = TokenStream.open(values["data"], "train")
-    tokenizer = AutoTokenizer.from_pretrained(Path(values["data"]) / "tokenizer")
-    if values.get("init_from"):
-        from ..hub.load import load_model
-
-        model = load_model(values["init_from"])
-        config = model.config
-    else:
-        model, config = None, model_config(values["model"], stream, tokenizer, where)
-    stream.check_vocabulary(config.vocab_size, "the model")
-    length = values.get("sequence_length", S4TrainingArguments.sequence_length)
-    train_windows = TokenWindows(stream, length)
-    windows_per_epoch = len(WindowSampler(train_windows))
-    eval_windows = None
-    if values.get("eval_strategy", "no") != "no":
-        eval_windows = TokenWindows(TokenStream.open(values["data"], "validation"), length)
-
+    task = make_task(values, where)
     output_dir = Path(values["output_dir"])
     arguments = {key: value for key, value in values.items() if key not in ("model", "init_from")}
     arguments["deepspeed"] = deepspeed_config(
@@ -81,34 +53,40 @@ def train(values: dict, where: str = "config") -> Path:
         arguments["bf16"] = False  # it is torch_autocast there
     if on_cpu():
         arguments["use_cpu"] = True
-    identity = run_identity(values, config, stream)
+    batch = values.get("per_device_train_batch_size", S4TrainingArguments.per_device_train_batch_size)
+    identity = run_identity(values, task, batch * values.get("gradient_accumulation_steps", 1) * world_size())
     recorded = claim(output_dir, identity)
+    checkpoint = values.get("resume_from_checkpoint") or last_complete_checkpoint(output_dir)
+    if checkpoint is not None:
+        check_resumable(Path(checkpoint), world_size(), sharded=bool(arguments["deepspeed"]))
     try:
         args = S4TrainingArguments(**arguments)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
     if args.max_steps <= 0:
-        args.max_steps = max(1, int(args.num_train_epochs * windows_per_epoch // args.global_batch_size))
+        args.max_steps = max(1, int(args.num_train_epochs * task.samples_per_epoch // args.global_batch_size))
     if recorded.get("finished_step", -1) >= args.max_steps:
         if is_main_process():
             print(f"{output_dir}: this run is finished ({recorded['finished_step']} steps); nothing to do")
         return output_dir
-    checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(output_dir)
 
     # ---- train
     set_threads()
     set_seed(args.seed)
-    if model is None:
-        model = S4ForCausalLM(config)
+    model = task.new_model()
     if is_main_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / RUN_FILE, recorded | {"identity": identity})
-        print_plan(args, model, stream, checkpoint)
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(output_dir / RUN_FILE, recorded | {"identity": identity})
+        except OSError as error:
+            raise UserError(f"output_dir {output_dir} cannot be written to ({error.strerror or error})") from error
+        print_plan(args, model, task, checkpoint)
     # transformers' own default is a new folder at every start, which would cut a resumed curve in two
     with default_environment("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs")) as tensorboard_folder:
-        trainer = S4Trainer(model, args, train_windows, eval_windows, processing_class=tokenizer)
+        trainer = task.trainer(model, args)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(output_dir))
+    task.finish(trainer)
     trainer.accelerator.wait_for_everyone()
     if is_main_process():
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
@@ -118,34 +96,23 @@ def train(values: dict, where: str = "config") -> Path:
     return output_dir
 
 
-def model_config(keys: dict, stream, tokenizer, where: str):
-    """S4Config from the keys of a config; vocabulary and special tokens from the data where they are not given."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    from ..modeling.configuration_s4 import S4Config
-
-    eos = stream.eos_token_id
-    data = {"vocab_size": stream.vocab_size, "eos_token_id": eos, "bos_token_id": eos}
-    data["pad_token_id"] = tokenizer.pad_token_id
-    try:
-        return S4Config(**(data | keys))
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        # the base of a strict-dataclass error is the sentence that says what is wrong
-        reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
-        raise UserError(f"{where}: model: {reason}") from error
-
-
-def run_identity(values: dict, config, stream) -> dict:
-    """What makes this run this run: two configs with the same identity may share an output folder."""
-    from .arguments import S4TrainingArguments
-
-    model = {key: getattr(config, key) for key in model_keys() if key not in SPEED_KEYS}
-    keys = ("sequence_length", "seed", "learning_rate", "ssm_learning_rate", "weight_decay", "init_from")
-    training = {key: values.get(key, getattr(S4TrainingArguments, key)) for key in keys}
-    return {"model": model, "data": stream.fingerprint, **training}
+def check_values(values: dict, where: str) -> None:
+    """Raise UserError for keys that are missing, out of range, or exclude each other."""
+    if not values.get("output_dir"):
+        raise UserError(f"{where}: the key 'output_dir' is needed")
+    if bool(values["model"]) == bool(values.get("init_from")):
+        raise UserError(f"{where}: exactly one of 'model' and 'init_from' is needed")
+    for key, least in (("sequence_length", 2), ("per_device_train_batch_size", 1), ("gradient_accumulation_steps", 1)):
+        if values.get(key, least) < least:
+            raise UserError(f"{where}: {key} must be at least {least}, not {values[key]}")
+    if values.get("carry_state") and (values.get("activation_checkpointing") or values.get("gradient_checkpointing")):
+        raise UserError(
+            f"{where}: carry_state and activation_checkpointing exclude each other (the recomputed forward would go on "
+            "from the state that it is to make); set one of them to false"
+        )
 
 
-def print_plan(args, model, stream, checkpoint) -> None:
+def print_plan(args, model, task, checkpoint) -> None:
     """What is about to run, resolved."""
     parameters = sum(p.numel() for p in model.parameters())
     config = model.config
@@ -155,8 +122,7 @@ def print_plan(args, model, stream, checkpoint) -> None:
     print(
         f"model     {parameters:,} parameters: {config.num_hidden_layers} x [{', '.join(config.sublayers)}], "
         f"{config.ssm}, hidden_size {config.hidden_size}, state_size {config.state_size}\n"
-        f"data      {len(stream.tokens):,} tokens, vocabulary {stream.vocab_size}\n"
-        f"step      {args.global_batch_size} windows of {args.sequence_length} = {args.tokens_per_step:,} tokens "
+        f"{task.describe(args)} "
         f"({args.world_size} ranks x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
         f"accumulated), {args.max_steps} steps\n"
         f"engine    {engine}, {precision}, {args.device}",

@@ -1,4 +1,4 @@
-"""S4Trainer: the transformers Trainer with this project's parameter groups, data order, checkpoints and meters."""
+"""The transformers Trainer with this project's parameter groups, data order, checkpoints and meters."""
 
 import inspect
 import math
@@ -9,7 +9,9 @@ from torch.utils.data import Sampler, Subset
 from transformers import Trainer, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..data.sequences import SequenceTask
 from ..data.windows import TokenWindows, WindowSampler
+from .carry import CarriedState, RowSampler
 from .checkpoints import mark_complete
 from .param_groups import check_ssm_precision, parameter_groups
 
@@ -47,8 +49,10 @@ class LossProgress(ProgressCallback):
         ("grad_norm", "grad norm {:.2f}"),
         ("learning_rate", "lr {:.2e}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
+        ("samples_per_second", "{:,.0f} samples/s"),
         ("eval_loss", "validation loss {:.4f}"),
         ("eval_perplexity", "perplexity {:.2f}"),
+        ("eval_accuracy", "accuracy {:.2%}"),
     )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -58,30 +62,16 @@ class LossProgress(ProgressCallback):
 
 
 class S4Trainer(Trainer):
-    """Trainer over a TokenStream.
+    """What every task shares: parameter groups, marks of whole checkpoints, the precision guard, the meter."""
 
-    train_windows, eval_windows: TokenWindows; the order of training is that of `RunSampler` with args.seed.
-    """
-
-    def __init__(self, model, args, train_windows: TokenWindows, eval_windows: TokenWindows | None, **kwargs):
-        eval_dataset = None
-        if eval_windows is not None:
-            length = eval_windows.sequence_length
-            eval_dataset = Subset(eval_windows, range(0, len(eval_windows.stream.tokens) - length + 1, length))
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_windows,
-            eval_dataset=eval_dataset,
-            data_collator=default_data_collator,  # windows are of one length: there is nothing to pad
-            **kwargs,
-        )
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        if not args.disable_tqdm:
+        if not self.args.disable_tqdm:
             self.add_callback(LossProgress())
         self._meter = None
-        self._may_skip_logits = "skip_logits" in inspect.signature(model.forward).parameters
+        self._may_skip_logits = "skip_logits" in inspect.signature(self.model.forward).parameters
 
     # ---- loss
 
@@ -91,12 +81,6 @@ class S4Trainer(Trainer):
         if self._may_skip_logits and nobody_looks:
             inputs = {**inputs, "skip_logits": True}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    # ---- data
-
-    def _get_train_sampler(self, train_dataset=None):
-        windows = WindowSampler(self.train_dataset, seed=self.args.seed)
-        return RunSampler(windows, total=self.args.max_steps * self.args.global_batch_size)
 
     # ---- optimizer
 
@@ -112,11 +96,15 @@ class S4Trainer(Trainer):
 
     # ---- checkpoints
 
+    def save_state(self, folder: Path) -> None:
+        """What a subclass adds to a checkpoint; called on every rank."""
+
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self.save_state(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             mark_complete(folder, self.state.global_step, self.args.world_size)
 
     # ---- guards and meters
@@ -127,15 +115,15 @@ class S4Trainer(Trainer):
             self._meter = (time.perf_counter(), self.state.global_step)
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def speed(self, step: int, steps: int, seconds: float) -> dict:
+        """Entries of the log, at `step`, about the last `steps` steps, which took `seconds`."""
+        return {"samples_per_second": steps * self.args.global_batch_size / seconds}
+
     def log(self, logs, start_time=None):
         now, step = time.perf_counter(), self.state.global_step
         if "loss" in logs and self._meter is not None and step > self._meter[1]:
-            steps = step - self._meter[1]
-            logs["tokens_per_second"] = steps * self.args.tokens_per_step / (now - self._meter[0])
-            logs["tokens"] = step * self.args.tokens_per_step
+            logs |= self.speed(step, step - self._meter[1], now - self._meter[0])
             self._meter = (now, step)
-        if "eval_loss" in logs:
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 100.0))
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):
@@ -143,3 +131,85 @@ class S4Trainer(Trainer):
         if self._meter is not None:
             self._meter = (time.perf_counter(), self.state.global_step)  # evaluation is not training time
         return metrics
+
+
+class LanguageModelTrainer(S4Trainer):
+    """Trainer over a TokenStream.
+
+    train_windows, eval_windows: TokenWindows; the order of training is that of `RunSampler` with args.seed, or of
+    `RowSampler` where the state is carried.
+    """
+
+    def __init__(self, model, args, train_windows: TokenWindows, eval_windows: TokenWindows | None, **kwargs):
+        eval_dataset = None
+        if eval_windows is not None:
+            length = eval_windows.sequence_length
+            eval_dataset = Subset(eval_windows, range(0, len(eval_windows.stream.tokens) - length + 1, length))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_windows,
+            eval_dataset=eval_dataset,
+            data_collator=default_data_collator,  # windows are of one length: there is nothing to pad
+            **kwargs,
+        )
+        self._carried = None
+        if args.carry_state:
+            per_row = self._get_train_sampler().windows_per_row
+            self._carried = CarriedState(model.config, per_row, args.gradient_accumulation_steps)
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.args.global_batch_size
+        total = self.args.max_steps * rows
+        windows = self.train_dataset
+        if self.args.carry_state:
+            return RowSampler(len(windows.stream), windows.sequence_length, rows, total)
+        return RunSampler(WindowSampler(windows, seed=self.args.seed), total)
+
+    def speed(self, step, steps, seconds):
+        tokens = self.args.tokens_per_step
+        return {"tokens_per_second": steps * tokens / seconds, "tokens": step * tokens}
+
+    def log(self, logs, start_time=None):
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 100.0))
+        super().log(logs, start_time)
+
+    # ---- the state from window to window
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self._carried is not None and model.training:
+            inputs = inputs | {"past_key_values": self._carried.next_cache(), "use_cache": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _carried_file(self, checkpoint) -> Path:
+        return Path(checkpoint) / f"carried_state_{self.args.process_index}.safetensors"
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if self._carried is not None and resume_from_checkpoint is not None:
+            self._carried.load(self._carried_file(resume_from_checkpoint), self.args.device)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def save_state(self, folder):
+        if self._carried is not None:
+            self._carried.save(self._carried_file(folder))
+
+
+class ClassificationTrainer(S4Trainer):
+    """Trainer over a SequenceTask; evaluation is on its validation split, with accuracy."""
+
+    def __init__(self, model, args, task: SequenceTask, **kwargs):
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=task.splits["train"],
+            eval_dataset=task.splits["validation"],
+            data_collator=task.collate,
+            compute_metrics=accuracy,
+            **kwargs,
+        )
+
+
+def accuracy(prediction) -> dict:
+    """Share of examples whose largest logit is that of their label."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}

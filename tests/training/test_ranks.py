@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import REPO, losses, process_environment, run, train_command
+from harness import REPO, losses, process_environment, run, train_command
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ def zero(stage: int) -> str:
 def two_ranks_plain(corpus, tmp_path_factory):
     """The losses of 30 steps on two ranks without DeepSpeed, and the folder of the run."""
     import yaml
-    from conftest import base_config
+    from harness import base_config
 
     folder = tmp_path_factory.mktemp("plain")
     config = folder / "config.yaml"

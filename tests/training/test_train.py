@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses
+from harness import losses
 from safetensors.torch import load_file
 
 from ssm_lm.cli import main
@@ -82,6 +82,33 @@ def test_a_folder_of_something_else_is_refused(write_config, tmp_path, capsys):
     assert main(["train", write_config()]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_checkpoint_that_cannot_be_resumed_is_refused(write_config, tmp_path, capsys):
+    config = write_config(max_steps=4, save_strategy="steps", save_steps=2)
+    assert main(["train", config, "--resume_from_checkpoint", str(tmp_path / "nowhere")]) == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
+    assert main(["train", config]) == 0
+    mark = tmp_path / "run" / "checkpoint-4" / "complete.json"
+    mark.write_text(json.dumps({"step": 4, "world_size": 8}))
+    zero = str(Path(__file__).parents[2] / "configs" / "deepspeed" / "zero1.json")
+    assert main(["train", config, "--max_steps", "6", "--deepspeed", zero]) == 2
+    assert "written by 8 ranks" in capsys.readouterr().err
+
+
+def test_a_damaged_data_folder_is_one_line(corpus, write_config, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    (copy / "tokenizer" / "tokenizer.json").write_text("{")
+    assert main(["train", write_config(data=str(copy))]) == 2
+    (copy / "train.bin").write_bytes(b"short")
+    assert main(["train", write_config(data=str(copy))]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2
+    assert "tokenizer" in lines[0]
+    assert "train.bin" in lines[1]
 
 
 def test_accumulating_gradients_changes_nothing(write_config, tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 import yaml
-from conftest import base_config
+from harness import base_config
 
 from ssm_lm.cli import main
 from ssm_lm.errors import UserError
@@ -30,9 +30,11 @@ def test_overrides():
         parse_overrides(["stray"])
 
 
-def test_numbers_are_those_of_yaml_1_2(config_file):
-    values = read_train_config(config_file("learning_rate: 1e-3\nweight_decay: .1\nmax_steps: 10\nseed: 0"), {})
+def test_scalars_are_those_of_yaml_1_2(config_file):
+    text = "learning_rate: 1e-3\nweight_decay: .1\nmax_steps: 10\neval_strategy: no\nbf16: false\nmax_grad_norm: 1"
+    values = read_train_config(config_file(text), parse_overrides(["--save_strategy", "no"]))
     assert (values["learning_rate"], values["weight_decay"], values["max_steps"]) == (1e-3, 0.1, 10)
+    assert (values["eval_strategy"], values["save_strategy"], values["bf16"]) == ("no", "no", False)
 
 
 def test_a_model_file_is_found_beside_the_config_and_overridden(tmp_path, config_file):

@@ -1,0 +1,82 @@
+"""Truncated back-propagation through time: the state goes on from window to window, the gradient does not.
+
+The stream is cut into as many rows as the global batch has windows, and a step takes the next window of every row, so
+that each window continues the one before it in its row. The states at the windows' ends are the initial states of the
+next step, and part of every checkpoint.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
+from transformers import DynamicCache
+
+from ..errors import UserError
+
+
+class RowSampler(Sampler):
+    """Starts of windows, row by row within a step: the sample at a place is a function of the place alone.
+
+    tokens: length of the stream; rows: windows a step. Every row has `windows_per_row` windows; after the last of them
+    all rows begin again, from a zero state. Raises UserError for a stream too short for one window a row.
+    """
+
+    def __init__(self, tokens: int, sequence_length: int, rows: int, total: int):
+        self.sequence_length, self.rows, self.total = sequence_length, rows, total
+        self.windows_per_row = tokens // (rows * sequence_length)
+        if self.windows_per_row == 0:
+            raise UserError(
+                f"carry_state: {tokens} tokens are too few for {rows} rows of {sequence_length}; "
+                "use a smaller batch or sequence_length"
+            )
+
+    def __len__(self):
+        return self.total
+
+    def __iter__(self):
+        row_length = self.windows_per_row * self.sequence_length
+        for place in range(self.total):
+            step, row = divmod(place, self.rows)
+            yield row * row_length + step % self.windows_per_row * self.sequence_length
+
+
+class CarriedState:
+    """The caches that a rank carries, one for each of the batches that it accumulates in a step."""
+
+    def __init__(self, config, windows_per_row: int, batches_per_step: int):
+        self.config = config
+        self.windows_per_row, self.batches_per_step = windows_per_row, batches_per_step
+        self.place = 0  # batches seen by this rank since the run began
+        self.caches = [DynamicCache(config=config) for _ in range(batches_per_step)]
+
+    def next_cache(self) -> DynamicCache:
+        """The cache for the next batch, holding the state that its windows continue; no gradient goes back from it."""
+        step, slot = divmod(self.place, self.batches_per_step)
+        self.place += 1
+        if step % self.windows_per_row == 0:
+            self.caches[slot] = DynamicCache(config=self.config)
+        for layer in self.caches[slot].layers:
+            layer.states = [state.detach() for state in layer.states]
+        return self.caches[slot]
+
+    def save(self, path: Path) -> None:
+        """Write every state of this rank as safetensors."""
+        tensors = {"place": torch.tensor(self.place)}
+        for slot, cache in enumerate(self.caches):
+            for number, layer in enumerate(cache.layers):
+                for index, state in enumerate(layer.states):
+                    tensors[f"{slot}.{number}.{index}"] = state.detach().contiguous()
+        save_file(tensors, path)
+
+    def load(self, path: Path, device) -> None:
+        """Take up the states of a checkpoint. Raises UserError where it has none for this rank."""
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; the checkpoint was not written with carry_state, or by other ranks")
+        tensors = load_file(path, device=str(device))
+        self.place = int(tensors.pop("place"))
+        self.caches = [DynamicCache(config=self.config) for _ in range(self.batches_per_step)]
+        keys = sorted(tensors, key=lambda key: [int(part) for part in key.split(".")])
+        for key in keys:
+            slot, number, index = (int(part) for part in key.split("."))
+            self.caches[slot].layers[number].update_state(index, tensors[key], 0)

@@ -1,0 +1,129 @@
+"""What there is to learn: the next token of a stream, or the class of a sequence.
+
+A task brings the data, the config of the model and the Trainer; `run.py` does the rest, which is the same for both.
+Making one reads and checks everything and writes nothing.
+"""
+
+import json
+from pathlib import Path
+
+from ..data.sequences import load_task
+from ..data.stream import TokenStream
+from ..data.tokenizer import load_tokenizer
+from ..data.windows import TokenWindows, WindowSampler
+from ..errors import UserError
+from ..files import write_json
+from .arguments import S4TrainingArguments
+from .trainer import ClassificationTrainer, LanguageModelTrainer
+
+
+def make_task(values: dict, where: str):
+    """The task that a config asks for. Raises UserError for whatever its data or its model have wrong."""
+    if values.get("task"):
+        return Classification(values, where)
+    return LanguageModelling(values, where)
+
+
+class LanguageModelling:
+    """The next token of the stream in `data`. Attributes: config (S4Config), samples_per_epoch, fingerprint."""
+
+    def __init__(self, values: dict, where: str):
+        if not values.get("data"):
+            raise UserError(f"{where}: the key 'data' is needed")
+        self.stream = TokenStream.open(values["data"], "train")
+        self.tokenizer = load_tokenizer(str(Path(values["data"]) / "tokenizer"))
+        self.model = None
+        if values.get("init_from"):
+            from ..hub.load import load_model
+
+            self.model = load_model(values["init_from"])
+            self.config = self.model.config
+        else:
+            eos = self.stream.eos_token_id
+            tokens = {"vocab_size": self.stream.vocab_size, "eos_token_id": eos, "bos_token_id": eos}
+            tokens["pad_token_id"] = self.tokenizer.pad_token_id
+            self.config = model_config(tokens | values["model"], where)
+        self.stream.check_vocabulary(self.config.vocab_size, "the model")
+        length = values.get("sequence_length", S4TrainingArguments.sequence_length)
+        self.train_windows = TokenWindows(self.stream, length)
+        self.eval_windows = None
+        if values.get("eval_strategy", "no") != "no":
+            self.eval_windows = TokenWindows(TokenStream.open(values["data"], "validation"), length)
+        self.samples_per_epoch = len(WindowSampler(self.train_windows))
+        self.fingerprint = self.stream.fingerprint
+
+    def new_model(self):
+        """The model of `init_from`, or a fresh one."""
+        from ..modeling.modeling_s4 import S4ForCausalLM
+
+        return S4ForCausalLM(self.config) if self.model is None else self.model
+
+    def describe(self, args) -> str:
+        return (
+            f"data      {len(self.stream):,} tokens, vocabulary {self.stream.vocab_size}\n"
+            f"step      {args.global_batch_size} windows of {args.sequence_length} = {args.tokens_per_step:,} tokens"
+        )
+
+    def trainer(self, model, args):
+        return LanguageModelTrainer(model, args, self.train_windows, self.eval_windows, processing_class=self.tokenizer)
+
+    def finish(self, trainer) -> None:
+        """Nothing to add: `ssm-lm eval` measures a language model."""
+
+
+class Classification:
+    """The class of a sequence, of the `task` by name. Attributes as LanguageModelling's."""
+
+    def __init__(self, values: dict, where: str):
+        if values.get("init_from"):
+            raise UserError(f"{where}: init_from is for language models; leave it out")
+        self.task = load_task(values["task"])
+        self.config = model_config(self.task.model_keys() | {"tie_word_embeddings": False} | values["model"], where)
+        self.samples_per_epoch = len(self.task.splits["train"])
+        self.fingerprint = f"{self.task.name}: {', '.join(f'{k} {len(v)}' for k, v in self.task.splits.items())}"
+
+    def new_model(self):
+        from ..modeling.modeling_s4 import S4ForSequenceClassification
+
+        return S4ForSequenceClassification(self.config)
+
+    def describe(self, args) -> str:
+        return f"data      {self.fingerprint}\nstep      {args.global_batch_size} sequences"
+
+    def trainer(self, model, args):
+        return ClassificationTrainer(model, args, self.task)
+
+    def finish(self, trainer) -> None:
+        """Measure the test split, print it and write it to test_results.json."""
+        results = trainer.evaluate(self.task.splits["test"], metric_key_prefix="test")
+        results = {key: results[key] for key in ("test_loss", "test_accuracy")}
+        if trainer.is_world_process_zero():
+            results |= {"task": self.task.name, "examples": len(self.task.splits["test"])}
+            write_json(Path(trainer.args.output_dir) / "test_results.json", results)
+            print(f"test      accuracy {results['test_accuracy']:.2%} of {results['examples']:,}")
+
+
+def model_config(keys: dict, where: str):
+    """S4Config from the keys of a config. Raises UserError that says which of them makes no model."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    from ..hub.load import one_line
+    from ..modeling.configuration_s4 import S4Config
+
+    try:
+        return S4Config(**keys)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise UserError(f"{where}: model: {one_line(error.__cause__ or error)}") from error
+
+
+def run_identity(values: dict, task, global_batch_size: int) -> dict:
+    """What makes this run this run: two configs with the same identity may share an output folder.
+
+    Not in it: what changes the speed and not the result, and what only says how long and how often.
+    """
+    speed_only = ("mode", "chunk_size", "loss_chunk_size")
+    model = {key: value for key, value in task.config.to_diff_dict().items() if key not in speed_only}
+    model = json.loads(json.dumps({key: value for key, value in model.items() if key != "transformers_version"}))
+    keys = ("sequence_length", "carry_state", "seed", "learning_rate", "ssm_learning_rate", "weight_decay", "init_from")
+    training = {key: values.get(key, getattr(S4TrainingArguments, key)) for key in keys}
+    return {"model": model, "data": task.fingerprint, "global_batch_size": global_batch_size, **training}

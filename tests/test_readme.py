@@ -1,0 +1,86 @@
+"""The commands of the README run. Those that need what a test machine lacks are parsed instead."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssm_lm.cli import build_parser
+
+REPO = Path(__file__).parents[1]
+VENV = Path(sys.prefix)
+BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
+
+# the README's commands at full size -> the same at the size of a test
+SMALLER = {
+    "make quickstart": f"make -o {VENV}/.installed VENV={VENV} quickstart "
+    'QUICKSTART="--max_steps 4 --eval_steps 2 --save_steps 2"',
+    "--max_steps 200": "--max_steps 2 --eval_strategy no",
+    "make test": "true",  # is what runs this
+}
+
+
+def blocks() -> list[dict]:
+    return [match.groupdict() for match in BLOCK.finditer((REPO / "README.md").read_text())]
+
+
+def test_every_block_is_of_a_known_kind():
+    found = blocks()
+    assert len(found) >= 10
+    assert {block["language"] for block in found} == {"bash", "python", "text"}
+    text = (REPO / "README.md").read_text()
+    assert text.count("```") == 2 * len(found)
+
+
+def test_commands_for_elsewhere_are_well_formed():
+    """Verbs, flags and files of the blocks that are not run."""
+    checked = 0
+    for block in blocks():
+        if block["language"] != "bash" or not block["needs"]:
+            continue
+        for line in block["code"].replace("\\\n", " ").splitlines():
+            words = shlex.split(line)
+            if words[0] == "ssm-lm":
+                words = words[1:]
+            else:
+                assert words[0] in ("torchrun", "deepspeed"), line
+                words = words[words.index("ssm_lm") + 1 :]
+            args = build_parser(words[0]).parse_args(words)
+            if words[0] == "train":
+                assert (REPO / args.config).is_file(), line
+            checked += 1
+    assert checked >= 4
+
+
+@pytest.mark.slow
+def test_the_other_blocks_run_in_order(tmp_path):
+    """In a copy of the checkout, as a newcomer would go through the page."""
+    files = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(REPO / name, target)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {
+        "PATH": f"{VENV / 'bin'}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "PYTHONPATH": str(REPO),
+    }
+    for block in blocks():
+        code = block["code"]
+        if block["needs"] or block["language"] == "text":
+            continue
+        for full, small in SMALLER.items():
+            code = code.replace(full, small)
+        command = ["bash", "-euc", code] if block["language"] == "bash" else [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "exports" / "quickstart" / "modeling_s4.py").is_file()
+    assert (tmp_path / "runs" / "quickstart" / "runs").is_dir()  # TensorBoard
