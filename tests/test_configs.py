@@ -42,3 +42,28 @@ def test_every_key_of_the_deepspeed_configs_is_explained():
                 assert f"{name}`" in text, name
         stages.append(config["zero_optimization"]["stage"])
     assert stages == [0, 1, 2, 3]
+
+
+def test_the_wikitext_103_recipe(monkeypatch):
+    """The model and the schedule of the S4 paper's 20.95 run, as upstream's configs say."""
+    monkeypatch.chdir(REPO)
+    path = CONFIGS / "train" / "wikitext103.yaml"
+    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    assert all("#" in line for line in lines if not line.startswith("model:"))
+    values = read_train_config(str(path), {})
+    config = S4Config(**values["model"])
+    with torch.device("meta"):
+        model = S4ForCausalLM(config)
+    assert sum(p.numel() for p in model.parameters()) == 243_375_994
+    assert [tuple(p.shape) for n, p in model.model.embed_tokens.named_parameters() if "weight" in n] == [
+        (19997, 1024),
+        (20000, 256),
+        (160000, 64),
+        (67738, 16),
+    ]
+    assert {config.dropout, config.embedding_dropout, config.head_dropout} == {0.25}
+    args = {key: values[key] for key in ("learning_rate", "ssm_learning_rate", "weight_decay", "warmup_steps")}
+    assert args == {"learning_rate": 5e-4, "ssm_learning_rate": 5e-4, "weight_decay": 0.1, "warmup_steps": 1000}
+    assert (values["sequence_length"], values["per_device_train_batch_size"], values["max_steps"]) == (8192, 1, 800000)
+    assert (values["bf16"], values["max_grad_norm"]) == (True, 0.0)
+    assert json.loads(Path(values["deepspeed"]).read_text())["zero_optimization"]["stage"] == 1
