@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import UserError
+from .listops import NUM_LABELS, PAD, SPLITS, VOCAB_SIZE, read_split
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,21 @@ def imdb(folder: Path) -> SequenceTask:
     return SequenceTask("imdb", splits, 2, vocab_size=257, pad_token_id=0)
 
 
+def listops(folder: Path) -> SequenceTask:
+    """ListOps from the .tsv files of the Long Range Arena or of `python -m ssm_lm.data.listops`, padded with 0."""
+
+    def examples(name):
+        sequences, labels = read_split(folder / name)
+        return Examples("input_ids", sequences, labels, lambda ids: torch.from_numpy(ids.astype(np.int64)))
+
+    splits = {split: examples(name) for split, (name, _) in SPLITS.items()}
+    return SequenceTask("listops", splits, NUM_LABELS, vocab_size=VOCAB_SIZE, pad_token_id=PAD)
+
+
 # name -> (loader, whether it needs a folder)
 TASKS: dict[str, tuple[Callable, bool]] = {
     "digits": (digits, False),
     "fashion-mnist": (fashion_mnist, True),
     "imdb": (imdb, True),
+    "listops": (listops, True),
 }
