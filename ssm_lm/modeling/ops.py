@@ -5,121 +5,20 @@ A complex number of a state is kept as two real ones: a state vector (..., N) is
 N/2 states whose conjugates are implied. Everything runs in the dtype of its inputs, float32 or float64.
 """
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 
+from .chunked import ChunkOperators, apply_diagonal, chunk_scan, toeplitz
 
-class ChunkOperators(NamedTuple):
-    """What a chunk of T tokens does to its input u and to the state h at its start:
-
-        y_chunk = toeplitz(taps) u_chunk + emit h + (D u: not here)
-        h_next  = inject u_chunk         + carry h
-
-    taps (H, T); emit (H, T, N); inject (H, N, T); carry is A-bar^T: dense (H, N, N), or diagonal and complex (H, N)
-    as [real | imaginary].
-    """
-
-    taps: torch.Tensor
-    emit: torch.Tensor
-    inject: torch.Tensor
-    carry: torch.Tensor
-
-
-def toeplitz(taps: torch.Tensor) -> torch.Tensor:
-    """taps (H, T) -> (H, T, T) lower triangular, entry [i, j] = taps[i - j]: the causal convolution within a chunk."""
-    length = taps.shape[-1]
-    windows = F.pad(taps, (length - 1, 0)).unfold(-1, length, 1)  # [i, m] = taps[i + m - (T-1)]
-    return windows.flip(-1)
-
-
-def apply_diagonal(diagonal: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """Complex product of two vectors in real form: diagonal (..., N) times state (..., N)."""
-    dr, di = diagonal.chunk(2, -1)
-    sr, si = state.chunk(2, -1)
-    return torch.cat([dr * sr - di * si, dr * si + di * sr], -1)
-
-
-class _ChunkRecurrence(torch.autograd.Function):
-    """h_{c+1} = carry h_c + x_c over the chunks c, with the backward written out.
-
-    The gradient of a linear recurrence is the same recurrence, transposed and run in reverse:
-        g_c = grad h_c + carry^T g_{c+1},   grad x_c = g_{c+1},   grad carry = sum_c g_{c+1} h_c^T
-    Left to autograd, the loop's slices would each write a full-size zero gradient: quadratic in the length.
-    """
-
-    @staticmethod
-    def forward(ctx, x, carry, initial_state):
-        states = x.new_empty(x.shape[0] + 1, *x.shape[1:])  # (chunks + 1, H, B, N)
-        states[0] = initial_state
-        dense = carry.dim() == 3
-        carry_t = carry.transpose(-1, -2) if dense else carry.unsqueeze(1)
-        for c in range(x.shape[0]):
-            if dense:
-                torch.baddbmm(x[c], states[c], carry_t, out=states[c + 1])
-            else:
-                torch.add(apply_diagonal(carry_t, states[c]), x[c], out=states[c + 1])
-        ctx.save_for_backward(states, carry)
-        return states
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_states):
-        states, carry = ctx.saved_tensors
-        dense = carry.dim() == 3
-        if not dense:
-            cr, ci = carry.unsqueeze(1).chunk(2, -1)
-            conjugate = torch.cat([cr, -ci], -1)
-        grad_x = torch.empty_like(states[1:])
-        g = grad_states[-1]
-        for c in range(states.shape[0] - 2, -1, -1):
-            grad_x[c] = g
-            g = torch.baddbmm(grad_states[c], g, carry) if dense else grad_states[c] + apply_diagonal(conjugate, g)
-        if dense:
-            rows = grad_x.transpose(0, 1).flatten(1, 2)  # (H, chunks * B, N)
-            grad_carry = rows.transpose(1, 2) @ states[:-1].transpose(0, 1).flatten(1, 2)
-        else:
-            gr, gi = grad_x.chunk(2, -1)
-            sr, si = states[:-1].chunk(2, -1)
-            grad_carry = torch.cat([(gr * sr + gi * si).sum((0, 2)), (gi * sr - gr * si).sum((0, 2))], -1)
-        return grad_x, grad_carry, g
-
-
-def chunk_states(u: torch.Tensor, operators: ChunkOperators, initial_state: torch.Tensor) -> torch.Tensor:
-    """The states at the chunks' borders.
-
-    u: (H, chunks, B, T), initial_state: (B, H, N) -> (chunks + 1, H, B, N), the first of them the initial state.
-    """
-    H, chunks, B, T = u.shape
-    driven = u.reshape(H, chunks * B, T) @ operators.inject.transpose(1, 2)  # (H, chunks * B, N)
-    driven = driven.view(H, chunks, B, driven.shape[-1]).transpose(0, 1).contiguous()
-    return _ChunkRecurrence.apply(driven, operators.carry, initial_state.transpose(0, 1))
-
-
-def to_chunks(u: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """u (B, L, H), L a multiple of the chunk -> (H, chunks, B, T), contiguous."""
-    B, L, H = u.shape
-    return u.view(B, L // chunk_size, chunk_size, H).permute(3, 1, 0, 2).contiguous()
-
-
-def chunk_scan(
-    u: torch.Tensor, operators: ChunkOperators, initial_state: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run an LTI state space over u in chunks: O(L), matmuls within a chunk and one small recurrence between them.
-
-    u: (B, L, H) with L a multiple of the operators' T; initial_state: (B, H, N).
-    Returns y (B, L, H), without D u, and the final state (B, H, N).
-    """
-    B, L, H = u.shape
-    T = operators.taps.shape[-1]
-    chunks = to_chunks(u, T)
-    states = chunk_states(chunks, operators, initial_state)
-    starts = states[:-1].transpose(0, 1).flatten(1, 2)  # (H, chunks * B, N)
-    within = chunks.flatten(1, 2) @ toeplitz(operators.taps).transpose(1, 2)
-    y = torch.baddbmm(within, starts, operators.emit.transpose(1, 2))
-    y = y.view(H, L // T, B, T).permute(2, 1, 3, 0).reshape(B, L, H)
-    return y, states[-1].transpose(0, 1)
+__all__ = [
+    "ChunkOperators",
+    "apply_diagonal",
+    "cauchy",
+    "chunk_scan",
+    "fft_convolution",
+    "powers",
+    "toeplitz",
+    "vandermonde",
+]
 
 
 def fft_convolution(u: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
