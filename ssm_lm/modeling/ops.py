@@ -30,10 +30,12 @@ def fft_convolution(u: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
 
 
 class _Cauchy(torch.autograd.Function):
-    """See `cauchy`. Works through the nodes in blocks, in real arithmetic; recomputes the matrix in the backward."""
+    """Sums over n of alpha D and beta D, D = 1 / ((i s - Lambda)(i s - conj Lambda)); see `cauchy`. Works through the
+    nodes in blocks, in real arithmetic, and recomputes D in the backward.
+    """
 
-    # nodes a block: large enough for a matmul, small enough that (H, block, N) stays in tens of megabytes
-    block_elements = 1 << 20
+    # elements of (H, block of nodes, N/2): large enough for a matmul, small enough to stay in a CPU's cache
+    block_elements = 1 << 19
 
     @staticmethod
     def _blocks(nodes, Lambda_im):
@@ -41,50 +43,48 @@ class _Cauchy(torch.autograd.Function):
         return [slice(start, min(start + size, len(nodes))) for start in range(0, len(nodes), size)]
 
     @staticmethod
-    def _resolvents(nodes, Lambda_re, Lambda_im):
-        """1/(i s - Lambda) and 1/(i s - conj Lambda), as four real tensors (H, block, N/2).
-
-        Two separate divisions: their sum as one fraction has |Lambda|^2 - s^2 in it, which cancels near a pole.
+    def _resolvent(nodes, Lambda_re, Lambda_im):
+        """Re D and Im D, (H, block, N/2). With Lambda = a + i b the denominator is (a^2 + b^2 - s^2) - 2 i a s;
+        near a pole, s = b, its real part is the small a^2 + (b - s)(b + s), in which nothing cancels.
         """
-        a = -Lambda_re[:, None]
-        minus = nodes[:, None] - Lambda_im[:, None]
-        plus = nodes[:, None] + Lambda_im[:, None]
-        d1, d2 = 1 / (a * a + minus * minus), 1 / (a * a + plus * plus)
-        return a * d1, -minus * d1, a * d2, -plus * d2
+        a, b, s = Lambda_re[:, None], Lambda_im[:, None], nodes[:, None]
+        p = torch.addcmul(a * a, b - s, b + s)
+        q = (-2 * a) * s
+        norm = torch.addcmul(p * p, q, q)
+        return p.div_(norm), q.div_(norm).neg_()
 
     @staticmethod
-    def forward(ctx, v_re, v_im, nodes, Lambda_re, Lambda_im):
-        ctx.save_for_backward(v_re, v_im, nodes, Lambda_re, Lambda_im)
-        v = torch.cat([v_re, v_im], -1).transpose(1, 2)  # (H, N, M)
-        out_re = v_re.new_empty(v_re.shape[0], len(nodes), v_re.shape[1])
-        out_im = torch.empty_like(out_re)
+    def forward(ctx, weights, nodes, Lambda_re, Lambda_im):
+        ctx.save_for_backward(weights, nodes, Lambda_re, Lambda_im)
+        columns = weights.transpose(1, 2)  # (H, N/2, 2M)
+        x = weights.new_empty(weights.shape[0], len(nodes), weights.shape[1])
+        y = torch.empty_like(x)
         for block in _Cauchy._blocks(nodes, Lambda_im):
-            r1, i1, r2, i2 = _Cauchy._resolvents(nodes[block], Lambda_re, Lambda_im)
-            out_re[:, block] = torch.cat([r1 + r2, i2 - i1], -1) @ v
-            out_im[:, block] = torch.cat([i1 + i2, r1 - r2], -1) @ v
-        return out_re.transpose(1, 2), out_im.transpose(1, 2)
+            D_re, D_im = _Cauchy._resolvent(nodes[block], Lambda_re, Lambda_im)
+            x[:, block] = D_re @ columns
+            y[:, block] = D_im @ columns
+        return x, y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_re, grad_im):
-        v_re, v_im, nodes, Lambda_re, Lambda_im = ctx.saved_tensors
-        half = v_re.shape[-1]
-        grad_v = v_re.new_zeros(v_re.shape[0], 2 * half, v_re.shape[1])
-        grad_lambda_re, grad_lambda_im = torch.zeros_like(Lambda_re), torch.zeros_like(Lambda_im)
+    def backward(ctx, grad_x, grad_y):
+        weights, nodes, Lambda_re, Lambda_im = ctx.saved_tensors
+        grad_weights = torch.zeros_like(weights)
+        sum_p, sum_q = torch.zeros_like(Lambda_re), torch.zeros_like(Lambda_im)
         for block in _Cauchy._blocks(nodes, Lambda_im):
-            r1, i1, r2, i2 = _Cauchy._resolvents(nodes[block], Lambda_re, Lambda_im)
-            gr, gi = grad_re[:, :, block], grad_im[:, :, block]  # (H, M, block)
-            grad_v += torch.cat([r1 + r2, i2 - i1], -1).transpose(1, 2) @ gr.transpose(1, 2)
-            grad_v += torch.cat([i1 + i2, r1 - r2], -1).transpose(1, 2) @ gi.transpose(1, 2)
-            # d out / d Lambda = v / (i s - Lambda)^2 and its conjugate twin; q = sum over M of conj(grad) v
-            gr, gi = gr.transpose(1, 2), gi.transpose(1, 2)
-            rr, ii, ri, ir = gr @ v_re, gi @ v_im, gr @ v_im, gi @ v_re
-            q1r, q1i, q2r, q2i = rr + ii, ri - ir, rr - ii, -ri - ir
-            s1r, s1i, s2r, s2i = r1 * r1 - i1 * i1, 2 * r1 * i1, r2 * r2 - i2 * i2, 2 * r2 * i2
-            grad_lambda_re += (q1r * s1r - q1i * s1i + q2r * s2r - q2i * s2i).sum(1)
-            grad_lambda_im += (q2r * s2i + q2i * s2r - q1r * s1i - q1i * s1r).sum(1)
-        grad_v = grad_v.transpose(1, 2)
-        return grad_v[..., :half], grad_v[..., half:], None, grad_lambda_re, grad_lambda_im
+            s = nodes[block]
+            D_re, D_im = _Cauchy._resolvent(s, Lambda_re, Lambda_im)
+            gx, gy = grad_x[:, block], grad_y[:, block]
+            grad_weights.baddbmm_(gx.transpose(1, 2), D_re).baddbmm_(gy.transpose(1, 2), D_im)
+            # D = 1 / (p + i q), so dD = -D^2 (dp + i dq), with dp = d(a^2 + b^2) and dq = -2 s da
+            g_re, g_im = gx @ weights, gy @ weights
+            square_re = torch.addcmul(D_re * D_re, D_im, D_im, value=-1)
+            square_im = D_re.mul_(D_im).mul_(2)
+            ones = torch.ones_like(s)
+            sum_p -= ones @ torch.addcmul(g_re * square_re, g_im, square_im)
+            sum_q += s @ torch.addcmul(g_re.mul_(square_im), g_im, square_re, value=-1)
+        grad_re = 2 * (Lambda_re * sum_p - sum_q)
+        return grad_weights, None, grad_re, 2 * Lambda_im * sum_p
 
 
 def cauchy(
@@ -94,10 +94,16 @@ def cauchy(
 
         out[h, m, l] = sum_n  v[h, m, n] / (i s_l - Lambda[h, n])  +  conj(v[h, m, n]) / (i s_l - conj(Lambda[h, n]))
 
+    As one fraction, the numerator is 2 Re(v) i s - 2 Re(v conj Lambda): two real sums for each m share one resolvent.
     v_re, v_im: (H, M, N/2); nodes s: (L,) real; Lambda_re (< 0), Lambda_im: (H, N/2). No gradient for the nodes.
     Returns the real and the imaginary part, (H, M, L) each.
     """
-    return _Cauchy.apply(v_re, v_im, nodes, Lambda_re, Lambda_im)
+    alpha = 2 * v_re
+    beta = 2 * (v_re * Lambda_re[:, None] + v_im * Lambda_im[:, None])
+    x, y = _Cauchy.apply(torch.cat([alpha, beta], 1), nodes, Lambda_re, Lambda_im)  # (H, L, 2M)
+    x_alpha, x_beta = x.transpose(1, 2).chunk(2, 1)
+    y_alpha, y_beta = y.transpose(1, 2).chunk(2, 1)
+    return -nodes * y_alpha - x_beta, nodes * x_alpha - y_beta
 
 
 def powers(log_re: torch.Tensor, log_im: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
