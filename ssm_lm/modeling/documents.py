@@ -76,9 +76,14 @@ def find_documents(seq_idx: torch.Tensor, chunk_size: int) -> Documents:
     )
 
 
-def from_position_ids(position_ids: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """seq_idx (B, L) from positions (B or 1, L) that start again at 0 with every document."""
-    return (position_ids == 0).cumsum(-1).expand(batch_size, -1)
+def from_position_ids(position_ids: torch.Tensor, attention_mask: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+    """seq_idx (B, L) from positions (B or 1, L) that start again at 0 with every document. Where the mask is 0, the
+    positions say nothing (often they are all 0): that is padding.
+    """
+    seq_idx = (position_ids == 0).cumsum(-1).expand(batch_size, -1)
+    if attention_mask is None or attention_mask.dim() != 2:
+        return seq_idx
+    return seq_idx.masked_fill(attention_mask[:, -seq_idx.shape[1] :] == 0, -1)
 
 
 def move_apart(sequence: torch.Tensor, slot: torch.Tensor, rows: int, length: int) -> torch.Tensor:

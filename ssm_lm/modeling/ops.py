@@ -31,7 +31,7 @@ def fft_convolution(u: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
 
 class _Cauchy(torch.autograd.Function):
     """Sums over n of alpha D and beta D, D = 1 / ((i s - Lambda)(i s - conj Lambda)); see `cauchy`. Works through the
-    nodes in blocks, in real arithmetic, and recomputes D in the backward.
+    nodes, (H, L), in blocks, in real arithmetic, and recomputes D in the backward.
     """
 
     # elements of (H, block of nodes, N/2): large enough for a matmul, small enough to stay in a CPU's cache
@@ -40,14 +40,14 @@ class _Cauchy(torch.autograd.Function):
     @staticmethod
     def _blocks(nodes, Lambda_im):
         size = max(1, _Cauchy.block_elements // max(1, Lambda_im.numel()))
-        return [slice(start, min(start + size, len(nodes))) for start in range(0, len(nodes), size)]
+        return [slice(start, min(start + size, nodes.shape[1])) for start in range(0, nodes.shape[1], size)]
 
     @staticmethod
     def _resolvent(nodes, Lambda_re, Lambda_im):
         """Re D and Im D, (H, block, N/2). With Lambda = a + i b the denominator is (a^2 + b^2 - s^2) - 2 i a s;
         near a pole, s = b, its real part is the small a^2 + (b - s)(b + s), in which nothing cancels.
         """
-        a, b, s = Lambda_re[:, None], Lambda_im[:, None], nodes[:, None]
+        a, b, s = Lambda_re[:, None], Lambda_im[:, None], nodes[..., None]
         p = torch.addcmul(a * a, b - s, b + s)
         q = (-2 * a) * s
         norm = torch.addcmul(p * p, q, q)
@@ -57,10 +57,10 @@ class _Cauchy(torch.autograd.Function):
     def forward(ctx, weights, nodes, Lambda_re, Lambda_im):
         ctx.save_for_backward(weights, nodes, Lambda_re, Lambda_im)
         columns = weights.transpose(1, 2)  # (H, N/2, 2M)
-        x = weights.new_empty(weights.shape[0], len(nodes), weights.shape[1])
+        x = weights.new_empty(*nodes.shape, weights.shape[1])
         y = torch.empty_like(x)
         for block in _Cauchy._blocks(nodes, Lambda_im):
-            D_re, D_im = _Cauchy._resolvent(nodes[block], Lambda_re, Lambda_im)
+            D_re, D_im = _Cauchy._resolvent(nodes[:, block], Lambda_re, Lambda_im)
             x[:, block] = D_re @ columns
             y[:, block] = D_im @ columns
         return x, y
@@ -72,7 +72,7 @@ class _Cauchy(torch.autograd.Function):
         grad_weights = torch.zeros_like(weights)
         sum_p, sum_q = torch.zeros_like(Lambda_re), torch.zeros_like(Lambda_im)
         for block in _Cauchy._blocks(nodes, Lambda_im):
-            s = nodes[block]
+            s = nodes[:, block]
             D_re, D_im = _Cauchy._resolvent(s, Lambda_re, Lambda_im)
             gx, gy = grad_x[:, block], grad_y[:, block]
             grad_weights.baddbmm_(gx.transpose(1, 2), D_re).baddbmm_(gy.transpose(1, 2), D_im)
@@ -80,9 +80,8 @@ class _Cauchy(torch.autograd.Function):
             g_re, g_im = gx @ weights, gy @ weights
             square_re = torch.addcmul(D_re * D_re, D_im, D_im, value=-1)
             square_im = D_re.mul_(D_im).mul_(2)
-            ones = torch.ones_like(s)
-            sum_p -= ones @ torch.addcmul(g_re * square_re, g_im, square_im)
-            sum_q += s @ torch.addcmul(g_re.mul_(square_im), g_im, square_re, value=-1)
+            sum_p -= torch.addcmul(g_re * square_re, g_im, square_im).sum(1)
+            sum_q += (s[:, None] @ torch.addcmul(g_re.mul_(square_im), g_im, square_re, value=-1)).squeeze(1)
         grad_re = 2 * (Lambda_re * sum_p - sum_q)
         return grad_weights, None, grad_re, 2 * Lambda_im * sum_p
 
@@ -98,12 +97,17 @@ def cauchy(
     v_re, v_im: (H, M, N/2); nodes s: (L,) real; Lambda_re (< 0), Lambda_im: (H, N/2). No gradient for the nodes.
     Returns the real and the imaginary part, (H, M, L) each.
     """
+    # fourth powers of the nodes and of the smallest decay must both fit in float32: divide nodes and Lambda by a scale
+    # a channel, a power of two, which rounds nothing. The product does not depend on it, so it needs no gradient
+    scale = torch.exp2(torch.round(torch.log2(Lambda_re.detach().abs().amin(1, keepdim=True).clamp(min=1e-30)) / 3))
+    nodes, Lambda_re, Lambda_im = nodes / scale, Lambda_re / scale, Lambda_im / scale
     alpha = 2 * v_re
     beta = 2 * (v_re * Lambda_re[:, None] + v_im * Lambda_im[:, None])
     x, y = _Cauchy.apply(torch.cat([alpha, beta], 1), nodes, Lambda_re, Lambda_im)  # (H, L, 2M)
     x_alpha, x_beta = x.transpose(1, 2).chunk(2, 1)
     y_alpha, y_beta = y.transpose(1, 2).chunk(2, 1)
-    return -nodes * y_alpha - x_beta, nodes * x_alpha - y_beta
+    nodes, scale = nodes[:, None], scale[:, None]
+    return (-nodes * y_alpha - x_beta) / scale, (nodes * x_alpha - y_beta) / scale
 
 
 def powers(log_re: torch.Tensor, log_im: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
