@@ -1,9 +1,10 @@
-"""Language models in which a structured state space layer (S4, S4D) replaces attention.
+"""Language models in which a structured state space layer (S4, S4D, S5) replaces attention.
 
     from ssm_lm import S4Config, S4ForCausalLM
 
-Importing one of these names also registers the classes with transformers' AutoConfig, AutoModel and
-AutoModelForCausalLM. They are imported on first use, because transformers takes seconds to import.
+Importing one of these names also registers the classes with transformers' AutoConfig, AutoModel,
+AutoModelForCausalLM and AutoModelForSequenceClassification. They are imported on first use, because transformers takes
+seconds to import.
 """
 
 import importlib
@@ -14,8 +15,9 @@ _NAMES = {
     "S4Config": "configuration_s4",
     "S4Model": "modeling_s4",
     "S4ForCausalLM": "modeling_s4",
+    "S4ForSequenceClassification": "modeling_s4",
 }
-__all__ = ["S4Config", "S4ForCausalLM", "S4Model", "__version__"]
+__all__ = ["S4Config", "S4ForCausalLM", "S4ForSequenceClassification", "S4Model", "__version__"]
 
 
 def __getattr__(name):

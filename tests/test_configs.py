@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssm_lm import S4Config, S4ForCausalLM
+from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification
+from ssm_lm.data.sequences import TASKS
 from ssm_lm.training.config import read_train_config, read_yaml
 from ssm_lm.training.precision import deepspeed_config
 
@@ -18,10 +19,16 @@ CONFIGS = REPO / "configs"
 def test_training_configs(path, monkeypatch):
     monkeypatch.chdir(REPO)
     values = read_train_config(str(path), {})
-    with torch.device("meta"):
-        S4ForCausalLM(S4Config(**({"vocab_size": 100} | values["model"])))
     deepspeed_config(values.get("deepspeed"), values.get("bf16", False), False)
-    assert {"model", "data", "output_dir", "sequence_length", "max_steps", "learning_rate", "seed"} <= set(values)
+    assert {"model", "output_dir", "learning_rate", "seed"} <= set(values)
+    with torch.device("meta"):
+        if "task" in values:
+            assert values["task"].split(":")[0] in TASKS
+            assert "num_train_epochs" in values
+            S4ForSequenceClassification(S4Config(**({"vocab_size": 100, "num_labels": 2} | values["model"])))
+        else:
+            assert {"data", "sequence_length", "max_steps"} <= set(values)
+            S4ForCausalLM(S4Config(**({"vocab_size": 100} | values["model"])))
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.name)

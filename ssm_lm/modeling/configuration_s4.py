@@ -10,7 +10,11 @@ from .ssm import DISCRETIZATIONS, INITIALIZATIONS, MODES
 ARCHITECTURES = {
     "s4": ("ssm", "ssm", "ffn"),  # the language model of the S4 paper
     "s4-ffn": ("ssm", "ffn"),  # the plain alternation
+    "ssm": ("ssm",),  # state spaces alone, as in the papers' Long Range Arena models
 }
+GATES = ("glu", "half", "none")
+NORMS = ("layer", "rms")
+POOLINGS = ("mean", "last", "max")
 
 
 @strict
@@ -20,17 +24,24 @@ class S4Config(PreTrainedConfig):
     vocab_size: number of token ids.
     hidden_size: channels H, each with a state space of its own.
     num_hidden_layers: how many times the sublayers of `arch` are stacked.
-    arch: "s4", [SSM, SSM, FFN] as in the S4 paper; "s4-ffn", [SSM, FFN].
-    ssm: "s4", diagonal plus low rank; "s4d", diagonal.
-    state_size: order N of every real system, even: N/2 conjugate pairs.
-    ssm_init: "legs"; for s4d also "lin" and "inv".
-    discretization: "bilinear" (s4, and s4d), "zoh" (s4d); None: the first of these for s4, zoh for s4d.
-    dt_min, dt_max: a channel's step is drawn log-uniformly between them.
-    n_ssm: how many (A, B, P) a layer has; the channels share them in turn. None: 1 for s4, one a channel for s4d.
+    arch: "s4", [SSM, SSM, FFN] as in the S4 paper; "s4-ffn", [SSM, FFN]; "ssm", [SSM].
+    ssm: "s4", diagonal plus low rank; "s4d", diagonal; "s5", diagonal with one system for all channels.
+    state_size: order N of every real system, even: N/2 conjugate pairs. For s5 it is the state of the whole layer.
+    ssm_init: "legs"; for s4 also "legt" (rank 2) and "fourier"; for s4d also "lin", "inv", "quad" and "real".
+    discretization: "bilinear", the only one for s4; "zoh", the default for s4d and s5.
+    dt_min, dt_max: a channel's step, for s5 a state's, is drawn log-uniformly between them.
+    n_ssm: how many (A, B, P) a layer has; the channels share them in turn. None: 1 for s4 and s5, one a channel for
+        s4d.
+    b_clip: largest |B_n| of the initialisation of s4 and s4d; None: no limit.
+    ssm_blocks: s5 starts with so many copies of the HiPPO spectrum of order state_size / ssm_blocks.
+    bidirectional: every state space reads the sequence from both ends. For classification only.
     mode: "chunk", "fft", "recurrent", or "auto", the fastest for the length at hand.
     chunk_size: tokens in a chunk of the chunk scan.
     intermediate_size: width of the FFN; None: 4 * hidden_size.
     hidden_act: activation after an SSM and inside an FFN.
+    glu: what mixes the channels after an SSM: "glu", a linear layer to twice the width and a GLU, as in S4; "half",
+        x * sigmoid(linear(x)), as in S5; "none", a linear layer.
+    norm: "layer" or "rms", before every sublayer and after the last.
     dropout: on the output of the activation and of every sublayer; embedding_dropout: on the embeddings.
     adaptive_cutoffs: where the vocabulary is cut into clusters, ids sorted by frequency; gives the model an adaptive
         embedding and an adaptive softmax (adaptive.py). Its `logits` are log-probabilities, float32. None: neither.
@@ -41,6 +52,10 @@ class S4Config(PreTrainedConfig):
     loss_chunk_size: tokens whose logits exist at a time in the loss. A number makes the training mode, given labels,
         return a loss and no logits (None in the output), as an adaptive model always does; evaluation mode keeps them.
         None: logits as everywhere; the forward's skip_logits then decides call by call.
+    tie_dropout: a channel is dropped at all positions of a sequence or at none.
+    input_size: for classification, the number of features of a continuous input `inputs_embeds` (batch, length,
+        input_size), which a linear encoder takes to hidden_size; None: the input is tokens, or of hidden_size.
+    pooling: "mean", "last" or "max" over the positions that are not padding, for classification.
     layer_norm_epsilon, initializer_range (standard deviation of matrices and embeddings), tie_word_embeddings,
     use_cache, bos_token_id, eos_token_id, pad_token_id: as everywhere in transformers.
     Raises a ValueError that names the key for a value that makes no model.
@@ -60,12 +75,20 @@ class S4Config(PreTrainedConfig):
     dt_min: float = 0.001
     dt_max: float = 0.1
     n_ssm: int | None = None
+    b_clip: float | int | None = None
+    ssm_blocks: int = 1
+    bidirectional: bool = False
     mode: str = "auto"
     chunk_size: int = 64
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
+    glu: str = "glu"
+    norm: str = "layer"
     dropout: float | int = 0.0
     embedding_dropout: float | int = 0.0
+    tie_dropout: bool = False
+    input_size: int | None = None
+    pooling: str = "mean"
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -84,7 +107,7 @@ class S4Config(PreTrainedConfig):
         if self.ssm in DISCRETIZATIONS and self.discretization is None:
             self.discretization = DISCRETIZATIONS[self.ssm][0]
         if self.n_ssm is None:
-            self.n_ssm = 1 if self.ssm == "s4" else self.hidden_size
+            self.n_ssm = self.hidden_size if self.ssm == "s4d" else 1
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**kwargs)
@@ -112,11 +135,24 @@ class S4Config(PreTrainedConfig):
         one_of("mode", MODES)
         one_of("ssm_init", INITIALIZATIONS[self.ssm])
         one_of("discretization", DISCRETIZATIONS[self.ssm])
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "chunk_size", "intermediate_size", "n_ssm"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be positive, not {getattr(self, key)}")
+        one_of("glu", GATES)
+        one_of("norm", NORMS)
+        one_of("pooling", POOLINGS)
+        positive = "vocab_size hidden_size num_hidden_layers chunk_size intermediate_size n_ssm ssm_blocks input_size"
+        for key in [*positive.split(), "b_clip"]:
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"{key} must be positive, not {value}")
+        if self.ssm != "s5" and self.ssm_blocks != 1:
+            raise ValueError(f"ssm_blocks is for ssm: s5, not for {self.ssm}")
+        if self.ssm == "s5" and self.n_ssm != 1:
+            raise ValueError(f"n_ssm must be 1 for ssm: s5, which is one system for all channels, not {self.n_ssm}")
+        if self.ssm == "s5" and self.b_clip is not None:
+            raise ValueError("b_clip is for ssm: s4 and s4d; s5 draws its B")
         if self.state_size < 2 or self.state_size % 2:
             raise ValueError(f"state_size must be even and at least 2, not {self.state_size}")
+        if self.state_size % (2 * self.ssm_blocks):
+            raise ValueError(f"ssm_blocks must cut state_size ({self.state_size}) into even parts")
         if self.hidden_size % self.n_ssm:
             raise ValueError(f"n_ssm must divide hidden_size ({self.hidden_size}), and {self.n_ssm} does not")
         if not 0 < self.dt_min <= self.dt_max:

@@ -1,8 +1,10 @@
-"""S4Model and S4ForCausalLM: a language model whose mixers are state spaces.
+"""S4Model, S4ForCausalLM and S4ForSequenceClassification: sequence models whose mixers are state spaces.
 
 embedding -> num_hidden_layers x [sublayers of config.arch] -> norm -> head
 sublayer:  x + dropout(f(norm(x)))
 SSM:  f = GLU(Linear(dropout(act(state space(x)))))          FFN:  f = Linear(dropout(act(Linear(x))))
+
+Packed documents: with `seq_idx`, or with position_ids that start again at 0, the states do too; see documents.py.
 """
 
 import torch
@@ -14,7 +16,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutput,
+)
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -24,32 +30,59 @@ from transformers.utils.output_capturing import capture_outputs
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, tied_keys
 from .cache_s4 import S4CacheLayer  # noqa: F401  (importing it registers the "s4" cache layer)
 from .configuration_s4 import S4Config
+from .documents import Documents, find_documents, from_position_ids
 from .losses import LanguageModelHead, average, causal_targets
 from .ssm import LAYERS, StateSpace
 
 
+def make_norm(config: S4Config) -> nn.Module:
+    norm = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[config.norm]
+    return norm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+
+class TiedDropout(nn.Dropout):
+    """Drops a channel of (B, L, H) at every position of a sequence or at none."""
+
+    def forward(self, x):
+        return x * nn.functional.dropout(torch.ones_like(x[:, :1]), self.p, self.training)
+
+
+def make_dropout(config: S4Config) -> nn.Module:
+    return (TiedDropout if config.tie_dropout else nn.Dropout)(config.dropout)
+
+
+def make_state_space(config: S4Config) -> StateSpace:
+    if config.ssm == "s5":
+        own = {"blocks": config.ssm_blocks}
+    else:
+        own = {"n_ssm": config.n_ssm, "b_clip": config.b_clip}
+    return LAYERS[config.ssm](
+        config.hidden_size,
+        config.state_size,
+        init=config.ssm_init,
+        discretization=config.discretization,
+        dt_min=config.dt_min,
+        dt_max=config.dt_max,
+        chunk_size=config.chunk_size,
+        bidirectional=config.bidirectional,
+        **own,
+    )
+
+
 class S4Mixer(nn.Module):
-    """A state space a channel, then a position-wise GLU that mixes the channels. (B, L, H) -> (B, L, H)"""
+    """A state space, then a position-wise layer, gated or not, that mixes the channels. (B, L, H) -> (B, L, H)"""
 
     def __init__(self, config: S4Config, layer_index: int, state_index: int):
         super().__init__()
         self.layer_index, self.state_index = layer_index, state_index  # where the cache holds the state
         self.mode = config.mode
-        self.ssm = LAYERS[config.ssm](
-            config.hidden_size,
-            config.state_size,
-            init=config.ssm_init,
-            discretization=config.discretization,
-            dt_min=config.dt_min,
-            dt_max=config.dt_max,
-            n_ssm=config.n_ssm,
-            chunk_size=config.chunk_size,
-        )
+        self.ssm = make_state_space(config)
         self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.dropout)
-        self.out_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.dropout = make_dropout(config)
+        self.glu = config.glu
+        self.out_proj = nn.Linear(config.hidden_size, (2 if config.glu == "glu" else 1) * config.hidden_size)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None):
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, documents: Documents | None = None):
         if attention_mask is not None:
             # a padded token drives no state; under left padding the state stays zero until the prompt begins
             mask = attention_mask[:, -hidden_states.shape[1] :, None]
@@ -63,11 +96,15 @@ class S4Mixer(nn.Module):
             initial_state=state,
             output_final_state=cache is not None,
             memo=cache.get_memo(self.state_index) if state is not None and not torch.is_grad_enabled() else None,
+            seq_idx=documents,
         )
         if cache is not None:
             cache.update_state(self.state_index, state, hidden_states.shape[1])
         y = self.dropout(self.activation(y))
-        return nn.functional.glu(self.out_proj(y), dim=-1)
+        if self.glu == "half":
+            return y * torch.sigmoid(self.out_proj(y))
+        y = self.out_proj(y)
+        return nn.functional.glu(y, dim=-1) if self.glu == "glu" else y
 
 
 class S4FeedForward(nn.Module):
@@ -77,7 +114,7 @@ class S4FeedForward(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states, **kwargs):
@@ -89,9 +126,9 @@ class S4Sublayer(nn.Module):
 
     def __init__(self, config: S4Config, inner: nn.Module):
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = make_norm(config)
         self.inner = inner
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
 
     def forward(self, hidden_states, **kwargs):
         return hidden_states + self.dropout(self.inner(self.norm(hidden_states), **kwargs))
@@ -110,9 +147,11 @@ class S4Block(GradientCheckpointingLayer):
             else:
                 self.sublayers.append(S4Sublayer(config, S4FeedForward(config)))
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, documents=None, **kwargs):
         for sublayer in self.sublayers:
-            hidden_states = sublayer(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values)
+            hidden_states = sublayer(
+                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, documents=documents
+            )
         return hidden_states
 
 
@@ -166,9 +205,11 @@ class S4Model(S4PreTrainedModel):
 
     def __init__(self, config: S4Config):
         super().__init__(config)
-        if config.adaptive_cutoffs is None:
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        if config.input_size is not None:  # the input is continuous: no tokens
+            self.embed_tokens, self.encoder = None, nn.Linear(config.input_size, config.hidden_size)
+        elif config.adaptive_cutoffs is None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-            self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         else:
             self.embed_tokens = AdaptiveEmbedding(
                 config.vocab_size,
@@ -179,7 +220,7 @@ class S4Model(S4PreTrainedModel):
             )
             self.embedding_dropout = nn.Identity()  # the recipe drops entries of the narrow vectors, in there
         self.layers = nn.ModuleList([S4Block(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -192,17 +233,35 @@ class S4Model(S4PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """input_ids (B, L) or inputs_embeds (B, L, H); attention_mask (B, L or more), 0 where a token is padding.
 
         past_key_values: a cache from an earlier forward; the sequence goes on from its state. With use_cache the
         output holds the cache, made here where none was given.
+        seq_idx: (B, L), the document of each token, negative for padding: states are zero where it changes. The first
+        document of a row goes on from the cache, where there is one. Without it, position_ids (B, L) that start again
+        at 0 say the same; they are looked at only where no past_key_values are given. Either waits for the device
+        once a forward, to learn how many chunks the documents fill.
+        With config.input_size, inputs_embeds is (B, L, input_size). A bidirectional model has no cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
-        if inputs_embeds is None:
+        if self.config.input_size is not None:
+            if inputs_embeds is None:
+                raise ValueError("a model with input_size takes inputs_embeds (batch, length, input_size)")
+            inputs_embeds = self.encoder(inputs_embeds)
+        elif inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.bidirectional:
+            if past_key_values is not None:
+                raise ValueError("a bidirectional model reads from both ends: it takes no past_key_values")
+            use_cache = False
+        if seq_idx is None and position_ids is not None and past_key_values is None:
+            seq_idx = from_position_ids(position_ids, attention_mask, len(inputs_embeds))
+        documents = None if seq_idx is None else find_documents(seq_idx, self.config.chunk_size)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         attention_mask = create_recurrent_attention_mask(
@@ -211,7 +270,11 @@ class S4Model(S4PreTrainedModel):
         hidden_states = self.embedding_dropout(inputs_embeds)
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+                hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                documents=documents,
+                **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
@@ -226,6 +289,11 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: S4Config):
         super().__init__(config)
+        if config.bidirectional or config.input_size is not None:
+            raise ValueError(
+                "S4ForCausalLM predicts the next token from those before it: bidirectional must be false, and "
+                "input_size, which is for continuous inputs, must be left out"
+            )
         self.model = S4Model(config)
         self.vocab_size = config.vocab_size
         if config.adaptive_cutoffs is None:
@@ -265,7 +333,8 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """As S4Model.forward; labels (B, L) as input_ids, -100 where no loss is wanted (the shift is done here);
+        """As S4Model.forward, seq_idx and position_ids included (generate() would fill in position_ids if they were
+        named here); labels (B, L) as input_ids, -100 where no loss is wanted (the shift is done here);
         logits_to_keep: how many of the last positions get logits (0: all), or which.
         skip_logits: True: the loss alone, without holding (B, L, V), and logits None in the output; None: so in
             training mode where labels are given and the config has loss_chunk_size or adaptive_cutoffs.
@@ -301,3 +370,59 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
         targets = causal_targets(labels, shift_labels).to(hidden_states.device)
         summed = self.lm_head(hidden_states.flatten(0, 1), targets, self.config.loss_chunk_size)
         return average(summed, targets, num_items_in_batch)
+
+
+class S4ForSequenceClassification(S4PreTrainedModel):
+    """S4Model, pooled over the sequence, with a linear classifier: for tokens or, with config.input_size, for
+    continuous inputs; bidirectional or not.
+    """
+
+    def __init__(self, config: S4Config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = S4Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """As S4Model.forward, without a cache; padding may be on either side. Without an attention_mask, tokens that
+        are config.pad_token_id are padding. labels (B,) classes, (B,) or (B, num_labels) numbers for a regression,
+        (B, num_labels) of 0 and 1 for several labels at once: config.problem_type, or what their type says.
+        """
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **(kwargs | {"use_cache": False}),
+        )
+        logits = self.score(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+def pool(hidden_states: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """(B, L, H) -> (B, H): mean, max or last over the positions where mask (B, L) is not 0; all of them without one."""
+    if mask is None:
+        mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+    mask = mask.bool()
+    if pooling == "last":
+        index = torch.arange(mask.shape[1], device=mask.device)
+        last = torch.where(mask, index, -1).argmax(-1)
+        return hidden_states[torch.arange(len(mask), device=mask.device), last]
+    if pooling == "max":
+        return hidden_states.masked_fill(~mask[..., None], torch.finfo(hidden_states.dtype).min).amax(1)
+    accumulate = torch.promote_types(hidden_states.dtype, torch.float32)
+    total = hidden_states.masked_fill(~mask[..., None], 0).sum(1, dtype=accumulate)
+    return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)

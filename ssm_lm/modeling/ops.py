@@ -5,121 +5,20 @@ A complex number of a state is kept as two real ones: a state vector (..., N) is
 N/2 states whose conjugates are implied. Everything runs in the dtype of its inputs, float32 or float64.
 """
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 
+from .chunked import ChunkOperators, apply_diagonal, chunk_scan, toeplitz
 
-class ChunkOperators(NamedTuple):
-    """What a chunk of T tokens does to its input u and to the state h at its start:
-
-        y_chunk = toeplitz(taps) u_chunk + emit h + (D u: not here)
-        h_next  = inject u_chunk         + carry h
-
-    taps (H, T); emit (H, T, N); inject (H, N, T); carry is A-bar^T: dense (H, N, N), or diagonal and complex (H, N)
-    as [real | imaginary].
-    """
-
-    taps: torch.Tensor
-    emit: torch.Tensor
-    inject: torch.Tensor
-    carry: torch.Tensor
-
-
-def toeplitz(taps: torch.Tensor) -> torch.Tensor:
-    """taps (H, T) -> (H, T, T) lower triangular, entry [i, j] = taps[i - j]: the causal convolution within a chunk."""
-    length = taps.shape[-1]
-    windows = F.pad(taps, (length - 1, 0)).unfold(-1, length, 1)  # [i, m] = taps[i + m - (T-1)]
-    return windows.flip(-1)
-
-
-def apply_diagonal(diagonal: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """Complex product of two vectors in real form: diagonal (..., N) times state (..., N)."""
-    dr, di = diagonal.chunk(2, -1)
-    sr, si = state.chunk(2, -1)
-    return torch.cat([dr * sr - di * si, dr * si + di * sr], -1)
-
-
-class _ChunkRecurrence(torch.autograd.Function):
-    """h_{c+1} = carry h_c + x_c over the chunks c, with the backward written out.
-
-    The gradient of a linear recurrence is the same recurrence, transposed and run in reverse:
-        g_c = grad h_c + carry^T g_{c+1},   grad x_c = g_{c+1},   grad carry = sum_c g_{c+1} h_c^T
-    Left to autograd, the loop's slices would each write a full-size zero gradient: quadratic in the length.
-    """
-
-    @staticmethod
-    def forward(ctx, x, carry, initial_state):
-        states = x.new_empty(x.shape[0] + 1, *x.shape[1:])  # (chunks + 1, H, B, N)
-        states[0] = initial_state
-        dense = carry.dim() == 3
-        carry_t = carry.transpose(-1, -2) if dense else carry.unsqueeze(1)
-        for c in range(x.shape[0]):
-            if dense:
-                torch.baddbmm(x[c], states[c], carry_t, out=states[c + 1])
-            else:
-                torch.add(apply_diagonal(carry_t, states[c]), x[c], out=states[c + 1])
-        ctx.save_for_backward(states, carry)
-        return states
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_states):
-        states, carry = ctx.saved_tensors
-        dense = carry.dim() == 3
-        if not dense:
-            cr, ci = carry.unsqueeze(1).chunk(2, -1)
-            conjugate = torch.cat([cr, -ci], -1)
-        grad_x = torch.empty_like(states[1:])
-        g = grad_states[-1]
-        for c in range(states.shape[0] - 2, -1, -1):
-            grad_x[c] = g
-            g = torch.baddbmm(grad_states[c], g, carry) if dense else grad_states[c] + apply_diagonal(conjugate, g)
-        if dense:
-            rows = grad_x.transpose(0, 1).flatten(1, 2)  # (H, chunks * B, N)
-            grad_carry = rows.transpose(1, 2) @ states[:-1].transpose(0, 1).flatten(1, 2)
-        else:
-            gr, gi = grad_x.chunk(2, -1)
-            sr, si = states[:-1].chunk(2, -1)
-            grad_carry = torch.cat([(gr * sr + gi * si).sum((0, 2)), (gi * sr - gr * si).sum((0, 2))], -1)
-        return grad_x, grad_carry, g
-
-
-def chunk_states(u: torch.Tensor, operators: ChunkOperators, initial_state: torch.Tensor) -> torch.Tensor:
-    """The states at the chunks' borders.
-
-    u: (H, chunks, B, T), initial_state: (B, H, N) -> (chunks + 1, H, B, N), the first of them the initial state.
-    """
-    H, chunks, B, T = u.shape
-    driven = u.reshape(H, chunks * B, T) @ operators.inject.transpose(1, 2)  # (H, chunks * B, N)
-    driven = driven.view(H, chunks, B, driven.shape[-1]).transpose(0, 1).contiguous()
-    return _ChunkRecurrence.apply(driven, operators.carry, initial_state.transpose(0, 1))
-
-
-def to_chunks(u: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """u (B, L, H), L a multiple of the chunk -> (H, chunks, B, T), contiguous."""
-    B, L, H = u.shape
-    return u.view(B, L // chunk_size, chunk_size, H).permute(3, 1, 0, 2).contiguous()
-
-
-def chunk_scan(
-    u: torch.Tensor, operators: ChunkOperators, initial_state: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run an LTI state space over u in chunks: O(L), matmuls within a chunk and one small recurrence between them.
-
-    u: (B, L, H) with L a multiple of the operators' T; initial_state: (B, H, N).
-    Returns y (B, L, H), without D u, and the final state (B, H, N).
-    """
-    B, L, H = u.shape
-    T = operators.taps.shape[-1]
-    chunks = to_chunks(u, T)
-    states = chunk_states(chunks, operators, initial_state)
-    starts = states[:-1].transpose(0, 1).flatten(1, 2)  # (H, chunks * B, N)
-    within = chunks.flatten(1, 2) @ toeplitz(operators.taps).transpose(1, 2)
-    y = torch.baddbmm(within, starts, operators.emit.transpose(1, 2))
-    y = y.view(H, L // T, B, T).permute(2, 1, 3, 0).reshape(B, L, H)
-    return y, states[-1].transpose(0, 1)
+__all__ = [
+    "ChunkOperators",
+    "apply_diagonal",
+    "cauchy",
+    "chunk_scan",
+    "fft_convolution",
+    "powers",
+    "toeplitz",
+    "vandermonde",
+]
 
 
 def fft_convolution(u: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
@@ -131,61 +30,60 @@ def fft_convolution(u: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
 
 
 class _Cauchy(torch.autograd.Function):
-    """See `cauchy`. Works through the nodes in blocks, in real arithmetic; recomputes the matrix in the backward."""
+    """Sums over n of alpha D and beta D, D = 1 / ((i s - Lambda)(i s - conj Lambda)); see `cauchy`. Works through the
+    nodes, (H, L), in blocks, in real arithmetic, and recomputes D in the backward.
+    """
 
-    # nodes a block: large enough for a matmul, small enough that (H, block, N) stays in tens of megabytes
-    block_elements = 1 << 20
+    # elements of (H, block of nodes, N/2): large enough for a matmul, small enough to stay in a CPU's cache
+    block_elements = 1 << 19
 
     @staticmethod
     def _blocks(nodes, Lambda_im):
         size = max(1, _Cauchy.block_elements // max(1, Lambda_im.numel()))
-        return [slice(start, min(start + size, len(nodes))) for start in range(0, len(nodes), size)]
+        return [slice(start, min(start + size, nodes.shape[1])) for start in range(0, nodes.shape[1], size)]
 
     @staticmethod
-    def _resolvents(nodes, Lambda_re, Lambda_im):
-        """1/(i s - Lambda) and 1/(i s - conj Lambda), as four real tensors (H, block, N/2).
-
-        Two separate divisions: their sum as one fraction has |Lambda|^2 - s^2 in it, which cancels near a pole.
+    def _resolvent(nodes, Lambda_re, Lambda_im):
+        """Re D and Im D, (H, block, N/2). With Lambda = a + i b the denominator is (a^2 + b^2 - s^2) - 2 i a s;
+        near a pole, s = b, its real part is the small a^2 + (b - s)(b + s), in which nothing cancels.
         """
-        a = -Lambda_re[:, None]
-        minus = nodes[:, None] - Lambda_im[:, None]
-        plus = nodes[:, None] + Lambda_im[:, None]
-        d1, d2 = 1 / (a * a + minus * minus), 1 / (a * a + plus * plus)
-        return a * d1, -minus * d1, a * d2, -plus * d2
+        a, b, s = Lambda_re[:, None], Lambda_im[:, None], nodes[..., None]
+        p = torch.addcmul(a * a, b - s, b + s)
+        q = (-2 * a) * s
+        norm = torch.addcmul(p * p, q, q)
+        return p.div_(norm), q.div_(norm).neg_()
 
     @staticmethod
-    def forward(ctx, v_re, v_im, nodes, Lambda_re, Lambda_im):
-        ctx.save_for_backward(v_re, v_im, nodes, Lambda_re, Lambda_im)
-        v = torch.cat([v_re, v_im], -1).transpose(1, 2)  # (H, N, M)
-        out_re = v_re.new_empty(v_re.shape[0], len(nodes), v_re.shape[1])
-        out_im = torch.empty_like(out_re)
+    def forward(ctx, weights, nodes, Lambda_re, Lambda_im):
+        ctx.save_for_backward(weights, nodes, Lambda_re, Lambda_im)
+        columns = weights.transpose(1, 2)  # (H, N/2, 2M)
+        x = weights.new_empty(*nodes.shape, weights.shape[1])
+        y = torch.empty_like(x)
         for block in _Cauchy._blocks(nodes, Lambda_im):
-            r1, i1, r2, i2 = _Cauchy._resolvents(nodes[block], Lambda_re, Lambda_im)
-            out_re[:, block] = torch.cat([r1 + r2, i2 - i1], -1) @ v
-            out_im[:, block] = torch.cat([i1 + i2, r1 - r2], -1) @ v
-        return out_re.transpose(1, 2), out_im.transpose(1, 2)
+            D_re, D_im = _Cauchy._resolvent(nodes[:, block], Lambda_re, Lambda_im)
+            x[:, block] = D_re @ columns
+            y[:, block] = D_im @ columns
+        return x, y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_re, grad_im):
-        v_re, v_im, nodes, Lambda_re, Lambda_im = ctx.saved_tensors
-        half = v_re.shape[-1]
-        grad_v = v_re.new_zeros(v_re.shape[0], 2 * half, v_re.shape[1])
-        grad_lambda_re, grad_lambda_im = torch.zeros_like(Lambda_re), torch.zeros_like(Lambda_im)
+    def backward(ctx, grad_x, grad_y):
+        weights, nodes, Lambda_re, Lambda_im = ctx.saved_tensors
+        grad_weights = torch.zeros_like(weights)
+        sum_p, sum_q = torch.zeros_like(Lambda_re), torch.zeros_like(Lambda_im)
         for block in _Cauchy._blocks(nodes, Lambda_im):
-            r1, i1, r2, i2 = _Cauchy._resolvents(nodes[block], Lambda_re, Lambda_im)
-            gr, gi = grad_re[:, :, block], grad_im[:, :, block]  # (H, M, block)
-            grad_v += torch.cat([r1 + r2, i2 - i1], -1).transpose(1, 2) @ gr.transpose(1, 2)
-            grad_v += torch.cat([i1 + i2, r1 - r2], -1).transpose(1, 2) @ gi.transpose(1, 2)
-            # d out / d Lambda = v / (i s - Lambda)^2 and its conjugate twin; q = sum over M of conj(grad) v
-            gr, gi = gr.transpose(1, 2), gi.transpose(1, 2)
-            rr, ii, ri, ir = gr @ v_re, gi @ v_im, gr @ v_im, gi @ v_re
-            q1r, q1i, q2r, q2i = rr + ii, ri - ir, rr - ii, -ri - ir
-            s1r, s1i, s2r, s2i = r1 * r1 - i1 * i1, 2 * r1 * i1, r2 * r2 - i2 * i2, 2 * r2 * i2
-            grad_lambda_re += (q1r * s1r - q1i * s1i + q2r * s2r - q2i * s2i).sum(1)
-            grad_lambda_im += (q2r * s2i + q2i * s2r - q1r * s1i - q1i * s1r).sum(1)
-        grad_v = grad_v.transpose(1, 2)
-        return grad_v[..., :half], grad_v[..., half:], None, grad_lambda_re, grad_lambda_im
+            s = nodes[:, block]
+            D_re, D_im = _Cauchy._resolvent(s, Lambda_re, Lambda_im)
+            gx, gy = grad_x[:, block], grad_y[:, block]
+            grad_weights.baddbmm_(gx.transpose(1, 2), D_re).baddbmm_(gy.transpose(1, 2), D_im)
+            # D = 1 / (p + i q), so dD = -D^2 (dp + i dq), with dp = d(a^2 + b^2) and dq = -2 s da
+            g_re, g_im = gx @ weights, gy @ weights
+            square_re = torch.addcmul(D_re * D_re, D_im, D_im, value=-1)
+            square_im = D_re.mul_(D_im).mul_(2)
+            sum_p -= torch.addcmul(g_re * square_re, g_im, square_im).sum(1)
+            sum_q += (s[:, None] @ torch.addcmul(g_re.mul_(square_im), g_im, square_re, value=-1)).squeeze(1)
+        grad_re = 2 * (Lambda_re * sum_p - sum_q)
+        return grad_weights, None, grad_re, 2 * Lambda_im * sum_p
 
 
 def cauchy(
@@ -195,10 +93,21 @@ def cauchy(
 
         out[h, m, l] = sum_n  v[h, m, n] / (i s_l - Lambda[h, n])  +  conj(v[h, m, n]) / (i s_l - conj(Lambda[h, n]))
 
+    As one fraction, the numerator is 2 Re(v) i s - 2 Re(v conj Lambda): two real sums for each m share one resolvent.
     v_re, v_im: (H, M, N/2); nodes s: (L,) real; Lambda_re (< 0), Lambda_im: (H, N/2). No gradient for the nodes.
     Returns the real and the imaginary part, (H, M, L) each.
     """
-    return _Cauchy.apply(v_re, v_im, nodes, Lambda_re, Lambda_im)
+    # fourth powers of the nodes and of the smallest decay must both fit in float32: divide nodes and Lambda by a scale
+    # a channel, a power of two, which rounds nothing. The product does not depend on it, so it needs no gradient
+    scale = torch.exp2(torch.round(torch.log2(Lambda_re.detach().abs().amin(1, keepdim=True).clamp(min=1e-30)) / 3))
+    nodes, Lambda_re, Lambda_im = nodes / scale, Lambda_re / scale, Lambda_im / scale
+    alpha = 2 * v_re
+    beta = 2 * (v_re * Lambda_re[:, None] + v_im * Lambda_im[:, None])
+    x, y = _Cauchy.apply(torch.cat([alpha, beta], 1), nodes, Lambda_re, Lambda_im)  # (H, L, 2M)
+    x_alpha, x_beta = x.transpose(1, 2).chunk(2, 1)
+    y_alpha, y_beta = y.transpose(1, 2).chunk(2, 1)
+    nodes, scale = nodes[:, None], scale[:, None]
+    return (-nodes * y_alpha - x_beta) / scale, (nodes * x_alpha - y_beta) / scale
 
 
 def powers(log_re: torch.Tensor, log_im: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,12 @@ def parameter_groups(model: nn.Module, learning_rate: float, ssm_learning_rate: 
         "no_decay": {"params": [], "lr": learning_rate, "weight_decay": 0.0},
         "ssm": {"params": [], "lr": ssm_learning_rate, "weight_decay": 0.0},
     }
-    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    norms = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+        for p in module.parameters()
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -91,6 +91,7 @@ class Classification:
         return f"data      {self.fingerprint}\nstep      {args.global_batch_size} sequences"
 
     def trainer(self, model, args):
+        args.prediction_loss_only = False  # a language model's logits are too many to keep; these are few
         return ClassificationTrainer(model, args, self.task)
 
     def finish(self, trainer) -> None:

@@ -17,7 +17,7 @@ def model(**kw):
 
 
 @pytest.mark.parametrize(("arch", "kinds"), [("s4", ["ssm", "ssm", "ffn"]), ("s4-ffn", ["ssm", "ffn"])])
-@pytest.mark.parametrize("ssm", ["s4", "s4d"])
+@pytest.mark.parametrize("ssm", ["s4", "s4d", "s5"])
 def test_block_layouts(arch, kinds, ssm):
     m = model(arch=arch, ssm=ssm)
     assert len(m.model.layers) == 2
@@ -38,10 +38,13 @@ def test_parameter_count_of_the_wikitext_103_backbone():
 
 
 @pytest.mark.parametrize("mode", ["chunk", "fft", "recurrent"])
-def test_modes_agree_in_the_model(mode):
+@pytest.mark.parametrize(
+    "kw", [{}, {"ssm": "s5", "ssm_blocks": 2}, {"ssm_init": "legt"}, {"ssm": "s4d", "ssm_init": "real"}], ids=str
+)
+def test_modes_agree_in_the_model(mode, kw):
     ids = torch.randint(0, 60, (2, 90), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(model(mode=mode)(ids).logits, model()(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(mode=mode, **kw)(ids).logits, model(**kw)(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_causal():
@@ -55,8 +58,9 @@ def test_causal():
     assert (a[:, 20:] - b[:, 20:]).abs().amax(-1).min() > 1e-6
 
 
-def test_a_forward_goes_on_from_a_cache_at_every_split():
-    m = model(chunk_size=8)
+@pytest.mark.parametrize("ssm", ["s4", "s4d", "s5"])
+def test_a_forward_goes_on_from_a_cache_at_every_split(ssm):
+    m = model(chunk_size=8, ssm=ssm)
     ids = torch.randint(0, 60, (2, 21))
     with torch.no_grad():
         whole = m(ids).logits
@@ -113,8 +117,9 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(a, b)
 
 
-def test_save_and_load(tmp_path):
-    m = model()
+@pytest.mark.parametrize("kw", [{}, {"ssm": "s5", "ssm_blocks": 2, "norm": "rms", "glu": "half"}], ids=str)
+def test_save_and_load(tmp_path, kw):
+    m = model(**kw)
     m.save_pretrained(tmp_path)
     ids = torch.randint(0, 60, (2, 12))
     for cls in (S4ForCausalLM, AutoModelForCausalLM):
@@ -127,8 +132,51 @@ def test_save_and_load(tmp_path):
     assert m.lm_head.weight is m.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("glu", ["glu", "half", "none"])
+def test_what_mixes_the_channels(glu):
+    m = model(glu=glu)
+    mixer = m.model.layers[0].sublayers[0].inner
+    x = torch.randn(2, 9, 16)
+    with torch.no_grad():
+        y = torch.nn.functional.gelu(mixer.ssm(x)[0])
+        z = mixer.out_proj(y)
+        expected = {
+            "glu": lambda: z[..., :16] * z[..., 16:].sigmoid(),
+            "half": lambda: y * z.sigmoid(),
+            "none": lambda: z,
+        }
+        torch.testing.assert_close(mixer(x), expected[glu]())
+
+
+def test_rms_norm():
+    m = model(norm="rms")
+    assert not any(isinstance(module, torch.nn.LayerNorm) for module in m.modules())
+    norms = [module for module in m.modules() if isinstance(module, torch.nn.RMSNorm)]
+    assert len(norms) == 2 * 3 + 1
+    assert all(torch.equal(norm.weight, torch.ones(16)) for norm in norms)
+
+
+def test_tied_dropout_drops_a_channel_everywhere():
+    torch.manual_seed(0)
+    m = model(tie_dropout=True, dropout=0.5)
+    dropout = m.model.layers[0].sublayers[0].dropout
+    x = torch.ones(3, 7, 16)
+    assert torch.equal(dropout(x), x)
+    y = dropout.train()(x)
+    assert set(y.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(y, y[:, :1].expand_as(y))
+    assert not torch.equal(y[0], y[1])
+
+
+def test_a_language_model_is_causal_and_reads_tokens():
+    for kw in ({"bidirectional": True}, {"input_size": 3}):
+        with pytest.raises(ValueError, match=next(iter(kw))):
+            S4ForCausalLM(config(**kw))
+
+
 def test_the_config_says_what_was_built():
     assert (config().discretization, config().n_ssm, config().intermediate_size) == ("bilinear", 1, 64)
+    assert (config(ssm="s5").discretization, config(ssm="s5").n_ssm) == ("zoh", 1)
     assert (config(ssm="s4d").discretization, config(ssm="s4d").n_ssm) == ("zoh", 16)
 
 
@@ -144,6 +192,15 @@ def test_the_config_says_what_was_built():
         ({"hidden_size": 0}, "hidden_size"),
         ({"n_ssm": 5}, "n_ssm"),
         ({"dropout": 1.5}, "dropout"),
+        ({"glu": "gated"}, "glu is one of"),
+        ({"norm": "batch"}, "norm is one of"),
+        ({"pooling": "first"}, "pooling is one of"),
+        ({"ssm": "s5", "ssm_blocks": 3}, "ssm_blocks"),
+        ({"ssm_blocks": 2}, "ssm_blocks"),
+        ({"ssm": "s5", "n_ssm": 4}, "n_ssm"),
+        ({"ssm": "s5", "b_clip": 2.0}, "b_clip"),
+        ({"b_clip": -2.0}, "b_clip"),
+        ({"input_size": 0}, "input_size"),
         ({"dt_min": 1.0}, "dt_min"),
         ({"hidden_size": "large"}, "hidden_size"),
     ],

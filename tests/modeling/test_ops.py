@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from ssm_lm.modeling import ops
+from ssm_lm.modeling import chunked, ops
 from ssm_lm.modeling.ops import ChunkOperators
 
 
@@ -16,8 +16,30 @@ def test_toeplitz_by_hand():
     assert ops.toeplitz(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[[1, 0, 0], [2, 1, 0], [3, 2, 1]]]
 
 
+def test_complex_toeplitz_by_hand():
+    taps = random(1, 2, 3)
+    u = torch.complex(random(3), random(3))
+    k = torch.complex(*taps[0])
+    expected = torch.stack([sum(k[i - j] * u[j] for j in range(i + 1)) for i in range(3)])
+    ours = ops.toeplitz(taps)[0] @ torch.cat([u.real, u.imag])
+    torch.testing.assert_close(torch.complex(*ours.chunk(2)), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 5), (3, 2, 4)])
+def test_toeplitz_adjoint(shape):
+    taps = random(*shape, grad=True)
+    gradient = torch.randn_like(ops.toeplitz(taps))
+    (expected,) = torch.autograd.grad(ops.toeplitz(taps), taps, gradient)
+    torch.testing.assert_close(chunked.toeplitz_adjoint(gradient, taps), expected)
+
+
+@pytest.fixture(params=[1, 1 << 21], ids=["chunk-by-chunk", "all-at-once"])
+def segments(request, monkeypatch):
+    monkeypatch.setitem(chunked.SEGMENT_ELEMENTS, "cpu", request.param)
+
+
 @pytest.mark.parametrize("carry", ["dense", "diagonal"])
-def test_chunk_scan_against_a_loop_over_chunks(carry):
+def test_chunk_scan_against_a_loop_over_chunks(carry, segments):
     torch.manual_seed(0)
     H, T, N, B, chunks = 3, 5, 4, 2, 4
     decay = random(H, N, N) / N if carry == "dense" else random(H, N) / 2
@@ -44,7 +66,7 @@ def test_chunk_scan_against_a_loop_over_chunks(carry):
 
 
 @pytest.mark.parametrize("carry", ["dense", "diagonal"])
-def test_chunk_scan_gradients(carry):
+def test_chunk_scan_gradients(carry, segments):
     torch.manual_seed(0)
     H, T, N, B = 2, 3, 4, 2
     decay = random(H, N, N, grad=True) if carry == "dense" else random(H, N, grad=True)
@@ -57,6 +79,46 @@ def test_chunk_scan_gradients(carry):
         random(B, H, N, grad=True),
     )
     assert gradcheck(lambda u, k, e, i, c, h: ops.chunk_scan(u, ChunkOperators(k, e, i, c), h), inputs)
+
+
+def test_chunk_scan_of_complex_signals_with_resets(segments):
+    """What S5 and packed documents use: two numbers a token, chunks that start from zero, no initial state."""
+    torch.manual_seed(0)
+    H, T, B = 2, 3, 2
+    keep = torch.tensor([[True, False, True], [False, True, False]])
+    inputs = (
+        random(B, 3 * T, 2 * H, grad=True),
+        random(H, 2, T, grad=True),
+        random(H, 2 * T, 2, grad=True),
+        random(H, 2, 2 * T, grad=True),
+        random(H, 2, grad=True),
+    )
+    assert gradcheck(lambda u, *x: ops.chunk_scan(u, ChunkOperators(*x), keep=keep), inputs)
+    u, *operators = inputs
+    y, final = ops.chunk_scan(u, ChunkOperators(*operators), keep=keep)
+    first, _ = ops.chunk_scan(u[:1, :T], ChunkOperators(*operators))
+    rest, last = ops.chunk_scan(u[:1, T:], ChunkOperators(*operators))
+    torch.testing.assert_close(y[:1], torch.cat([first, rest], 1))
+    torch.testing.assert_close(final[:1], last)
+
+
+def test_chunk_scan_makes_operators_again_in_the_backward():
+    torch.manual_seed(0)
+    u, parameters = random(2, 6, 2, grad=True), [random(*s, grad=True) for s in ((2, 3), (2, 3, 4), (2, 4, 3), (2, 4))]
+    calls = []
+
+    def make(*x):
+        calls.append(torch.is_grad_enabled())
+        return ChunkOperators(*(p.sin() for p in x))
+
+    def gradients(*args):
+        y, state = ops.chunk_scan(u, *args)
+        return torch.autograd.grad(y.sum() + state.square().sum(), [u, *parameters])
+
+    ours = gradients(make, None, None, tuple(parameters))
+    assert calls == [False, True]
+    for a, b in zip(ours, gradients(ChunkOperators(*(p.sin() for p in parameters))), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @settings(max_examples=25, deadline=None)
@@ -100,6 +162,24 @@ def test_vandermonde_equals_the_materialised_sum(length):
     v, log = torch.complex(random(2, 3), random(2, 3)), torch.complex(-random(2, 3).abs() / 20, random(2, 3))
     expected = 2 * (v[..., None] * torch.exp(log[..., None] * torch.arange(length))).sum(1).real
     torch.testing.assert_close(ops.vandermonde(v.real, v.imag, log.real, log.imag, length), expected)
+
+
+def test_cauchy_next_to_zero_in_float32():
+    """An eigenvalue of 1e-10 and a node at 0: the fourth power of both would underflow."""
+    v, Lambda = torch.ones(1, 1, 1), torch.tensor([[-1e-10]], requires_grad=True)
+    re, _ = ops.cauchy(v, v, torch.tensor([0.0, 1e5]), Lambda, torch.zeros(1, 1))
+    torch.testing.assert_close(re.flatten()[0], torch.tensor(2e10), rtol=1e-5, atol=0)
+    re.sum().backward()
+    torch.testing.assert_close(Lambda.grad, torch.tensor([[2e20]]), rtol=1e-5, atol=0)
+
+
+def test_cauchy_next_to_a_pole_in_float32():
+    """A node 0.5 away from a fast pole: nothing may cancel."""
+    v, re, im = torch.ones(1, 1, 1), torch.tensor([[-0.5]]), torch.tensor([[-1303.27]])
+    nodes = torch.linspace(-1304, -1302, 41)
+    ours = torch.complex(*ops.cauchy(v, v, nodes, re, im))
+    expected = materialised_cauchy(*(x.double() for x in (v, v, nodes, re, im)))
+    torch.testing.assert_close(ours.to(expected.dtype), expected, rtol=2e-6, atol=0)
 
 
 def test_vandermonde_gradients():

@@ -6,17 +6,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_lm.modeling.ssm import S4, S4D
+from ssm_lm.modeling.ssm import S4, S4D, S5
 
 LAYERS = {
     "s4": lambda **kw: S4(4, 16, **kw),
     "s4-shared": lambda **kw: S4(4, 16, n_ssm=1, **kw),
+    "s4-legt": lambda **kw: S4(4, 16, init="legt", **kw),
+    "s4-fourier": lambda **kw: S4(4, 16, init="fourier", n_ssm=2, **kw),
     "s4d-legs": lambda **kw: S4D(4, 16, init="legs", **kw),
     "s4d-lin": lambda **kw: S4D(4, 16, init="lin", **kw),
     "s4d-inv": lambda **kw: S4D(4, 16, init="inv", **kw),
+    "s4d-quad": lambda **kw: S4D(4, 16, init="quad", **kw),
+    "s4d-real": lambda **kw: S4D(4, 16, init="real", **kw),
     "s4d-bilinear": lambda **kw: S4D(4, 16, discretization="bilinear", n_ssm=2, **kw),
+    "s5": lambda **kw: S5(4, 16, blocks=2, **kw),
+    "s5-bilinear": lambda **kw: S5(4, 16, discretization="bilinear", **kw),
 }
 MODES = ("chunk", "fft", "recurrent")
+
+
+KERNEL_LAYERS = [name for name in LAYERS if not name.startswith("s5")]
 
 
 def make(name, seed=0, **kw):
@@ -34,7 +43,7 @@ def relative_error(ours, theirs):
 def test_every_mode_equals_the_dense_reference(name, length, initial):
     layer = make(name)
     u = torch.randn(2, length, 4, dtype=torch.float64)
-    state = torch.randn(2, 4, 16, dtype=torch.float64) if initial else None
+    state = torch.randn(2, *layer.state_shape, dtype=torch.float64) if initial else None
     expected, states = reference.run(layer, u, reference.complex_state(layer, state) if initial else None)
     with torch.no_grad():
         for mode in MODES:
@@ -44,7 +53,7 @@ def test_every_mode_equals_the_dense_reference(name, length, initial):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["s4", "s4d-legs"])
+@pytest.mark.parametrize("name", ["s4", "s4-legt", "s4d-legs", "s5"])
 def test_split_at_every_point(name, mode):
     """Two halves with the state handed over equal the whole, wherever the cut is."""
     layer = make(name, chunk_size=8)
@@ -62,9 +71,11 @@ def test_split_at_every_point(name, mode):
 @given(length=st.integers(1, 150), chunk_size=st.integers(1, 70), half=st.integers(1, 9), seed=st.integers(0, 99))
 def test_any_chunk_size_any_order(length, chunk_size, half, seed):
     torch.manual_seed(seed)
-    for layer in (S4(2, 2 * half, chunk_size=chunk_size).double(), S4D(2, 2 * half, chunk_size=chunk_size).double()):
+    layers = [cls(2, 2 * half, chunk_size=chunk_size).double() for cls in (S4, S4D, S5)]
+    layers.append(S4(2, 2 * half, init="legt", chunk_size=chunk_size).double())
+    for layer in layers:
         u = torch.randn(1, length, 2, dtype=torch.float64)
-        state = torch.randn(1, 2, 2 * half, dtype=torch.float64)
+        state = torch.randn(1, *layer.state_shape, dtype=torch.float64)
         with torch.no_grad():
             outputs = [layer(u, mode=mode, initial_state=state) for mode in MODES]
         for y, final in outputs[1:]:
@@ -72,7 +83,7 @@ def test_any_chunk_size_any_order(length, chunk_size, half, seed):
             assert relative_error(final, outputs[0][1]) < 1e-9
 
 
-@pytest.mark.parametrize("cls", [S4, S4D])
+@pytest.mark.parametrize("cls", [S4, S4D, S5])
 def test_float32_at_length_8192(cls):
     """Each mode in float32 against the recurrence in float64, channel by channel."""
     torch.manual_seed(0)
@@ -88,11 +99,13 @@ def test_float32_at_length_8192(cls):
             error = (y - expected).abs().amax((0, 1)) / expected.abs().amax((0, 1))
             assert error.max() < 1e-4, mode
             assert relative_error(state, expected_state) < 1e-4, mode
+        if cls is S5:
+            return
         kernel, expected_kernel = single.kernel(8192), double.kernel(8192)
         assert relative_error(kernel, expected_kernel) < 5e-6
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", KERNEL_LAYERS)
 def test_kernel_is_the_impulse_response(name):
     layer = make(name)
     for length in (1, 2, 33, 64):
@@ -104,7 +117,7 @@ def test_kernel_is_the_impulse_response(name):
             assert relative_error(layer.kernel(length), expected[0].T) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["s4", "s4d-legs"])
+@pytest.mark.parametrize("name", ["s4", "s4-legt", "s4d-legs", "s5"])
 def test_step_is_the_recurrence(name):
     layer = make(name)
     u = torch.randn(2, 5, 4, dtype=torch.float64)
@@ -117,14 +130,21 @@ def test_step_is_the_recurrence(name):
     assert relative_error(state, final) < 1e-9
 
 
+SMALL = {
+    "s4": lambda: S4(2, 4, chunk_size=3),
+    "s4-legt": lambda: S4(2, 4, init="legt", n_ssm=1, chunk_size=3),
+    "s4d-legs": lambda: S4D(2, 4, chunk_size=3),
+    "s4d-bilinear": lambda: S4D(2, 4, discretization="bilinear", chunk_size=3),
+    "s5": lambda: S5(2, 4, chunk_size=3),
+}
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["s4", "s4d-legs", "s4d-bilinear"])
+@pytest.mark.parametrize("name", SMALL)
 def test_gradients_of_everything(name, mode):
     """Input, initial state and every parameter, through output and final state, across a ragged chunk."""
     torch.manual_seed(0)
-    layer = {"s4": S4, "s4d-legs": S4D, "s4d-bilinear": S4D}[name](
-        2, 4, chunk_size=3, discretization="bilinear" if name == "s4d-bilinear" else None
-    ).double()
+    layer = SMALL[name]().double()
     names = [n for n, _ in layer.named_parameters()]
 
     def run(u, state, *parameters):
@@ -132,16 +152,20 @@ def test_gradients_of_everything(name, mode):
         return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (u,), kwargs)
 
     u = torch.randn(2, 8, 2, dtype=torch.float64, requires_grad=True)
-    state = torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True)
+    state = torch.randn(2, *layer.state_shape, dtype=torch.float64, requires_grad=True)
     parameters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
     assert torch.autograd.gradcheck(run, (u, state, *parameters))
 
 
-@pytest.mark.parametrize("cls", [S4, S4D])
-def test_stable_at_both_ends_of_dt(cls):
+ALL_INITS = [(S4, "legs"), (S4, "legt"), (S4, "fourier"), *((S4D, i) for i in ("legs", "lin", "inv", "quad", "real"))]
+ALL_INITS.append((S5, "legs"))
+
+
+@pytest.mark.parametrize(("cls", "init"), ALL_INITS)
+def test_stable_at_both_ends_of_dt(cls, init):
     """No value that is not a number, and a bounded impulse response, for any step and any length parity."""
     for dt in (1e-6, 1e-3, 1e-1, 10.0):
-        layer = cls(3, 64, dt_min=dt, dt_max=dt)
+        layer = cls(3, 64, init=init, dt_min=dt, dt_max=dt)
         for length in (1, 2, 127, 128):
             u = torch.ones(1, length, 3, requires_grad=True)
             for mode in MODES:
@@ -152,10 +176,10 @@ def test_stable_at_both_ends_of_dt(cls):
                 assert all(torch.isfinite(p.grad).all() for p in layer.parameters()), (dt, length, mode)
 
 
-@pytest.mark.parametrize("cls", [S4, S4D])
-def test_stable_after_random_optimiser_steps(cls):
+@pytest.mark.parametrize(("cls", "init"), ALL_INITS)
+def test_stable_after_random_optimiser_steps(cls, init):
     torch.manual_seed(0)
-    layer = cls(4, 16)
+    layer = cls(4, 16, init=init)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     for _ in range(1000):
         for parameter in layer.parameters():
@@ -169,8 +193,9 @@ def test_stable_after_random_optimiser_steps(cls):
         assert relative_error(y, outputs[0]) < 1e-4
 
 
-def test_empty_batch_and_empty_sequence():
-    layer = S4(4, 8)
+@pytest.mark.parametrize("cls", [S4, S4D, S5])
+def test_empty_batch_and_empty_sequence(cls):
+    layer = cls(4, 8)
     for mode in MODES:
         assert layer(torch.zeros(2, 0, 4), mode=mode)[0].shape == (2, 0, 4)
         assert layer(torch.zeros(0, 5, 4), mode=mode)[0].shape == (0, 5, 4)
@@ -185,11 +210,82 @@ def test_empty_batch_and_empty_sequence():
         ({"dt_min": 0.0}, "dt_min"),
         ({"n_ssm": 3}, "n_ssm"),
         ({"chunk_size": 0}, "chunk_size"),
+        ({"b_clip": 0.0}, "b_clip"),
     ],
 )
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         S4(4, **kwargs)
+
+
+@pytest.mark.parametrize("length", [1, 7, 65, 130])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["s4", "s4-legt", "s4d-lin", "s5"])
+def test_bidirectional_equals_two_dense_runs(name, mode, length):
+    layer = make(name, bidirectional=True)
+    u = torch.randn(2, length, 4, dtype=torch.float64)
+    with torch.no_grad():
+        y, state = layer(u, mode=mode)
+        assert state is None
+        assert relative_error(y, reference.bidirectional_run(layer, u)) < 1e-9
+        with pytest.raises(ValueError, match="bidirectional"):
+            layer.step(u[:, 0], layer.zero_state(2))
+
+
+def test_bidirectional_gradients():
+    torch.manual_seed(0)
+    layer = S4D(2, 4, chunk_size=3, bidirectional=True).double()
+    u = torch.randn(1, 5, 2, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for mode in MODES:
+        layer.zero_grad()
+        layer(u, mode=mode)[0].square().sum().backward()
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+    for ours in gradients[1:]:
+        for a, b in zip(ours, gradients[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_the_operators_of_the_backward_are_those_of_the_forward():
+    """They are made again there, from the parameters that the forward saw, even if those are not the layer's own."""
+    torch.manual_seed(0)
+    layer, other = S4(2, 4, chunk_size=4).double(), S4(2, 4, chunk_size=4).double()
+    u = torch.randn(1, 9, 2, dtype=torch.float64)
+    other(u, mode="chunk")[0].square().sum().backward()
+    values = {name: p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
+    torch.func.functional_call(layer, values, (u,), {"mode": "chunk"})[0].square().sum().backward()
+    for name, p in other.named_parameters():
+        torch.testing.assert_close(values[name].grad, p.grad)
+    assert all(p.grad is None for p in layer.parameters())
+
+
+def test_frozen_parameters_get_no_gradient():
+    layer = S4(2, 4)
+    layer.B.requires_grad_(False)
+    u = torch.randn(1, 9, 2)
+    layer(u, mode="chunk")[0].sum().backward()
+    assert layer.B.grad is None
+    assert layer.P.grad is not None
+
+
+def test_b_clip_limits_the_initial_B():
+    torch.manual_seed(0)
+    free, clipped = S4(2, 64), S4(2, 64, b_clip=2.0)
+    size = torch.complex(*free.B.chunk(2, -1)).abs()
+    clipped_size = torch.complex(*clipped.B.chunk(2, -1)).abs()
+    assert (size > 2).sum(-1).tolist() == [11, 11]  # of 32, as upstream's clamp
+    torch.testing.assert_close(clipped_size, size.clamp(max=2))
+
+
+def test_s5_blocks_repeat_the_spectrum():
+    layer = S5(4, 24, blocks=3)
+    spectrum = S5(4, 8).Lambda_im
+    assert torch.equal(layer.Lambda_im, spectrum.repeat(3))
+    assert layer.zero_state(2).shape == (2, 1, 24)
+    with pytest.raises(ValueError, match="blocks"):
+        S5(4, 24, blocks=5)
+    with pytest.raises(NotImplementedError, match="kernel"):
+        layer.kernel(8)
 
 
 def test_bad_inputs():
@@ -200,3 +296,5 @@ def test_bad_inputs():
         layer(torch.zeros(1, 3, 5))
     with pytest.raises(ValueError, match="initial_state must be"):
         layer(torch.zeros(1, 3, 4), initial_state=torch.zeros(2, 4, 8))
+    with pytest.raises(ValueError, match="seq_idx must be"):
+        layer(torch.zeros(1, 3, 4), seq_idx=torch.zeros(1, 4, dtype=torch.long))

@@ -1,0 +1,430 @@
+"""StateSpace: what S4, S4D and S5 share: parameters, dtype policy, and the three ways to run.
+
+A layer is a linear time-invariant system with a real state. Complex states come in conjugate pairs; one of each pair
+is kept, as real numbers [real parts | imaginary parts], which makes the state a real vector of length N.
+
+Three ways to run it agree to rounding:
+    chunk      matmuls within chunks of T tokens and a recurrence over the chunks: O(L)
+    fft        the kernel of the whole length, then an FFT convolution: O(L log L), the papers' training mode
+    recurrent  one token after the other: O(1) memory a token, for generation
+
+Parameters are real tensors: complex ones break optimizers, collectives and safetensors. They stay float32 (or
+float64) whatever dtype the model is moved to or autocast to, and so do operators and states: dt and Lambda need the
+exponent and the digits.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from .chunked import ChunkOperators, chunk_scan
+from .documents import Documents, find_documents, move_apart, move_together
+from .hippo import INITIALIZATIONS
+from .ops import fft_convolution
+
+MODES = ("auto", "chunk", "fft", "recurrent")
+DISCRETIZATIONS = {"s4": ("bilinear",), "s4d": ("zoh", "bilinear"), "s5": ("zoh", "bilinear")}  # [0]: the default
+
+# upstream's floor under |Re Lambda|; it keeps an initialisation on the imaginary axis strictly stable
+MIN_DECAY = 1e-4
+
+
+def real_form(z: torch.Tensor) -> torch.Tensor:
+    """(..., N/2) complex -> (..., N) real, [real parts | imaginary parts]."""
+    return torch.cat([z.real, z.imag], -1)
+
+
+def complex_product(a: tuple, b: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """(re, im) times (re, im)."""
+    return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+
+
+class StateSpace(nn.Module):
+    """hidden_size H; state_size N, the order of the real system, even; chunk_size T of the chunk mode.
+
+    bidirectional: a second read-out C_reverse of the same system, run from the end of the sequence to its start;
+    every output then sees the whole sequence, there is no step and no state, and no causal language model.
+    """
+
+    name: str  # as in S4Config.ssm
+    # below this length the FFT convolution, with its kernel, takes less time than the chunk scan (forward and
+    # backward, measured on a CPU); 0: never, a DPLR kernel costs more than the scan at every length
+    fft_is_faster_below = 0
+
+    def __init__(
+        self,
+        hidden_size: int,
+        state_size: int,
+        init: str,
+        discretization: str | None,
+        dt_min: float,
+        dt_max: float,
+        chunk_size: int,
+        bidirectional: bool,
+    ):
+        super().__init__()
+        discretization = discretization or DISCRETIZATIONS[self.name][0]
+        for key, value, known in (
+            ("init", init, INITIALIZATIONS[self.name]),
+            ("discretization", discretization, DISCRETIZATIONS[self.name]),
+        ):
+            if value not in known:
+                raise ValueError(f"{key} of {self.name} is one of {', '.join(known)}, not {value!r}")
+        if state_size < 2 or state_size % 2:
+            raise ValueError(f"state_size counts real states in conjugate pairs: even and at least 2, not {state_size}")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"0 < dt_min <= dt_max is needed, not dt_min={dt_min}, dt_max={dt_max}")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be positive, not {chunk_size}")
+        self.hidden_size, self.state_size = hidden_size, state_size
+        self.init, self.discretization = init, discretization
+        self.dt_min, self.dt_max = dt_min, dt_max
+        self.chunk_size, self.bidirectional = chunk_size, bidirectional
+
+    def _declare(self, **shapes: tuple[int, ...]) -> None:
+        """Make the parameters, at least float32, and fill them unless they are on the meta device."""
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        if self.bidirectional:
+            shapes["C_reverse"] = shapes["C"]
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype)))
+        if not self.log_dt.is_meta:
+            for name, value in self.initial_values().items():
+                getattr(self, name).data.copy_(value)
+
+    def initial_values(self) -> dict[str, torch.Tensor]:
+        """Fresh values for every parameter, by name."""
+        raise NotImplementedError
+
+    def _random_dt(self) -> torch.Tensor:
+        """log dt, dt log-uniform between dt_min and dt_max."""
+        return torch.empty(self.log_dt.shape).uniform_(math.log(self.dt_min), math.log(self.dt_max))
+
+    def _apply(self, fn, recurse=True):
+        """Let a move of the module change the device, or go to float64, but never below float32."""
+
+        def keep_precision(tensor):
+            moved = fn(tensor)
+            if moved.is_floating_point() and moved.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_precision, recurse)
+
+    # ---- parameters -> system. Every method takes `reverse`, which selects the read-out of a bidirectional layer
+
+    def _C(self, reverse: bool) -> torch.Tensor:
+        return self.C_reverse if reverse else self.C
+
+    def discretize(self, reverse: bool = False) -> tuple:
+        """The discrete system, in the form that `_advance` takes."""
+        raise NotImplementedError
+
+    def _advance(self, discrete: tuple, u: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token: u (B, H), state -> y (B, H) without D u, next state."""
+        raise NotImplementedError
+
+    def operators(self, length: int, reverse: bool = False) -> ChunkOperators:
+        """The four operators of a chunk of `length` tokens, without D; see `ChunkOperators`."""
+        raise NotImplementedError
+
+    def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
+        """K (H, L): y = causal convolution of u with K, plus D u."""
+        raise NotImplementedError(f"{self.name} mixes the channels: it has no kernel a channel")
+
+    # ---- from the layer's input to the signals that are scanned, and back. A single-input single-output layer scans
+    # ---- its input itself; S5 overrides these five
+
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """A state is (batch, *state_shape)."""
+        return self.hidden_size, self.state_size
+
+    def _drive(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def _read(self, signal: torch.Tensor, x: torch.Tensor, skipped: bool, reverse: bool) -> torch.Tensor:
+        """The output (B, L, H) from the scanned signal; D x is added here unless it is in the signal (skipped) or the
+        direction is the reverse one.
+        """
+        return signal if skipped or reverse else torch.addcmul(signal, x, self.D)
+
+    def _with_skip(self, operators: ChunkOperators) -> ChunkOperators:
+        """Operators with D in the first tap, which saves two passes over the sequence."""
+        taps = operators.taps
+        return operators._replace(taps=torch.cat([taps[:, :1] + self.D[:, None], taps[:, 1:]], 1))
+
+    def _fft(self, signal: torch.Tensor, reverse: bool) -> torch.Tensor:
+        """The scanned signal's answer from a zero state, by FFT."""
+        raise NotImplementedError
+
+    def _scan_state(self, state: torch.Tensor) -> torch.Tensor:
+        """A state of the layer as one of the scan."""
+        return state
+
+    def _layer_state(self, state: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_scan_state`."""
+        return state
+
+    # ---- the three modes
+
+    def zero_state(self, batch_size: int, device=None) -> torch.Tensor:
+        """(B, H, N), in the dtype of the parameters; (B, 1, N) for S5."""
+        return torch.zeros(batch_size, *self.state_shape, dtype=self.log_dt.dtype, device=device or self.log_dt.device)
+
+    def forward(
+        self,
+        u: torch.Tensor,
+        mode: str = "auto",
+        initial_state: torch.Tensor | None = None,
+        output_final_state: bool = True,
+        memo: dict | None = None,
+        seq_idx: torch.Tensor | Documents | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the layer over a sequence.
+
+        u: (B, L, H), any floating dtype, any L; y comes back in the same dtype.
+        mode: "chunk", "fft", "recurrent"; "auto" takes the one that was measured to be the fastest.
+        initial_state: (B, H, N), for S5 (B, 1, N), or None for zero. The final state is float32 (float64 for a float64
+        layer), or None where output_final_state is False. Both are differentiable.
+        memo: a dict of the caller's that keeps the discretised system between calls while the parameters stay the
+        same; used by the recurrent mode.
+        seq_idx: (B, L) integers, the document of each token, or what `find_documents` made of them: the state is zero
+        at the start of every run of equal numbers, except that the row's first run goes on from an initial state. A
+        negative number is padding: its input counts as zero, and the state after it is zero.
+        A bidirectional layer takes no initial state and returns None for the final one.
+        Raises ValueError for another mode or shape.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode is one of {', '.join(MODES)}, not {mode!r}")
+        if u.dim() != 3 or u.shape[-1] != self.hidden_size:
+            raise ValueError(f"u must be (batch, length, {self.hidden_size}), not {tuple(u.shape)}")
+        B, L, _ = u.shape
+        expected = (B, *self.state_shape)
+        if initial_state is not None and tuple(initial_state.shape) != expected:
+            raise ValueError(f"initial_state must be {expected}, not {tuple(initial_state.shape)}")
+        if initial_state is not None and self.bidirectional:
+            raise ValueError("a bidirectional state space reads from both ends: it takes no initial_state")
+        if seq_idx is not None and not isinstance(seq_idx, Documents) and tuple(seq_idx.shape) != (B, L):
+            raise ValueError(f"seq_idx must be {(B, L)}, not {tuple(seq_idx.shape)}")
+        output_final_state = output_final_state and not self.bidirectional
+
+        with torch.autocast(u.device.type, enabled=False):
+            x = u.to(self.log_dt.dtype)
+            state = None if initial_state is None else initial_state.to(x.dtype)
+            if B == 0 or L == 0:
+                return u * self.D.to(u.dtype), self._state_or_zero(state, B, x.device) if output_final_state else None
+            if mode == "auto":
+                mode = self._fastest_mode(L, needs_state=state is not None or output_final_state)
+            documents = seq_idx
+            if torch.is_tensor(seq_idx):
+                documents = find_documents(seq_idx, self.chunk_size)
+            if documents is not None:
+                x = x.masked_fill((documents.seq_idx < 0)[..., None], 0)
+            y, state = self._run(mode, x, state, documents, memo, output_final_state)
+            if self.bidirectional:
+                if documents is not None:
+                    documents = find_documents(documents.seq_idx.flip(1), self.chunk_size)
+                y = y + self._run(mode, x.flip(1), None, documents, None, False, reverse=True)[0].flip(1)
+        return y.to(u.dtype), state if output_final_state else None
+
+    def _fastest_mode(self, length: int, needs_state: bool) -> str:
+        if length == 1:
+            return "recurrent"
+        return "fft" if length < self.fft_is_faster_below and not needs_state else "chunk"
+
+    def step(self, u: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token: u (B, H), state -> y (B, H), next state. Raises ValueError for a bidirectional layer."""
+        y, state = self(u[:, None], mode="recurrent", initial_state=state)
+        return y[:, 0], state
+
+    def _state_or_zero(self, state, batch_size, device):
+        return self.zero_state(batch_size, device) if state is None else state
+
+    def _run(self, mode, x, state, documents, memo, output_final_state, reverse=False):
+        """x (B, L, H), neither of them 0, in the dtype of the parameters -> y with D x (forward only), final state."""
+        if mode == "recurrent":
+            y, state = self._run_recurrent(x, state, documents, memo, reverse)
+            return (y if reverse else torch.addcmul(y, x, self.D)), state
+        run = self._run_chunk if mode == "chunk" else self._run_fft
+        return run(x, state, documents, output_final_state, reverse)
+
+    def _run_recurrent(self, x, state, documents, memo, reverse):
+        memo = {} if memo is None else memo
+        if "discrete" not in memo:
+            memo["discrete"] = self.discretize(reverse)
+        state = self._state_or_zero(state, x.shape[0], x.device)
+        outputs = []
+        for t, u in enumerate(x.unbind(1)):
+            if documents is not None:
+                state = torch.where(documents.begins[:, t, None, None], 0, state)
+            y, state = self._advance(memo["discrete"], u, state)
+            outputs.append(y)
+        return torch.stack(outputs, 1), state
+
+    def _run_chunk(self, x, state, documents, output_final_state, reverse):
+        signal, start = self._drive(x), None if state is None else self._scan_state(state)
+        if documents is None:
+            signal, final = self._scan(signal, start, reverse)
+        else:
+            B, T, chunks = len(x), documents.chunk_size, documents.chunks
+            apart = move_apart(signal, documents.slot, B, chunks * T)
+            signal, final = self._scan_chunks(apart, T, None, reverse, documents.keep)
+            signal = move_together(signal, documents.slot, B)
+            signal, final = self._continue(signal, final, start, documents, reverse)
+        return self._read(signal, x, skipped=True, reverse=reverse), self._layer_state(final)
+
+    def _run_fft(self, x, state, documents, output_final_state, reverse):
+        drive, start = self._drive(x), None if state is None else self._scan_state(state)
+        final = None
+        if documents is None:
+            signal = self._fft(drive, reverse)
+            if start is not None:
+                # by linearity the initial state adds what it would emit under a zero input
+                signal = signal + self._scan(torch.zeros_like(drive), start, reverse, skip=False)[0]
+            if output_final_state:
+                final = self._scan(drive, start, reverse, has_output=False)[1]
+        else:
+            B, T, chunks = len(x), documents.chunk_size, documents.chunks
+            signal = self._fft(move_apart(drive, documents.row_slot, documents.rows, documents.longest), reverse)
+            signal = move_together(signal, documents.row_slot, B)
+            if output_final_state:
+                apart = move_apart(drive, documents.slot, B, chunks * T)
+                final = self._scan_chunks(apart, T, None, reverse, documents.keep, has_output=False)[1]
+            signal, final = self._continue(signal, final, start, documents, reverse)
+        return self._read(signal, x, skipped=False, reverse=reverse), None if final is None else self._layer_state(
+            final
+        )
+
+    def _continue(self, signal, final, start, documents, reverse):
+        """Add what an initial state does to the first document of every row, which goes on from it."""
+        if start is None:
+            return signal, final
+        emitted, left = self._scan(torch.zeros_like(signal), start, reverse, skip=False)
+        signal = signal + torch.where(documents.continues[..., None], emitted, 0)
+        if final is not None:
+            final = final + torch.where(documents.continues[:, -1, None, None], left, 0)
+        return signal, final
+
+    def _scan(self, signal, state, reverse, has_output=True, skip=True):
+        """The chunk scan over any length: whole chunks, then what is left as one chunk of its own length."""
+        L = signal.shape[1]
+        T = min(self.chunk_size, L)
+        whole = L // T * T
+        y, state = self._scan_chunks(signal[:, :whole], T, state, reverse, None, has_output, skip)
+        if whole < L:
+            rest, state = self._scan_chunks(signal[:, whole:], L - whole, state, reverse, None, has_output, skip)
+            y = torch.cat([y, rest], 1) if has_output else None
+        return y, state
+
+    def _scan_chunks(self, signal, T, state, reverse, keep=None, has_output=True, skip=True):
+        maker = _OperatorMaker(self, T, reverse, skip and not reverse)
+        if torch.compiler.is_compiling():
+            return chunk_scan(signal, maker(), state, keep, has_output=has_output)
+        names, parameters = zip(*maker.named_parameters(), strict=True)
+
+        def make(*values):
+            return functional_call(maker, dict(zip(names, values, strict=True)), ())
+
+        return chunk_scan(signal, make, state, keep, parameters, has_output)
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_size={self.hidden_size}, state_size={self.state_size}, init={self.init}, "
+            f"discretization={self.discretization}, chunk_size={self.chunk_size}, bidirectional={self.bidirectional}"
+        )
+
+
+class _OperatorMaker(nn.Module):
+    """The operators of a layer as a function of its parameters, for `chunk_scan`, which calls it once more in the
+    backward, with the parameters that the forward saw.
+    """
+
+    def __init__(self, layer: StateSpace, length: int, reverse: bool, skip: bool):
+        super().__init__()
+        self.layer, self.length, self.reverse, self.skip = layer, length, reverse, skip
+
+    def forward(self) -> ChunkOperators:
+        operators = self.layer.operators(self.length, self.reverse)
+        return self.layer._with_skip(operators) if self.skip else operators
+
+
+class SingleInputSingleOutput(StateSpace):
+    """S4 and S4D: every channel u(t) goes through a system of its own, with a step dt per channel,
+
+        x' = A x + B u,   y = 2 Re(C x) + D u
+
+    n_ssm: how many (A, B, P) there are, shared by the channels h with the same h mod n_ssm (None: one each).
+    b_clip: largest |B_n| of the initialisation, the phase kept; upstream clamps Im(B), which in its eigenvectors'
+    gauge is all of B for HiPPO-LegS. None: no limit.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        state_size: int = 64,
+        init: str = "legs",
+        discretization: str | None = None,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        n_ssm: int | None = None,
+        chunk_size: int = 64,
+        bidirectional: bool = False,
+        b_clip: float | None = None,
+    ):
+        super().__init__(hidden_size, state_size, init, discretization, dt_min, dt_max, chunk_size, bidirectional)
+        n_ssm = hidden_size if n_ssm is None else n_ssm
+        if n_ssm < 1 or hidden_size % n_ssm:
+            raise ValueError(f"n_ssm must divide hidden_size ({hidden_size}), and {n_ssm} does not")
+        if b_clip is not None and not b_clip > 0:
+            raise ValueError(f"b_clip must be positive, not {b_clip}")
+        self.n_ssm, self.b_clip = n_ssm, b_clip
+        half = state_size // 2
+        self._declare(
+            log_dt=(hidden_size,),
+            Lambda_log_re=(n_ssm, half),  # Re Lambda = -exp(this) < 0
+            Lambda_im=(n_ssm, half),
+            B=(n_ssm, state_size),
+            C=(hidden_size, state_size),
+            D=(hidden_size,),
+            **self._further_shapes(),
+        )
+
+    def _further_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameters that a subclass has beyond these."""
+        return {}
+
+    def initial_values(self) -> dict[str, torch.Tensor]:
+        """HiPPO for A, B (and P), dt log-uniform, C and D random."""
+        start = INITIALIZATIONS[self.name][self.init](self.state_size)
+        Lambda, B = torch.from_numpy(start.Lambda), torch.from_numpy(start.B)
+        if self.b_clip is not None:
+            B = B * (self.b_clip / B.abs()).clamp(max=1)
+        values = {
+            "log_dt": self._random_dt(),
+            "Lambda_log_re": (-Lambda.real).clamp(min=MIN_DECAY).log().expand(self.n_ssm, -1),
+            "Lambda_im": Lambda.imag.expand(self.n_ssm, -1),
+            "B": real_form(B).expand(self.n_ssm, -1),
+            # a complex normal of variance 1: half of it in each part
+            "C": torch.randn(self.C.shape) * math.sqrt(0.5),
+            "D": torch.randn(self.hidden_size),
+        }
+        if self.bidirectional:
+            values["C_reverse"] = torch.randn(self.C.shape) * math.sqrt(0.5)
+        return values
+
+    def _per_channel(self, shared: torch.Tensor) -> torch.Tensor:
+        """(..., n_ssm, k) -> (..., H, k): channel h takes copy h mod n_ssm."""
+        if self.n_ssm == self.hidden_size:
+            return shared
+        if self.n_ssm == 1:
+            return shared.expand(*shared.shape[:-2], self.hidden_size, -1)
+        return shared.repeat(*[1] * (shared.dim() - 2), self.hidden_size // self.n_ssm, 1)
+
+    def _fft(self, signal, reverse):
+        return fft_convolution(signal, self.kernel(signal.shape[1], reverse))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, n_ssm={self.n_ssm}, b_clip={self.b_clip}"
