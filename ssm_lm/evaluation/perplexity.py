@@ -77,6 +77,9 @@ def _slice(tokens, eos_token_id: int, start: int, end: int, device) -> tuple[tor
 
 def _summed_nll(model, hidden_states: torch.Tensor, targets: torch.Tensor) -> float:
     """hidden_states (n, H), targets (n,) -> the sum in float64; the logits exist for a slice of positions at a time."""
+    if model.config.adaptive_cutoffs is not None:
+        # the same numbers from the cluster of each target alone, in slices of its own
+        return model.lm_head(hidden_states, targets).double().item()
     positions = max(1, SLICE_ELEMENTS // model.config.vocab_size)
     total = torch.zeros((), dtype=torch.float64, device=targets.device)
     for states, ids in zip(hidden_states.split(positions), targets.split(positions), strict=True):

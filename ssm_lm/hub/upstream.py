@@ -346,6 +346,9 @@ def untruncate(system: StoredSystem, channels: int = 128) -> torch.Tensor:
     rows = torch.cat([system.C.real, -system.C.imag], -1)
     eye = torch.eye(2 * half, dtype=torch.float64)
     recovered = []
+    # 64 x 64 matrices are too small to share: one thread took a second a layer of the WikiText-103 model, two took 14
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for start in range(0, len(rows), channels):
         row = rows[start : start + channels]
         copies = torch.arange(start, start + len(row)) % len(A)
@@ -354,5 +357,6 @@ def untruncate(system: StoredSystem, channels: int = 128) -> torch.Tensor:
         power = torch.linalg.matrix_power(A_bar, system.length)
         # row~ = row (I - A_bar^L): a system with the transpose
         recovered.append(torch.linalg.solve_ex((eye - power).mT, row[..., None]).result[..., 0])
+    torch.set_num_threads(threads)
     real, minus_imag = torch.cat(recovered).chunk(2, -1)
     return torch.complex(real, -minus_imag)

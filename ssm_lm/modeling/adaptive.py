@@ -156,26 +156,25 @@ class AdaptiveSoftmax(_Clusters):
             return self.log_probabilities(hidden_states)
         return self.summed_loss(hidden_states, targets, chunk_size)
 
-    def _head(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """W and b of the first softmax: the ids of cluster 0, then one entry for each tail."""
-        return torch.cat([self.weight_0, self.cluster_weight]), torch.cat([self.bias_0, self.cluster_bias])
-
     def _projected(self, hidden_states, index: int) -> torch.Tensor:
         """dropout(Q_i^T h), (..., d_i)"""
         return self.dropout(F.linear(hidden_states, self._projection(index).t()))
 
-    def _log_softmax(self, hidden_states, weight, bias) -> torch.Tensor:
-        logits = F.linear(hidden_states, weight, bias)
-        return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
     def log_probabilities(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., H) -> (..., V), float32: exact for every id, and their exponentials sum to 1."""
-        head = self._log_softmax(self._projected(hidden_states, 0), *self._head())
+
+        def log_softmax(logits):
+            return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+        first = self._projected(hidden_states, 0)
+        # the logits are joined here, not the weights: one token of a generation would copy all of them
+        words = F.linear(first, self.weight_0, self.bias_0)
+        head = log_softmax(torch.cat([words, F.linear(first, self.cluster_weight, self.cluster_bias)], -1))
         frequent = self.bounds[0][1]
         parts = [head[..., :frequent]]
         for i in range(1, len(self.bounds)):
-            tail = self._log_softmax(self._projected(hidden_states, i), self._weight(i), self._bias(i))
-            parts.append(tail + head[..., frequent + i - 1, None])
+            tail = F.linear(self._projected(hidden_states, i), self._weight(i), self._bias(i))
+            parts.append(log_softmax(tail) + head[..., frequent + i - 1, None])
         return torch.cat(parts, -1)
 
     def summed_loss(self, hidden_states: torch.Tensor, targets: torch.Tensor, chunk_size: int | None = None):
@@ -191,7 +190,8 @@ class AdaptiveSoftmax(_Clusters):
         head_targets = targets
         for i, (low, high) in enumerate(self.bounds[1:], start=1):
             head_targets = torch.where((targets >= low) & (targets < high), frequent + i - 1, head_targets)
-        weight, bias = self._head()
+        weight = torch.cat([self.weight_0, self.cluster_weight])
+        bias = torch.cat([self.bias_0, self.cluster_bias])
         total = linear_cross_entropy(self._projected(hidden_states, 0), weight, head_targets, bias, chunk_size)
         fixed_shape = hidden_states.device.type != "cpu" or torch.compiler.is_compiling()
         for i, (low, high) in enumerate(self.bounds[1:], start=1):

@@ -367,6 +367,11 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
 
     def _loss_without_logits(self, hidden_states, labels, num_items_in_batch=None, shift_labels=None, **kwargs):
         """The causal loss of transformers (its arguments and its meaning) from hidden states (B, L, H)."""
+        if not isinstance(self.lm_head, (LanguageModelHead, AdaptiveSoftmax)):
+            # an adapter, a quantizer or a resize has put its own module there, of which only the logits are known
+            shared = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels, **kwargs}
+            logits = self.lm_head(hidden_states)
+            return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **shared)
         targets = causal_targets(labels, shift_labels).to(hidden_states.device)
         summed = self.lm_head(hidden_states.flatten(0, 1), targets, self.config.loss_chunk_size)
         return average(summed, targets, num_items_in_batch)

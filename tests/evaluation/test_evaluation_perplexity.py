@@ -109,3 +109,16 @@ def test_the_sum_is_in_double_precision(model):
 
     assert expected != F.cross_entropy(logits, ids, reduction="sum").item()
     assert perplexity._summed_nll(Fixed(), states, ids) == expected
+
+
+def test_an_adaptive_model_is_scored_by_the_clusters_of_its_targets(tokens):
+    torch.manual_seed(0)
+    keys = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8, "eos_token_id": None}
+    adaptive = S4ForCausalLM(S4Config(**keys, adaptive_cutoffs=[20, 60])).eval()
+    with torch.no_grad():
+        adaptive.lm_head.projection_0.normal_()  # from zero it would not look at the text
+    expected = nll_of_one_forward(adaptive, tokens)
+    assert full_context_nll(adaptive, tokens, EOS, window=400) == pytest.approx(expected, rel=1e-5)
+    assert full_context_nll(adaptive, tokens, EOS, window=400) != pytest.approx(
+        full_context_nll(adaptive, tokens[::-1], EOS)
+    )

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -184,6 +185,25 @@ print("all is well")
 
 @pytest.mark.slow
 def test_it_loads_where_ssm_lm_is_not_installed(exported, run_folder, tmp_path):
+    check_elsewhere(exported, run_folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_an_adaptive_model_loads_there_too(run_folder, tmp_path):
+    torch.manual_seed(0)
+    keys = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "eos_token_id": None}
+    model = S4ForCausalLM(S4Config(**keys, adaptive_cutoffs=[100, 200]))
+    with torch.no_grad():
+        model.lm_head.projection_0.normal_()
+    folder = shutil.copytree(run_folder, tmp_path / "adaptive", ignore=shutil.ignore_patterns("checkpoint-*"))
+    model.save_pretrained(folder)
+    exported = export(folder, tmp_path / "exported")
+    assert "## Load it" in (exported / "README.md").read_text()
+    check_elsewhere(exported, folder, tmp_path)
+
+
+def check_elsewhere(exported, run_folder, tmp_path):
+    """The same logits and the same text from a process in which ssm_lm cannot be imported."""
     model = load_model(run_folder)
     ids = torch.randint(1, 300, (2, 70), generator=torch.Generator().manual_seed(0))
     options = dict(max_new_tokens=16, pad_token_id=0, attention_mask=torch.ones_like(ids))
