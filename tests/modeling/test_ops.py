@@ -195,3 +195,12 @@ def test_powers_keep_the_phase_in_float32():
     re, im = ops.powers(log_re, log_im, torch.tensor([16000.0]))
     expected = torch.exp(torch.complex(log_re.double(), log_im.double()) * 16000)
     torch.testing.assert_close(torch.complex(re, im), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_of_the_small_ones():
+    torch.manual_seed(0)
+    assert gradcheck(ops.toeplitz, (random(2, 4, grad=True),))
+    assert gradcheck(ops.apply_diagonal, (random(2, 4, grad=True), random(3, 2, 4, grad=True)))
+    assert gradcheck(
+        lambda a, b: ops.powers(a, b, torch.arange(3.0)), (random(2, 1, grad=True), random(2, 1, grad=True))
+    )
