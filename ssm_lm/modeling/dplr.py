@@ -2,8 +2,8 @@
 
     x' = A x + B u,   y = 2 Re(C x) + D u          A = diag(Lambda) - P P^*
 
-The discrete A_bar is diagonal plus low rank again, and everything here follows from that: a step in O(N), the
-operators of a chunk without a squaring of dense matrices, and the kernel of a whole sequence by Cauchy products.
+The discrete A_bar is diagonal plus low rank again, and everything here follows from that: a step in O(N), and
+the kernel of a whole sequence by Cauchy products.
 
 Source: Gu, Goel, Re, "Efficiently Modeling Long Sequences with Structured State Spaces" (2022).
 """
@@ -90,58 +90,38 @@ class S4(SingleInputSingleOutput):
         state = apply_diagonal(E, state) - low_rank + B_bar * u[..., None]
         return (state * C_row).sum(-1), state
 
-    @staticmethod
-    def _rotation(diagonal: torch.Tensor) -> torch.Tensor:
-        """R(diagonal): (H, N) -> (H, N, N)."""
-        re, im = (torch.diag_embed(part) for part in diagonal.chunk(2, -1))
-        return torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
-
     def _dense(self, discrete: DiscreteDPLR) -> torch.Tensor:
         """A_bar, (H, N, N)."""
-        return self._rotation(discrete.E) - discrete.F @ discrete.G.transpose(1, 2)
+        e_re, e_im = (torch.diag_embed(part) for part in discrete.E.chunk(2, -1))
+        rotation = torch.cat([torch.cat([e_re, -e_im], -1), torch.cat([e_im, e_re], -1)], -2)
+        return rotation - discrete.F @ discrete.G.transpose(1, 2)
 
     def operators(self, length: int, reverse: bool = False) -> ChunkOperators:
-        """Krylov columns A^j B and rows C A^(j+1) by doubling, without a product of two dense (N, N) matrices.
+        """Krylov columns A^j B and rows C A^(j+1) by doubling: log2(T) squarings of the dense real A_bar.
 
-        With A = R(E) - F G^T, a power of A is diagonal plus low rank too, of rank r m,
-            A^m = R(E^m) - [F, A F, ..., A^(m-1) F] [R(E)^(m-1)^T G, ..., R(E)^T G, G]^T
-        so A^m is applied to m columns in O(N r m^2), and only A^length is written out, by one matmul.
+        The powers are diagonal plus low rank, so columns, rows and A^T could do without the squarings, in 2.7 times
+        fewer operations. On a CPU that takes the same time: what replaces a squaring is a dozen passes over (H, N, T).
         """
         discrete = self.discretize(reverse)
-        E, F, G = discrete.E, discrete.F, discrete.G
-        H, N, rank = F.shape
-        half = N // 2
-        conjugate = torch.cat([E[:, :half], -E[:, half:]], -1)  # R(E)^T = R(conj E)
-
-        def turned(diagonal, columns):
-            """R(diagonal) columns, with columns (H, N, ...)."""
-            columns = columns.flatten(2)
-            dr, di = diagonal[..., None].chunk(2, 1)
-            cr, ci = columns.chunk(2, 1)
-            return torch.cat([dr * cr - di * ci, torch.addcmul(dr * ci, di, cr)], 1)
-
-        m = 1
-        power, power_t = E, conjugate  # E^m and its conjugate
-        columns = torch.cat([discrete.B_bar[..., None], F], -1)[..., None]  # A^j [B, F], j < m: (H, N, 1 + r, m)
-        low = G[..., None].transpose(2, 3)  # R(E)^(m-1-j)^T G: (H, N, m, r)
-        rows = apply_diagonal(conjugate, discrete.C_row)[:, None] - (discrete.C_row[:, None] @ F) @ G.transpose(1, 2)
-        while m < length:
-            more = min(m, length - m)
-            left = columns[:, :, 1:].transpose(2, 3).reshape(H, N, m * rank)  # A^j F, in the order of `low`
-            right = low.reshape(H, N, m * rank)
-            new = columns[..., :more].flatten(2)
-            new = turned(power, new) - left @ (right.transpose(1, 2) @ new)
-            columns = torch.cat([columns, new.view(H, N, 1 + rank, more)], -1)
-            new = rows[:, :more]
-            new = turned(power_t, new.transpose(1, 2)).transpose(1, 2) - (new @ left) @ right.transpose(1, 2)
-            rows = torch.cat([rows, new], 1)
-            # low holds R^(m-1) G .. G; the next one starts with R^(m+more-1) G .. R^m G
-            low = torch.cat([turned(power_t, low[:, :, m - more :]).view(H, N, more, rank), low], 2)
-            m += more
-            power, power_t = apply_diagonal(power, power), apply_diagonal(power_t, power_t)
-        left = columns[:, :, 1:].transpose(2, 3).reshape(H, N, length * rank)
-        carry = self._rotation(diagonal_power(E, length)) - left @ low.reshape(H, N, length * rank).transpose(1, 2)
-        columns = columns[:, :, 0]
+        power = self._dense(discrete)  # A^(2^k)
+        columns = discrete.B_bar[..., None]  # A^j B, j = 0, 1, ...
+        rows = discrete.C_row[:, None] @ power  # C A^(j+1)
+        carry = None  # A^length, from the binary digits of the length
+        remaining = length
+        while True:
+            if remaining & 1:
+                carry = power if carry is None else power @ carry
+            remaining >>= 1
+            if not remaining:
+                break
+            missing = length - columns.shape[-1]
+            columns = torch.cat([columns, power @ columns[..., :missing]], -1)
+            rows = torch.cat([rows, rows[:, :missing] @ power], 1)
+            power = power @ power
+        missing = length - columns.shape[-1]
+        if missing:
+            columns = torch.cat([columns, power @ columns[..., :missing]], -1)
+            rows = torch.cat([rows, rows[:, :missing] @ power], 1)
         taps = (discrete.C_row[:, None] @ columns).squeeze(1)
         return ChunkOperators(taps, rows, columns.flip(-1), carry)
 
@@ -205,15 +185,3 @@ def small_inverse(matrix: torch.Tensor) -> torch.Tensor:
     a, b, c, d = (matrix[..., i, j] for i in (0, 1) for j in (0, 1))
     adjugate = torch.stack([torch.stack([d, -b], -1), torch.stack([-c, a], -1)], -2)
     return adjugate / (a * d - b * c)[..., None, None]
-
-
-def diagonal_power(diagonal: torch.Tensor, exponent: int) -> torch.Tensor:
-    """The elementwise power of a complex vector in real form, by the binary digits of the exponent, at least 1."""
-    power = None
-    while True:
-        if exponent & 1:
-            power = diagonal if power is None else apply_diagonal(diagonal, power)
-        exponent >>= 1
-        if not exponent:
-            return power
-        diagonal = apply_diagonal(diagonal, diagonal)

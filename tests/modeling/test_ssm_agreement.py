@@ -154,7 +154,8 @@ def test_gradients_of_everything(name, mode):
     u = torch.randn(2, 8, 2, dtype=torch.float64, requires_grad=True)
     state = torch.randn(2, *layer.state_shape, dtype=torch.float64, requires_grad=True)
     parameters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
-    assert torch.autograd.gradcheck(run, (u, state, *parameters))
+    # the fast mode compares random projections of the Jacobians
+    assert torch.autograd.gradcheck(run, (u, state, *parameters), fast_mode=mode == "fft")
 
 
 ALL_INITS = [(S4, "legs"), (S4, "legt"), (S4, "fourier"), *((S4D, i) for i in ("legs", "lin", "inv", "quad", "real"))]
