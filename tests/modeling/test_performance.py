@@ -27,9 +27,9 @@ def interleaved(functions, rounds):
         function()
     for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = time.process_time()  # of the one thread: neighbours on the machine take wall time, not this
             function()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 """
 
@@ -76,8 +76,7 @@ print(json.dumps(interleaved({"chunk": run("chunk"), "fft": run("fft")}, rounds=
 """
 
 
-# below what one idle core shows (2.4 and 3.5 for S4, 2.0 and 2.4 for S4D), as neighbours on the machine slow the two
-# down unequally
+# below what one idle core shows, as neighbours on the machine slow the two down unequally
 @pytest.mark.parametrize(
     ("name", "length", "factor"), [("s4", 4096, 1.8), ("s4", 16384, 1.8), ("s4d", 4096, 1.1), ("s4d", 16384, 1.3)]
 )
