@@ -35,7 +35,7 @@ class S4Config(PreTrainedConfig):
     b_clip: largest |B_n| of the initialisation of s4 and s4d; None: no limit.
     ssm_blocks: s5 starts with so many copies of the HiPPO spectrum of order state_size / ssm_blocks.
     bidirectional: every state space reads the sequence from both ends. For classification only.
-    mode: "chunk", "fft", "recurrent", or "auto", the fastest for the length at hand.
+    mode: "chunk", "fft", "recurrent", for s5 also "associative"; or "auto", the fastest for the length at hand.
     chunk_size: tokens in a chunk of the chunk scan.
     intermediate_size: width of the FFN; None: 4 * hidden_size.
     hidden_act: activation after an SSM and inside an FFN.
@@ -143,6 +143,8 @@ class S4Config(PreTrainedConfig):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise ValueError(f"{key} must be positive, not {value}")
+        if self.ssm != "s5" and self.mode == "associative":
+            raise ValueError(f"mode associative is for ssm: s5, not for {self.ssm}")
         if self.ssm != "s5" and self.ssm_blocks != 1:
             raise ValueError(f"ssm_blocks is for ssm: s5, not for {self.ssm}")
         if self.ssm == "s5" and self.n_ssm != 1:

@@ -6,6 +6,7 @@ N/2 states whose conjugates are implied. Everything runs in the dtype of its inp
 """
 
 import torch
+import torch.nn.functional as F
 
 from .chunked import ChunkOperators, apply_diagonal, chunk_scan, toeplitz
 
@@ -139,3 +140,20 @@ def vandermonde(
     left_im = v_re * coarse_im + v_im * coarse_re
     left = torch.cat([left_re, -left_im], -1).to(dtype)
     return 2 * (left @ torch.cat([fine_re, fine_im], 1).to(dtype)).flatten(1)[:, :length]
+
+
+def associative_scan(log_re: torch.Tensor, log_im: torch.Tensor, drive: torch.Tensor) -> torch.Tensor:
+    """x_t = Lambda x_{t-1} + u_t from zero, as a parallel prefix in log2(L) passes over the sequence.
+
+    Elements (a, b) combine as (a_1, b_1)(a_2, b_2) = (a_2 a_1, a_2 b_1 + b_2). Lambda is the same at every step, so
+    after k passes every a is Lambda^(2^k), and only the b are a sequence. log_re, log_im: log Lambda, (P/2,);
+    drive u: (B, L, P) as [real | imaginary] -> x, likewise.
+
+    Source: Blelloch, "Prefix Sums and Their Applications" (1990); used for S5 by Smith et al. (2023).
+    """
+    x, reach = drive, 1
+    while reach < drive.shape[1]:
+        power = torch.cat(powers(log_re, log_im, torch.tensor(float(reach), device=drive.device)), -1).to(drive.dtype)
+        x = x + F.pad(apply_diagonal(power, x[:, :-reach]), (0, 0, reach, 0))
+        reach *= 2
+    return x

@@ -15,7 +15,7 @@ import torch
 
 from .diagonal import discretize_diagonal
 from .hippo import INITIALIZATIONS
-from .ops import ChunkOperators, apply_diagonal, powers
+from .ops import ChunkOperators, apply_diagonal, associative_scan, powers
 from .state_space import MIN_DECAY, StateSpace, complex_product, real_form
 
 
@@ -155,6 +155,10 @@ class S5(StateSpace):
         size = 1 << (2 * L - 1).bit_length()
         states = torch.fft.ifft(torch.fft.fft(drive, n=size) * torch.fft.fft(kernel, n=size))[..., :L]
         return real_form(states.transpose(1, 2))
+
+    def _associative(self, signal, reverse):
+        log, _ = self._discrete_Lambda()
+        return associative_scan(*log, signal)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, blocks={self.blocks}"

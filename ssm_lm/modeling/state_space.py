@@ -24,7 +24,7 @@ from .documents import Documents, find_documents, move_apart, move_together
 from .hippo import INITIALIZATIONS
 from .ops import fft_convolution
 
-MODES = ("auto", "chunk", "fft", "recurrent")
+MODES = ("auto", "chunk", "fft", "recurrent", "associative")
 DISCRETIZATIONS = {"s4": ("bilinear",), "s4d": ("zoh", "bilinear"), "s5": ("zoh", "bilinear")}  # [0]: the default
 
 # upstream's floor under |Re Lambda|; it keeps an initialisation on the imaginary axis strictly stable
@@ -160,6 +160,10 @@ class StateSpace(nn.Module):
         """The scanned signal's answer from a zero state, by FFT."""
         raise NotImplementedError
 
+    def _associative(self, signal: torch.Tensor, reverse: bool) -> torch.Tensor:
+        """The same by an associative scan."""
+        raise ValueError(f"mode associative is for s5, whose states are read out together, not for {self.name}")
+
     def _scan_state(self, state: torch.Tensor) -> torch.Tensor:
         """A state of the layer as one of the scan."""
         return state
@@ -186,7 +190,8 @@ class StateSpace(nn.Module):
         """Run the layer over a sequence.
 
         u: (B, L, H), any floating dtype, any L; y comes back in the same dtype.
-        mode: "chunk", "fft", "recurrent"; "auto" takes the one that was measured to be the fastest.
+        mode: "chunk", "fft", "recurrent", for S5 also "associative"; "auto" takes the one that was measured to be the
+        fastest.
         initial_state: (B, H, N), for S5 (B, 1, N), or None for zero. The final state is float32 (float64 for a float64
         layer), or None where output_final_state is False. Both are differentiable.
         memo: a dict of the caller's that keeps the discretised system between calls while the parameters stay the
@@ -248,8 +253,10 @@ class StateSpace(nn.Module):
         if mode == "recurrent":
             y, state = self._run_recurrent(x, state, documents, memo, reverse)
             return (y if reverse else torch.addcmul(y, x, self.D)), state
-        run = self._run_chunk if mode == "chunk" else self._run_fft
-        return run(x, state, documents, output_final_state, reverse)
+        if mode == "chunk":
+            return self._run_chunk(x, state, documents, reverse)
+        whole = self._associative if mode == "associative" else self._fft
+        return self._run_whole(whole, x, state, documents, output_final_state, reverse)
 
     def _run_recurrent(self, x, state, documents, memo, reverse):
         memo = {} if memo is None else memo
@@ -264,7 +271,7 @@ class StateSpace(nn.Module):
             outputs.append(y)
         return torch.stack(outputs, 1), state
 
-    def _run_chunk(self, x, state, documents, output_final_state, reverse):
+    def _run_chunk(self, x, state, documents, reverse):
         signal, start = self._drive(x), None if state is None else self._scan_state(state)
         if documents is None:
             signal, final = self._scan(signal, start, reverse)
@@ -276,11 +283,12 @@ class StateSpace(nn.Module):
             signal, final = self._continue(signal, final, start, documents, reverse)
         return self._read(signal, x, skipped=True, reverse=reverse), self._layer_state(final)
 
-    def _run_fft(self, x, state, documents, output_final_state, reverse):
+    def _run_whole(self, whole, x, state, documents, output_final_state, reverse):
+        """whole: what answers a signal (B, L, C) from a zero state at once, `_fft` or `_associative`."""
         drive, start = self._drive(x), None if state is None else self._scan_state(state)
         final = None
         if documents is None:
-            signal = self._fft(drive, reverse)
+            signal = whole(drive, reverse)
             if start is not None:
                 # by linearity the initial state adds what it would emit under a zero input
                 signal = signal + self._scan(torch.zeros_like(drive), start, reverse, skip=False)[0]
@@ -288,7 +296,7 @@ class StateSpace(nn.Module):
                 final = self._scan(drive, start, reverse, has_output=False)[1]
         else:
             B, T, chunks = len(x), documents.chunk_size, documents.chunks
-            signal = self._fft(move_apart(drive, documents.row_slot, documents.rows, documents.longest), reverse)
+            signal = whole(move_apart(drive, documents.row_slot, documents.rows, documents.longest), reverse)
             signal = move_together(signal, documents.row_slot, B)
             if output_final_state:
                 apart = move_apart(drive, documents.slot, B, chunks * T)

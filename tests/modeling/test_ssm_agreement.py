@@ -33,6 +33,10 @@ def make(name, seed=0, **kw):
     return LAYERS[name](**kw).double()
 
 
+def modes_of(layer):
+    return (*MODES, "associative") if layer.name == "s5" else MODES
+
+
 def relative_error(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
@@ -46,7 +50,7 @@ def test_every_mode_equals_the_dense_reference(name, length, initial):
     state = torch.randn(2, *layer.state_shape, dtype=torch.float64) if initial else None
     expected, states = reference.run(layer, u, reference.complex_state(layer, state) if initial else None)
     with torch.no_grad():
-        for mode in MODES:
+        for mode in modes_of(layer):
             y, final = layer(u, mode=mode, initial_state=state)
             assert relative_error(y, expected) < 1e-9, mode
             assert relative_error(reference.complex_state(layer, final), states[:, -1]) < 1e-9, mode
@@ -299,3 +303,26 @@ def test_bad_inputs():
         layer(torch.zeros(1, 3, 4), initial_state=torch.zeros(2, 4, 8))
     with pytest.raises(ValueError, match="seq_idx must be"):
         layer(torch.zeros(1, 3, 4), seq_idx=torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_associative_mode_in_float32_with_gradients_and_documents():
+    torch.manual_seed(0)
+    layer, double = S5(8, 16), S5(8, 16).double()
+    double.load_state_dict(layer.state_dict())
+    u = torch.randn(1, 3000, 8)
+    with torch.no_grad():
+        y, state = layer(u, mode="associative")
+        expected, expected_state = double(u.double(), mode="recurrent")
+        assert relative_error(y, expected) < 1e-5
+        assert relative_error(state, expected_state) < 1e-5
+        seq_idx = (torch.arange(3000) // 700)[None]
+        packed = [layer(u, mode=mode, seq_idx=seq_idx)[0] for mode in ("associative", "chunk")]
+        assert relative_error(*packed) < 1e-5
+    small = S5(2, 4, chunk_size=3).double()
+    inputs = torch.randn(2, 5, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda u: small(u, mode="associative"), (inputs,))
+
+
+def test_associative_mode_is_for_s5():
+    with pytest.raises(ValueError, match="associative is for s5"):
+        S4(2, 4)(torch.zeros(1, 3, 2), mode="associative")
