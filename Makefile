@@ -1,5 +1,6 @@
 # make quickstart: the whole way from text to a generating model, on this machine, in minutes
-# make test:       every test that needs no GPU and no cluster
+# make test:       every test that needs no GPU and no cluster, but for the long ones
+# make long-test:  claims of accuracy, speed and memory: minutes of arithmetic
 # Both make the virtual environment if it is missing.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 QUICKSTART ?=
 TESTS ?= tests
 
-.PHONY: quickstart test fast-test lint format venv clean
+.PHONY: quickstart test long-test fast-test lint format venv clean
 
 quickstart: venv
 	$(BIN)/ssm-lm prepare --dataset builtin --tokenizer bpe:4096 --output data/builtin
@@ -23,10 +24,13 @@ quickstart: venv
 	@echo "Model:        exports/quickstart, for AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" $(TESTS)
+
+long-test: venv
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long $(TESTS)
 
 fast-test: venv
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long" $(TESTS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ def test_every_split(cls, mode, length):
     assert worst_split(cls(2, 16).double(), length, mode) < 1e-9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("mode", "every"), [("chunk", 1), ("fft", 19), ("recurrent", 97)])
 @pytest.mark.parametrize("cls", [S4, S4D])
 def test_splits_of_a_thousand(cls, mode, every):

@@ -24,7 +24,7 @@ def digits_config(tmp_path):
     return write
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("ssm", ["s4", "s4d", "s5"])
 def test_digits_are_learnt(digits_config, tmp_path, ssm):
     """The config as it is, with each layer: 96% of the test digits."""
