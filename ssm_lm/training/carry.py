@@ -73,7 +73,7 @@ class CarriedState:
         """Take up the states of a checkpoint. Raises UserError where it has none for this rank."""
         if not path.is_file():
             raise UserError(f"{path}: no such file; the checkpoint was not written with carry_state, or by other ranks")
-        tensors = load_file(path, device=str(device))
+        tensors = {key: tensor.to(device) for key, tensor in load_file(path).items()}
         self.place = int(tensors.pop("place"))
         self.caches = [DynamicCache(config=self.config) for _ in range(self.batches_per_step)]
         keys = sorted(tensors, key=lambda key: [int(part) for part in key.split(".")])

@@ -79,7 +79,8 @@ def test_the_deepspeed_launcher(write_config, tmp_path, two_ranks_plain):
     assert losses(tmp_path / "run") == pytest.approx(two_ranks_plain[0], rel=1e-5)
 
 
-def test_killed_and_resumed(write_config, tmp_path):
+@pytest.mark.parametrize("carry_state", [False, True], ids=["", "carried"])
+def test_killed_and_resumed(write_config, tmp_path, carry_state):
     """SIGKILL of every process after step 15; the resumed run writes the losses of one that was left alone."""
     settings = {
         "max_steps": STEPS,
@@ -87,6 +88,7 @@ def test_killed_and_resumed(write_config, tmp_path):
         "deepspeed": zero(2),
         "save_strategy": "steps",
         "save_steps": 5,
+        "carry_state": carry_state,
         # dropout, so that the losses also depend on the random state of each rank
         "model": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "chunk_size": 16, "dropout": 0.1},
     }
