@@ -1,8 +1,11 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
+import contextlib
 import json
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -14,3 +17,19 @@ def write_json(path: Path, value: dict) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """A folder beside `place` to write into, which takes the name when the block ends and is removed when it fails.
+
+    `place` is absent or an empty folder. Raises OSError.
+    """
+    place = place.resolve()
+    partial = place.with_name(f"{place.name}.partial-{secrets.token_hex(4)}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.rename(partial, place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

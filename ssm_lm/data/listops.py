@@ -18,8 +18,6 @@ import argparse
 import hashlib
 import os
 import random
-import secrets
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from ..files import new_folder
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 END = "]"
@@ -104,28 +103,24 @@ def write_listops(output: str | os.PathLike, seed: int = 0, counts: dict[str, in
     output = Path(output).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: exists and is not an empty folder; choose another")
-    place, seen = output.resolve(), set()
-    partial = place.with_name(f"{place.name}.partial-{secrets.token_hex(4)}")
+    seen = set()
     try:
-        partial.mkdir(parents=True)
-        for split, (name, count) in SPLITS.items():
-            count = (counts or {}).get(split, count)
-            with open(partial / name, "w", encoding="utf-8", newline="\n") as file:
-                file.write(f"{HEADER}\n")
-                for source, value in examples(f"{seed} {split}"):
-                    if not count:
-                        break
-                    digest = hashlib.blake2b(source.encode(), digest_size=16).digest()
-                    if digest in seen:
-                        continue
-                    seen.add(digest)
-                    file.write(f"{source}\t{value}\n")
-                    count -= 1
-        os.rename(partial, place)
+        with new_folder(output) as partial:
+            for split, (name, count) in SPLITS.items():
+                count = (counts or {}).get(split, count)
+                with open(partial / name, "w", encoding="utf-8", newline="\n") as file:
+                    file.write(f"{HEADER}\n")
+                    for source, value in examples(f"{seed} {split}"):
+                        if not count:
+                            break
+                        digest = hashlib.blake2b(source.encode(), digest_size=16).digest()
+                        if digest in seen:
+                            continue
+                        seen.add(digest)
+                        file.write(f"{source}\t{value}\n")
+                        count -= 1
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return output
 
 

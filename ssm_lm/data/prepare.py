@@ -8,8 +8,6 @@ name is whole.
 import argparse
 import hashlib
 import os
-import secrets
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..errors import UserError
+from ..files import new_folder
 from .corpora import LEVELS, NAMES, Corpus, load_corpus
 from .manifest import DTYPES, FORMAT_VERSION, MANIFEST_FILE, Manifest, SplitInfo
 from .text_files import DOCUMENTS
@@ -109,17 +108,13 @@ def prepare(
     if finished is not None:
         return finished
 
-    partial = output.resolve().with_name(f"{output.resolve().name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True)
-        manifest = _write(corpus, tokenizer, request, partial, _progress(show_progress))
-        os.rename(partial, output.resolve())
+        with new_folder(output) as partial:
+            manifest = _write(corpus, tokenizer, request, partial, _progress(show_progress))
     except OSError as error:
         raise UserError(
             f"--output {output}: cannot be written: {error.strerror or error}; nothing was kept, choose another place"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     for name in corpus.left_out:
         print(f"{corpus.name}: left out {name}, for its name speaks of no split", file=sys.stderr)
     return manifest

@@ -5,16 +5,14 @@ is read in `upstream`. A pickle is only ever loaded with weights_only=True, so t
 """
 
 import argparse
-import os
 import re
-import secrets
-import shutil
 import warnings
 from pathlib import Path
 
 import torch
 
 from ..errors import UserError
+from ..files import new_folder
 from .load import load_tokenizer, one_line, quiet
 from .upstream import VERSIONS, translate
 
@@ -69,19 +67,13 @@ def convert(checkpoint, output, tokenizer=None, version: str = "auto", l_max: in
         config["bos_token_id"] = config["eos_token_id"] = tokenizer.eos_token_id
     model = build(config, weights)
 
-    place = output.resolve()
-    partial = place.with_name(f"{place.name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True)
-        with quiet():
+        with new_folder(output) as partial, quiet():
             model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-        os.rename(partial, place)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({one_line(error)}); choose another place") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return model
 
 

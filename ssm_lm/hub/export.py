@@ -5,13 +5,12 @@ training. The folder is written beside its place under another name and renamed 
 """
 
 import argparse
-import os
-import secrets
 import shutil
 from pathlib import Path
 
 from .. import modeling
 from ..errors import UserError
+from ..files import new_folder
 from . import card
 from .load import DTYPES, check_vocabulary_fits, load_model, load_tokenizer, one_line, quiet
 
@@ -61,16 +60,11 @@ def export(checkpoint, output, *, dtype=None, tokenizer=None, results=()) -> Pat
     tokenizer = load_tokenizer(vocabulary, needs_model=tokenizer is None)
     check_vocabulary_fits(tokenizer, model, vocabulary)
 
-    place = output.resolve()
-    partial = place.with_name(f"{place.name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True)
-        write(model, tokenizer, partial, card.write_card(model, place.name, results))
-        os.rename(partial, place)
+        with new_folder(output) as partial:
+            write(model, tokenizer, partial, card.write_card(model, output.resolve().name, results))
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({one_line(error)}); choose another place") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return output
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import write_json
+from ..hub.load import COMPLETE as COMPLETE_FILE
 
 RUN_FILE = "run.json"
-COMPLETE_FILE = "complete.json"
 
 
 def mark_complete(checkpoint: Path, step: int, world_size: int) -> None:
