@@ -10,7 +10,15 @@ from pathlib import Path
 from ..errors import UserError
 from ..files import write_json
 from .config import parse_overrides, read_train_config
-from .environment import default_environment, is_main_process, on_cpu, prepare_process, set_threads, world_size
+from .environment import (
+    default_environment,
+    is_main_process,
+    leave_launcher,
+    on_cpu,
+    prepare_process,
+    set_threads,
+    world_size,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,21 +26,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs=argparse.REMAINDER,
-        help="--key value for any key of the config; --model.key value for a key of the model",
+        help="--key value for any key of the config; --model.key value for a key of the model; "
+        "--dry-run prints what would run, on WORLD_SIZE ranks, and writes nothing",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    train(read_train_config(args.config, parse_overrides(args.overrides)), where=args.config)
+    overrides = parse_overrides(args.overrides)
+    dry_run = overrides.pop("dry_run", False)
+    if dry_run and not is_main_process():
+        return  # one process says it for all
+    train(read_train_config(args.config, overrides), where=args.config, dry_run=dry_run)
 
 
-def train(values: dict, where: str = "config") -> Path:
+def train(values: dict, where: str = "config", dry_run: bool = False) -> Path:
     """Train as a checked config says (see `config.read_train_config`); returns the folder of the finished model.
 
     The folder holds the model and its tokenizer, checkpoint-N folders, and TensorBoard files in runs/.
-    Raises UserError, before anything is written, for whatever the config or the folders have wrong.
+    Raises UserError, before anything is written, for whatever the config or the folders have wrong. With `dry_run` that is
+    all, and what would run on WORLD_SIZE ranks is printed by this one process.
     """
     check_values(values, where)
+    ranks = world_size()
+    if dry_run:
+        leave_launcher()
     prepare_process(uses_deepspeed=values.get("deepspeed") is not None)
 
     from transformers import set_seed
@@ -54,15 +71,17 @@ def train(values: dict, where: str = "config") -> Path:
     if on_cpu():
         arguments["use_cpu"] = True
     batch = values.get("per_device_train_batch_size", S4TrainingArguments.per_device_train_batch_size)
-    identity = run_identity(values, task, batch * values.get("gradient_accumulation_steps", 1) * world_size())
+    identity = run_identity(values, task, batch * values.get("gradient_accumulation_steps", 1) * ranks)
     recorded = claim(output_dir, identity)
     checkpoint = values.get("resume_from_checkpoint") or last_complete_checkpoint(output_dir)
     if checkpoint is not None:
-        check_resumable(Path(checkpoint), world_size(), sharded=bool(arguments["deepspeed"]))
+        check_resumable(Path(checkpoint), ranks, sharded=bool(arguments["deepspeed"]))
     try:
         args = S4TrainingArguments(**arguments)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
+    if dry_run:
+        args.distributed_state.num_processes = ranks  # as if they were there
     if args.max_steps <= 0:
         args.max_steps = max(1, int(args.num_train_epochs * task.samples_per_epoch // args.global_batch_size))
     if recorded.get("finished_step", -1) >= args.max_steps:
@@ -74,6 +93,9 @@ def train(values: dict, where: str = "config") -> Path:
     set_threads()
     set_seed(args.seed)
     model = task.new_model()
+    if dry_run:
+        print_plan(args, model, task, checkpoint)
+        return output_dir
     if is_main_process():
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
