@@ -16,6 +16,7 @@ class S4TrainingArguments(TrainingArguments):
     task: a sequence classification task instead of `data`, as digits or imdb:FOLDER (see data/sequences.py).
     sequence_length: tokens in a training window.
     carry_state: each window continues the one before it in its row, from that one's final state (see carry.py).
+    sequence_parallel_size: consecutive ranks that share a sequence, a slice each (see sequence_parallel.py).
     ssm_learning_rate: learning rate of the state space parameters (dt, Lambda, P, B, C, D); None: learning_rate.
     """
 
@@ -25,6 +26,7 @@ class S4TrainingArguments(TrainingArguments):
     task: str | None = None
     sequence_length: int = 1024
     carry_state: bool = False
+    sequence_parallel_size: int = 1
     ssm_learning_rate: float | None = None
 
     # where language models differ from the defaults of TrainingArguments
@@ -50,4 +52,6 @@ class S4TrainingArguments(TrainingArguments):
 
     @property
     def global_batch_size(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        """Sequences that one optimizer step sees; ranks that share a sequence count as one."""
+        replicas = self.world_size // self.sequence_parallel_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * replicas

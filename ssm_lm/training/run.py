@@ -54,7 +54,8 @@ def train(values: dict, where: str = "config") -> Path:
     if on_cpu():
         arguments["use_cpu"] = True
     batch = values.get("per_device_train_batch_size", S4TrainingArguments.per_device_train_batch_size)
-    identity = run_identity(values, task, batch * values.get("gradient_accumulation_steps", 1) * world_size())
+    replicas = world_size() // values.get("sequence_parallel_size", 1)
+    identity = run_identity(values, task, batch * values.get("gradient_accumulation_steps", 1) * replicas)
     recorded = claim(output_dir, identity)
     checkpoint = values.get("resume_from_checkpoint") or last_complete_checkpoint(output_dir)
     if checkpoint is not None:
@@ -102,14 +103,38 @@ def check_values(values: dict, where: str) -> None:
         raise UserError(f"{where}: the key 'output_dir' is needed")
     if bool(values["model"]) == bool(values.get("init_from")):
         raise UserError(f"{where}: exactly one of 'model' and 'init_from' is needed")
-    for key, least in (("sequence_length", 2), ("per_device_train_batch_size", 1), ("gradient_accumulation_steps", 1)):
+    for key, least in (
+        ("sequence_length", 2),
+        ("per_device_train_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("sequence_parallel_size", 1),
+    ):
         if values.get(key, least) < least:
             raise UserError(f"{where}: {key} must be at least {least}, not {values[key]}")
+    check_sequence_parallel(values, where)
     if values.get("carry_state") and (values.get("activation_checkpointing") or values.get("gradient_checkpointing")):
         raise UserError(
             f"{where}: carry_state and activation_checkpointing exclude each other (the recomputed forward would go on "
             "from the state that it is to make); set one of them to false"
         )
+
+
+def check_sequence_parallel(values: dict, where: str) -> None:
+    """Raise UserError where `sequence_parallel_size` does not go with the ranks, the length or another key."""
+    size = values.get("sequence_parallel_size", 1)
+    if size == 1:
+        return
+    for name, number in (
+        ("the number of ranks", world_size()),
+        ("sequence_length", values.get("sequence_length", 1024)),
+    ):
+        if number % size:
+            raise UserError(f"{where}: sequence_parallel_size must divide {name} ({number}), and {size} does not")
+    for key in ("carry_state", "task", "label_smoothing_factor"):
+        if values.get(key):
+            raise UserError(f"{where}: sequence_parallel_size and {key} exclude each other; leave one of them out")
+    if values["model"].get("bidirectional"):
+        raise UserError(f"{where}: sequence_parallel_size is for causal models; leave out model.bidirectional")
 
 
 def print_plan(args, model, task, checkpoint) -> None:
@@ -118,13 +143,14 @@ def print_plan(args, model, task, checkpoint) -> None:
     config = model.config
     stage = args.deepspeed["zero_optimization"]["stage"] if args.deepspeed else None
     engine = "torch" if stage is None else f"DeepSpeed ZeRO {stage}"
+    shared = f", {args.sequence_parallel_size} ranks a sequence" if args.sequence_parallel_size > 1 else ""
     precision = "bfloat16 (autocast)" if args.bf16 or (args.deepspeed or {}).get("torch_autocast") else "float32"
     print(
         f"model     {parameters:,} parameters: {config.num_hidden_layers} x [{', '.join(config.sublayers)}], "
         f"{config.ssm}, hidden_size {config.hidden_size}, state_size {config.state_size}\n"
         f"{task.describe(args)} "
         f"({args.world_size} ranks x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
-        f"accumulated), {args.max_steps} steps\n"
+        f"accumulated{shared}), {args.max_steps} steps\n"
         f"engine    {engine}, {precision}, {args.device}",
         flush=True,
     )

@@ -14,6 +14,7 @@ from ..data.windows import TokenWindows, WindowSampler
 from .carry import CarriedState, RowSampler
 from .checkpoints import mark_complete
 from .param_groups import check_ssm_precision, parameter_groups
+from .sequence_parallel import RepeatedBatches, SequenceParallel, SlicedWindows
 
 
 class RunSampler(Sampler):
@@ -145,10 +146,15 @@ class LanguageModelTrainer(S4Trainer):
         if eval_windows is not None:
             length = eval_windows.sequence_length
             eval_dataset = Subset(eval_windows, range(0, len(eval_windows.stream.tokens) - length + 1, length))
+        self.windows, train_dataset = train_windows, train_windows
+        if args.sequence_parallel_size > 1:
+            parallel = SequenceParallel(args.sequence_parallel_size)
+            parallel.attach(model)
+            train_dataset = SlicedWindows(train_windows, parallel)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_windows,
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=default_data_collator,  # windows are of one length: there is nothing to pad
             **kwargs,
@@ -161,10 +167,12 @@ class LanguageModelTrainer(S4Trainer):
     def _get_train_sampler(self, train_dataset=None):
         rows = self.args.global_batch_size
         total = self.args.max_steps * rows
-        windows = self.train_dataset
         if self.args.carry_state:
-            return RowSampler(len(windows.stream), windows.sequence_length, rows, total)
-        return RunSampler(WindowSampler(windows, seed=self.args.seed), total)
+            return RowSampler(len(self.windows.stream), self.windows.sequence_length, rows, total)
+        sampler = RunSampler(WindowSampler(self.windows, seed=self.args.seed), total)
+        if self.args.sequence_parallel_size > 1:
+            return RepeatedBatches(sampler, self.args.per_device_train_batch_size, self.args.sequence_parallel_size)
+        return sampler
 
     def speed(self, step, steps, seconds):
         tokens = self.args.tokens_per_step
