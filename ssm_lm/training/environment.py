@@ -1,10 +1,14 @@
 """The process that training runs in: a device, a process group, and DeepSpeed's traps on a machine without a GPU."""
 
 import contextlib
+import gc
 import logging
 import os
 import socket
+import sys
 import warnings
+
+from ..errors import UserError
 
 
 def on_cpu() -> bool:
@@ -53,6 +57,60 @@ def world_size() -> int:
 
 def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def agree(problem: str | None, facts: dict | None = None) -> None:
+    """Stop every rank in the same way. A collective: all ranks call it.
+
+    problem: what is wrong on this rank, or None. facts: what must be the same on all ranks.
+    Raises UserError on every rank if one has a problem or a fact differs; it names the rank and the key.
+    """
+    import torch.distributed as dist
+
+    everyone = [(problem, facts)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (problem, facts))
+    for rank, (problem, theirs) in enumerate(everyone):
+        if problem:
+            raise UserError(problem if len(everyone) == 1 else f"rank {rank}: {problem}")
+        first = everyone[0][1]
+        for key in sorted({*(first or {}), *(theirs or {})}):
+            mine, other = (first or {}).get(key), (theirs or {}).get(key)
+            if mine != other:
+                raise UserError(
+                    f"rank {rank} was started with {key} {other!r} and rank 0 with {mine!r}; all ranks need the same "
+                    "config and the same data"
+                )
+
+
+@contextlib.contextmanager
+def named_timeouts(args):
+    """Within the block, a collective that failed because another rank is gone or hung says so in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "socket error")
+        said = str(error).lower()
+        if world_size() == 1 or not any(word in said for word in words):
+            raise
+        print(
+            f"ssm-lm: rank {args.process_index}: another rank is gone, or hung for more than ddp_timeout = "
+            f"{args.ddp_timeout} s; start again, and the run goes on from the last complete checkpoint "
+            f"({str(error).splitlines()[0]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # what is left of the process group would wait for that rank once more
+
+
+def release_memory() -> None:
+    """Let go of what a trainer held: engines and models hang in cycles of references."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def set_threads() -> None:

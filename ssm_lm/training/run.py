@@ -10,7 +10,19 @@ from pathlib import Path
 from ..errors import UserError
 from ..files import write_json
 from .config import parse_overrides, read_train_config
-from .environment import default_environment, is_main_process, on_cpu, prepare_process, set_threads, world_size
+from .environment import (
+    agree,
+    default_environment,
+    is_main_process,
+    named_timeouts,
+    on_cpu,
+    prepare_process,
+    release_memory,
+    set_threads,
+    world_size,
+)
+
+MAX_ROLLBACKS = 3  # in one start of the command; what does not help three times will not help the fourth
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +42,8 @@ def train(values: dict, where: str = "config") -> Path:
     """Train as a checked config says (see `config.read_train_config`); returns the folder of the finished model.
 
     The folder holds the model and its tokenizer, checkpoint-N folders, and TensorBoard files in runs/.
-    Raises UserError, before anything is written, for whatever the config or the folders have wrong.
+    Raises UserError, before anything is written, for whatever the config or the folders have wrong, and
+    SystemExit(75), after a checkpoint, where SIGTERM or SIGUSR1 asked the run to end.
     """
     check_values(values, where)
     prepare_process(uses_deepspeed=values.get("deepspeed") is not None)
@@ -38,9 +51,11 @@ def train(values: dict, where: str = "config") -> Path:
     from transformers import set_seed
 
     from .arguments import S4TrainingArguments
-    from .checkpoints import RUN_FILE, check_resumable, claim, last_complete_checkpoint
+    from .checkpoints import RUN_FILE, check_resumable, claim, last_complete_checkpoint, remove_partial
+    from .faults import PREEMPTED, StopSignals
     from .precision import deepspeed_config
     from .tasks import make_task, run_identity
+    from .trainer import batch_of_step
 
     # ---- everything that can be wrong, before the first file is written
     task = make_task(values, where)
@@ -50,51 +65,108 @@ def train(values: dict, where: str = "config") -> Path:
         values.get("deepspeed"), values.get("bf16", False), values.get("fp16", False)
     )
     if arguments["deepspeed"]:
-        arguments["bf16"] = False  # it is torch_autocast there
+        arguments["bf16"] = arguments["fp16"] = False  # it is torch_autocast there
     if on_cpu():
         arguments["use_cpu"] = True
+    arguments["gradient_accumulation_steps"] = accumulation(values, where)
     batch = values.get("per_device_train_batch_size", S4TrainingArguments.per_device_train_batch_size)
     replicas = world_size() // values.get("sequence_parallel_size", 1)
-    identity = run_identity(values, task, batch * values.get("gradient_accumulation_steps", 1) * replicas)
+    identity = run_identity(values, task, batch * arguments["gradient_accumulation_steps"] * replicas)
     recorded = claim(output_dir, identity)
     checkpoint = values.get("resume_from_checkpoint") or last_complete_checkpoint(output_dir)
     if checkpoint is not None:
-        check_resumable(Path(checkpoint), world_size(), sharded=bool(arguments["deepspeed"]))
+        check_resumable(Path(checkpoint))
     try:
         args = S4TrainingArguments(**arguments)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
+    agree(None, {**identity, **{key: value for key, value in values.items() if key != "model"}})
     if args.max_steps <= 0:
         args.max_steps = max(1, int(args.num_train_epochs * task.samples_per_epoch // args.global_batch_size))
     if recorded.get("finished_step", -1) >= args.max_steps:
         if is_main_process():
             print(f"{output_dir}: this run is finished ({recorded['finished_step']} steps); nothing to do")
         return output_dir
-
-    # ---- train
-    set_threads()
-    set_seed(args.seed)
-    model = task.new_model()
     if is_main_process():
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
+            remove_partial(output_dir)
             write_json(output_dir / RUN_FILE, recorded | {"identity": identity})
         except OSError as error:
             raise UserError(f"output_dir {output_dir} cannot be written to ({error.strerror or error})") from error
-        print_plan(args, model, task, checkpoint)
-    # transformers' own default is a new folder at every start, which would cut a resumed curve in two
-    with default_environment("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs")) as tensorboard_folder:
-        trainer = task.trainer(model, args)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    # ---- train; again from the last checkpoint, past the batches that spoilt it, where steps were skipped in a row
+    set_threads()
+    passed_over, rollbacks = list(recorded.get("passed_over", [])), 0
+    with StopSignals() as signals:
+        while True:
+            set_seed(args.seed)
+            model = task.new_model()
+            if is_main_process() and not rollbacks:
+                print_plan(args, model, task, checkpoint)
+            # transformers' own default is a new folder at every start, which would cut a resumed curve in two
+            with default_environment("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs")) as tensorboard_folder:
+                trainer = task.trainer(model, args, signals, tuple(passed_over))
+            with named_timeouts(args):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            bad_steps = trainer.faults.bad_steps
+            if not bad_steps:
+                break
+            rollbacks += 1
+            if rollbacks > MAX_ROLLBACKS:
+                raise UserError(
+                    f"{output_dir}: {len(bad_steps)} steps in a row could not be taken, and going back {MAX_ROLLBACKS} "
+                    "times did not help; a lower learning rate or a longer warm-up may"
+                )
+            passed_over += [batch_of_step(step, passed_over) for step in bad_steps]
+            checkpoint = last_complete_checkpoint(output_dir)
+            if is_main_process():
+                write_json(output_dir / RUN_FILE, recorded | {"identity": identity, "passed_over": passed_over})
+                print(
+                    f"step {trainer.state.global_step}: {len(bad_steps)} steps in a row were skipped; back to "
+                    f"{checkpoint or 'the beginning'}, passing over their batches",
+                    flush=True,
+                )
+            del trainer, model
+            release_memory()
+
+    if trainer.faults.stopped:
+        if is_main_process():
+            print(
+                f"stopped   {signals.received or 'another rank was signalled'} at step {trainer.state.global_step}; "
+                f"{last_complete_checkpoint(output_dir)} is whole, and the same command goes on from it",
+                flush=True,
+            )
+        trainer.accelerator.end_training()
+        raise SystemExit(PREEMPTED)
     trainer.save_model(str(output_dir))
     task.finish(trainer)
     trainer.accelerator.wait_for_everyone()
     if is_main_process():
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
-        write_json(output_dir / RUN_FILE, {"identity": identity, "finished_step": trainer.state.global_step})
+        finished = {"identity": identity, "finished_step": trainer.state.global_step}
+        write_json(output_dir / RUN_FILE, finished | ({"passed_over": passed_over} if passed_over else {}))
         print(f"model        {output_dir}\ntensorboard  tensorboard --logdir {tensorboard_folder}")
     trainer.accelerator.end_training()
     return output_dir
+
+
+def accumulation(values: dict, where: str) -> int:
+    """gradient_accumulation_steps, from `train_batch_size_total` where that is given. Raises UserError."""
+    total = values.get("train_batch_size_total")
+    if total is None:
+        return values.get("gradient_accumulation_steps", 1)
+    if "gradient_accumulation_steps" in values:
+        raise UserError(
+            f"{where}: gradient_accumulation_steps follows from train_batch_size_total; leave one of them out"
+        )
+    at_once = values.get("per_device_train_batch_size", 8) * (world_size() // values.get("sequence_parallel_size", 1))
+    if total < 1 or total % at_once:
+        raise UserError(
+            f"{where}: train_batch_size_total {total} is no multiple of the {at_once} sequences that {world_size()} "
+            "ranks see at once; choose another per_device_train_batch_size or another number of ranks"
+        )
+    return total // at_once
 
 
 def check_values(values: dict, where: str) -> None:
