@@ -207,7 +207,9 @@ def _ring(nodes: list[dict], device, rank: int) -> list[dict]:
             sent, received = (torch.zeros(LINK_BYTES // 4, device=device) for _ in range(2))
             _synchronize(device)
             start = time.perf_counter()
-            works = dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, after), dist.P2POp(dist.irecv, received, before)])
+            works = dist.batch_isend_irecv(
+                [dist.P2POp(dist.isend, sent, after), dist.P2POp(dist.irecv, received, before)]
+            )
             for work in works:
                 work.wait()
             _synchronize(device)

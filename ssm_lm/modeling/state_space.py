@@ -22,7 +22,7 @@ from torch.func import functional_call
 from .chunked import ChunkOperators, chunk_scan
 from .documents import Documents, find_documents, move_apart, move_together
 from .hippo import INITIALIZATIONS
-from .ops import fft_convolution
+from .ops import apply_diagonal, fft_convolution
 
 MODES = ("auto", "chunk", "fft", "recurrent", "associative")
 DISCRETIZATIONS = {"s4": ("bilinear",), "s4d": ("zoh", "bilinear"), "s5": ("zoh", "bilinear")}  # [0]: the default
@@ -133,6 +133,21 @@ class StateSpace(nn.Module):
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
         """K (H, L): y = causal convolution of u with K, plus D u."""
         raise NotImplementedError(f"{self.name} mixes the channels: it has no kernel a channel")
+
+    def transition(self, length: int) -> torch.Tensor:
+        """A_bar^length, as `carry_over` takes it: diagonal and complex as [real | imaginary], or dense (H, N, N)."""
+        raise NotImplementedError
+
+    def carry_over(self, transition: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """What is left of a state (B, *state_shape) after the tokens of `transition`, under a zero input."""
+        return apply_diagonal(transition, state)
+
+    def final_state(self, u: torch.Tensor, initial_state: torch.Tensor | None = None) -> torch.Tensor:
+        """The state (B, *state_shape) after u (B, L, H), without computing the outputs."""
+        with torch.autocast(u.device.type, enabled=False):
+            x = u.to(self.log_dt.dtype)
+            start = None if initial_state is None else self._scan_state(initial_state.to(x.dtype))
+            return self._layer_state(self._scan(self._drive(x), start, False, has_output=False)[1])
 
     # ---- from the layer's input to the signals that are scanned, and back. A single-input single-output layer scans
     # ---- its input itself; S5 overrides these five

@@ -16,6 +16,14 @@ class S4TrainingArguments(TrainingArguments):
     task: a sequence classification task instead of `data`, as digits or imdb:FOLDER (see data/sequences.py).
     sequence_length: tokens in a training window.
     carry_state: each window continues the one before it in its row, from that one's final state (see carry.py).
+    sequence_parallel_size: consecutive ranks that share a sequence, a slice each (see sequence_parallel.py).
+    train_batch_size_total: sequences an optimizer step sees, over all ranks; gradient_accumulation_steps follows from
+        it and the number of ranks, so that a run may change that number and stay the same run. None: as the keys say.
+    spike_threshold: a step whose loss or gradient norm lies further above the usual, in robust standard deviations of
+        its logarithm, is not taken (see guard.py); 0: only what is not finite is skipped.
+    spike_window: how many steps "the usual" is taken from.
+    max_skipped_steps: after so many skipped steps in a row, training goes back to the last checkpoint and passes over
+        the batches of those steps.
     ssm_learning_rate: learning rate of the state space parameters (dt, Lambda, P, B, C, D); None: learning_rate.
     """
 
@@ -25,6 +33,11 @@ class S4TrainingArguments(TrainingArguments):
     task: str | None = None
     sequence_length: int = 1024
     carry_state: bool = False
+    sequence_parallel_size: int = 1
+    train_batch_size_total: int | None = None
+    spike_threshold: float = 20.0
+    spike_window: int = 128
+    max_skipped_steps: int = 8
     ssm_learning_rate: float | None = None
 
     # where language models differ from the defaults of TrainingArguments
@@ -44,10 +57,18 @@ class S4TrainingArguments(TrainingArguments):
             self.ssm_learning_rate = self.learning_rate
 
     @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled for float16, and a step that overflows is no fault."""
+        autocast = (self.deepspeed or {}).get("torch_autocast", {})
+        return self.fp16 or autocast.get("dtype") == "float16"
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step sees, over all ranks and accumulated batches."""
         return self.sequence_length * self.global_batch_size
 
     @property
     def global_batch_size(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        """Sequences that one optimizer step sees; ranks that share a sequence count as one."""
+        replicas = self.world_size // self.sequence_parallel_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * replicas

@@ -1,19 +1,33 @@
 """The transformers Trainer with this project's parameter groups, data order, checkpoints and meters."""
 
+import errno
 import inspect
 import math
+import shutil
+import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from torch.utils.data import Sampler, Subset
 from transformers import Trainer, default_data_collator
+from transformers import trainer as trainer_module
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.sequences import SequenceTask
 from ..data.windows import TokenWindows, WindowSampler
+from ..errors import UserError
+from ..hub.load import one_line
 from .carry import CarriedState, RowSampler
-from .checkpoints import mark_complete
+from .checkpoints import PARTIAL, check_resumable, last_complete_checkpoint, publish, rotate
+from .environment import agree
+from .faults import Faults
 from .param_groups import check_ssm_precision, parameter_groups
+from .sequence_parallel import RepeatedBatches, SequenceParallel, SlicedWindows
+from .universal import adam_steps, convert, engine_name, is_native, open_reader, put
 
 
 class RunSampler(Sampler):
@@ -21,24 +35,43 @@ class RunSampler(Sampler):
 
     To the Trainer a run is one long epoch, so that the sample at a place is a function of (seed, place) alone, whatever
     the number of ranks, and resuming is skipping.
+    batch_size, passed_over: batches, counted from 0 as the run would have seen them, that it does not see.
     """
 
-    def __init__(self, windows: WindowSampler, total: int):
+    def __init__(self, windows: WindowSampler, total: int, batch_size: int = 1, passed_over: tuple[int, ...] = ()):
         self.windows, self.total = windows, total
+        self.batch_size, self.passed_over = batch_size, frozenset(passed_over)
 
     def __len__(self):
         return self.total
 
     def __iter__(self):
-        place, epoch = 0, 0
-        while place < self.total:
+        place, given, epoch = 0, 0, 0
+        while given < self.total:
             self.windows.set_epoch(epoch)
             for start in self.windows:
-                if place == self.total:
+                if given == self.total:
                     return
-                yield start
+                if place // self.batch_size not in self.passed_over:
+                    yield start
+                    given += 1
                 place += 1
             epoch += 1
+
+
+def batch_of_step(step: int, passed_over: Iterable[int]) -> int:
+    """The number of the batch that step `step` sees, both counted from 0."""
+    for batch in sorted(passed_over):
+        step += batch <= step
+    return step
+
+
+def _is_disk_error(error: Exception) -> bool:
+    """A full or failing disk, as the operating system says it, or as torch and safetensors pass it on."""
+    words = ("no space left", "disk quota", "read-only file system", "permission denied", "writing", "os error")
+    return (isinstance(error, OSError) and error.errno != errno.ENOENT) or any(
+        word in str(error).lower() for word in words
+    )
 
 
 class LossProgress(ProgressCallback):
@@ -62,10 +95,16 @@ class LossProgress(ProgressCallback):
 
 
 class S4Trainer(Trainer):
-    """What every task shares: parameter groups, marks of whole checkpoints, the precision guard, the meter."""
+    """What every task shares: parameter groups, whole checkpoints, guards, the meter.
 
-    def __init__(self, *args, **kwargs):
+    signals: what has asked the run to end, see `faults.StopSignals`.
+    """
+
+    def __init__(self, *args, signals=None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.faults = Faults(self, signals)
+        self.add_callback(self.faults)
+        self._partial = None  # where a checkpoint is being written
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         if not self.args.disable_tqdm:
@@ -80,7 +119,10 @@ class S4Trainer(Trainer):
         nobody_looks = self.label_smoother is None and (model.training or self.args.prediction_loss_only)
         if self._may_skip_logits and nobody_looks:
             inputs = {**inputs, "skip_logits": True}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            self.faults.observe_loss(result[0] if return_outputs else result)
+        return result
 
     # ---- optimizer
 
@@ -92,22 +134,113 @@ class S4Trainer(Trainer):
             )
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **kwargs)
+            self.faults.attach(self.optimizer)
         return self.optimizer
 
-    # ---- checkpoints
+    # ---- checkpoints: written beside their place, verified, and published by a rename
 
     def save_state(self, folder: Path) -> None:
         """What a subclass adds to a checkpoint; called on every rank."""
 
+    def load_state(self, folder: Path) -> None:
+        """The inverse of `save_state`."""
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        self.save_state(folder)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(folder, self.state.global_step, self.args.world_size)
+        output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        best = self.state.best_global_step
+        self._partial = output_dir / PARTIAL
+        try:
+            super()._save_checkpoint(model, trial)
+            if best:  # not where it is being written
+                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
+            self.save_state(self._partial / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(self._partial / name / TRAINER_STATE_NAME))
+                self.faults.save(self._partial / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                facts = {
+                    "step": self.state.global_step,
+                    "world_size": self.args.world_size,
+                    "engine": engine_name(self._zero_stage()),
+                    "optimizer_steps": adam_steps(self._engine_optimizer()),
+                }
+                publish(self._partial / name, output_dir / name, facts)
+                rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise self._cannot_save(name, error) from error
+        finally:
+            self._partial = None
+
+    def _cannot_save(self, name: str, error: Exception) -> Exception:
+        """What to raise for a checkpoint that could not be written: a UserError where the disk is to blame."""
+        if isinstance(error, UserError) or not _is_disk_error(error):
+            return error
+        shutil.rmtree(Path(self.args.output_dir) / PARTIAL / name, ignore_errors=True)
+        last = last_complete_checkpoint(Path(self.args.output_dir))
+        left = "there is no earlier one" if last is None else f"{last} is whole, and the same command goes on from it"
+        said = UserError(f"{name} could not be written to {self.args.output_dir} ({one_line(error)}); {left}")
+        if self.args.local_process_index != 0:
+            print(f"ssm-lm: {said}", file=sys.stderr, flush=True)  # the first rank's disk may be in order
+        return said
+
+    def _zero_stage(self) -> int | None:
+        return self.args.deepspeed["zero_optimization"]["stage"] if self.args.deepspeed else None
+
+    def _engine_optimizer(self):
+        """torch's optimizer or the ZeRO one, without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        self._reshard = None
+        if resume_from_checkpoint is not None:
+            checkpoint = Path(resume_from_checkpoint)
+            mark = check_resumable(checkpoint)
+            self.faults.load(checkpoint)
+            self.load_state(checkpoint)
+            if not is_native(checkpoint, mark, engine_name(self._zero_stage()), self.args.world_size):
+                self._reshard = (checkpoint, mark)
+                problem = None
+                if self.args.process_index == 0:
+                    try:
+                        convert(checkpoint, mark)
+                    except OSError as error:
+                        problem = f"{checkpoint} could not be converted ({error.strerror or error})"
+                agree(problem)
+        # what the Trainer would do with a DeepSpeed engine; `_load_optimizer_and_scheduler` comes after it
+        load = trainer_module.deepspeed_load_checkpoint
+        if self._reshard is not None:
+            trainer_module.deepspeed_load_checkpoint = lambda *args, **kwargs: None
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            trainer_module.deepspeed_load_checkpoint = load
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if self._reshard is None or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder, mark = self._reshard
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        groups = parameter_groups(self.model, 0.0, 0.0, 0.0)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        trained = [names[id(parameter)] for group in groups for parameter in group["params"]]
+        optimizer, steps = self._engine_optimizer(), mark.get("optimizer_steps", mark["step"])
+        put(self.model, optimizer, open_reader(folder, mark, trained), steps)
+        for group, rate in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if self.is_deepspeed_enabled:
+            self.deepspeed.global_steps = mark["step"]
 
     # ---- guards and meters
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.faults.observe_norm(norm)  # before clipping, without DeepSpeed
+        return norm
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._meter is None:
@@ -123,6 +256,8 @@ class S4Trainer(Trainer):
         now, step = time.perf_counter(), self.state.global_step
         if "loss" in logs and self._meter is not None and step > self._meter[1]:
             logs |= self.speed(step, step - self._meter[1], now - self._meter[0])
+            if self.faults.skipped:
+                logs["skipped_steps"] = self.faults.skipped
             self._meter = (now, step)
         super().log(logs, start_time)
 
@@ -140,15 +275,29 @@ class LanguageModelTrainer(S4Trainer):
     `RowSampler` where the state is carried.
     """
 
-    def __init__(self, model, args, train_windows: TokenWindows, eval_windows: TokenWindows | None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args,
+        train_windows: TokenWindows,
+        eval_windows: TokenWindows | None,
+        passed_over: tuple[int, ...] = (),
+        **kwargs,
+    ):
+        self.passed_over = passed_over
         eval_dataset = None
         if eval_windows is not None:
             length = eval_windows.sequence_length
             eval_dataset = Subset(eval_windows, range(0, len(eval_windows.stream.tokens) - length + 1, length))
+        self.windows, train_dataset = train_windows, train_windows
+        if args.sequence_parallel_size > 1:
+            parallel = SequenceParallel(args.sequence_parallel_size)
+            parallel.attach(model)
+            train_dataset = SlicedWindows(train_windows, parallel)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_windows,
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=default_data_collator,  # windows are of one length: there is nothing to pad
             **kwargs,
@@ -161,10 +310,12 @@ class LanguageModelTrainer(S4Trainer):
     def _get_train_sampler(self, train_dataset=None):
         rows = self.args.global_batch_size
         total = self.args.max_steps * rows
-        windows = self.train_dataset
         if self.args.carry_state:
-            return RowSampler(len(windows.stream), windows.sequence_length, rows, total)
-        return RunSampler(WindowSampler(windows, seed=self.args.seed), total)
+            return RowSampler(len(self.windows.stream), self.windows.sequence_length, rows, total)
+        sampler = RunSampler(WindowSampler(self.windows, seed=self.args.seed), total, rows, self.passed_over)
+        if self.args.sequence_parallel_size > 1:
+            return RepeatedBatches(sampler, self.args.per_device_train_batch_size, self.args.sequence_parallel_size)
+        return sampler
 
     def speed(self, step, steps, seconds):
         tokens = self.args.tokens_per_step
@@ -185,14 +336,13 @@ class LanguageModelTrainer(S4Trainer):
     def _carried_file(self, checkpoint) -> Path:
         return Path(checkpoint) / f"carried_state_{self.args.process_index}.safetensors"
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        if self._carried is not None and resume_from_checkpoint is not None:
-            self._carried.load(self._carried_file(resume_from_checkpoint), self.args.device)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
     def save_state(self, folder):
         if self._carried is not None:
             self._carried.save(self._carried_file(folder))
+
+    def load_state(self, folder):
+        if self._carried is not None:
+            self._carried.load(self._carried_file(folder), self.args.device)
 
 
 class ClassificationTrainer(S4Trainer):

@@ -83,7 +83,20 @@ class TwoHosts:
             for host in (self.a, self.b):
                 ip("netns", "add", host.name)
                 ip("-n", host.name, "link", "set", "lo", "up")
-            ip("link", "add", "eth0", "netns", self.a.name, "type", "veth", "peer", "name", "eth0", "netns", self.b.name)
+            ip(
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                self.a.name,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                self.b.name,
+            )
             for host in (self.a, self.b):
                 ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
             self.cable(plugged=True)

@@ -106,7 +106,9 @@ def test_deepspeed_by_pdsh_and_by_hand(config, hostfile):
     assert lines["nodes"] == "2 x 4 ranks = 8 ranks"
     assert lines["command"] == f"{common}--launcher pdsh --force_multi {ending}"
     lines = plan(
-        launch("deepspeed.sh", "--hostfile", hostfile, "--no-ssh", "--node-rank=1", "--dry-run", config, "--max_steps", 5)
+        launch(
+            "deepspeed.sh", "--hostfile", hostfile, "--no-ssh", "--node-rank=1", "--dry-run", config, "--max_steps", 5
+        )
     )
     assert lines["command"] == f"{common}--no_ssh --node_rank 1 {ending}"
 
@@ -149,7 +151,16 @@ def test_slurm(config, fake_slurm):
 
 @pytest.mark.parametrize(
     ("code", "starts", "requeued"),
-    [(0, 0, False), (1, 0, False), (2, 0, False), (75, 0, True), (75, 50, True), (143, 0, True), (137, 2, True), (137, 3, False)],
+    [
+        (0, 0, False),
+        (1, 0, False),
+        (2, 0, False),
+        (75, 0, True),
+        (75, 50, True),
+        (143, 0, True),
+        (137, 2, True),
+        (137, 3, False),
+    ],
 )
 def test_slurm_requeues_what_is_to_go_on(config, fake_slurm, code, starts, requeued):
     calls, variables = fake_slurm
@@ -165,7 +176,9 @@ def test_a_slurm_task_becomes_a_rank(tmp_path, config):
     package = tmp_path / "ssm_lm"
     package.mkdir()
     (package / "__init__.py").write_text((STAND_IN / "ssm_lm" / "__init__.py").read_text())
-    (package / "__main__.py").write_text("import os; print(os.getpid(), *map(os.environ.get, os.environ['SHOW'].split()))")
+    (package / "__main__.py").write_text(
+        "import os; print(os.getpid(), *map(os.environ.get, os.environ['SHOW'].split()))"
+    )
     shown = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR GLOO_SOCKET_IFNAME OMP_NUM_THREADS TRITON_CACHE_DIR HF_HOME"
     environment = launcher_environment(
         SHOW=shown, SLURM_PROCID=5, SLURM_LOCALID=1, SLURM_NODEID=1, WORLD_SIZE=8,
@@ -174,7 +187,11 @@ def test_a_slurm_task_becomes_a_rank(tmp_path, config):
     for inherited in ("OMP_NUM_THREADS", "HF_HOME"):
         environment.pop(inherited, None)
     process = subprocess.Popen(
-        ["bash", LAUNCH / "slurm_task.sh", "ssm_lm", "train", config], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        ["bash", LAUNCH / "slurm_task.sh", "ssm_lm", "train", config],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     out, _ = process.communicate(timeout=60)
     cache = f"{tmp_path}/local/ssm_lm-cache-{os.getuid()}"
@@ -183,7 +200,9 @@ def test_a_slurm_task_becomes_a_rank(tmp_path, config):
 
 
 def test_what_is_set_stays(config):
-    settings = plan(launch("single_node.sh", "--dry-run", config, NCCL_DEBUG="INFO", TRITON_CACHE_DIR="/scratch/t"))["settings"]
+    settings = plan(launch("single_node.sh", "--dry-run", config, NCCL_DEBUG="INFO", TRITON_CACHE_DIR="/scratch/t"))[
+        "settings"
+    ]
     assert settings["NCCL_DEBUG"] == "INFO"
     assert settings["TRITON_CACHE_DIR"] == "/scratch/t"
     assert settings["OMP_NUM_THREADS"] == "1"
@@ -236,10 +255,18 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(script, words, message, co
         ("torchrun.sh", ["--nodes", "3:2", "CONFIG"], "--nodes must be a whole number of at least 3, not '2'"),
         ("torchrun.sh", ["--nodes", "2", "CONFIG"], "--head HOST is needed for several nodes"),
         ("torchrun.sh", ["--nproc", "0", "CONFIG"], "--nproc must be a whole number of at least 1, not '0'"),
-        ("torchrun.sh", ["--head", "no-such.invalid", "--dry-run", "CONFIG"], "the host 'no-such.invalid' is not known here"),
+        (
+            "torchrun.sh",
+            ["--head", "no-such.invalid", "--dry-run", "CONFIG"],
+            "the host 'no-such.invalid' is not known here",
+        ),
         ("single_node.sh", ["--nproc", "-1", "CONFIG"], "--nproc must be a whole number of at least 1, not '-1'"),
         ("deepspeed.sh", ["--hostfile", "no/file", "CONFIG"], "there is no hostfile no/file"),
-        ("deepspeed.sh", ["--hostfile", "HOSTS", "--no-ssh", "CONFIG"], "--node-rank must be a whole number of at least 0"),
+        (
+            "deepspeed.sh",
+            ["--hostfile", "HOSTS", "--no-ssh", "CONFIG"],
+            "--node-rank must be a whole number of at least 0",
+        ),
         ("deepspeed.sh", ["--hostfile", "HOSTS", "--no-ssh", "--node-rank", "2", "CONFIG"], "less than the 2 hosts"),
         ("deepspeed.sh", ["--hostfile", "HOSTS", "--node-rank", "1", "CONFIG"], "--node-rank goes with --no-ssh"),
         ("deepspeed.sh", ["--hostfile", "HOSTS", "CONFIG", "--model.ssm", "$HOME"], "pdsh cannot pass '$HOME' on"),
@@ -297,7 +324,9 @@ def test_asked_to_leave(tmp_path, config, number):
     assert len({step for _, step in steps}) == 1
     assert text.count("begin: ") == 2  # none was started again
     if number == signal.SIGTERM:
-        done = subprocess.run(command[:-1] + ["0"], cwd=STAND_IN, env=environment, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(
+            command[:-1] + ["0"], cwd=STAND_IN, env=environment, capture_output=True, text=True, timeout=100
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"at step {steps[0][1]}" in done.stdout
         assert "done: 820.000000" in done.stdout  # 1 + ... + 40
