@@ -52,9 +52,8 @@ split_head 29500
 resolve_addresses
 set_environment
 MEETING="$HEAD_ADDRESS:$PORT"
-# a mark in the environment of every rank, by which they are found when they are to leave
 export SSM_JOB
-SSM_JOB=$(uname -n)-$$-$RANDOM
+SSM_JOB=$(uname -n)-$$-$RANDOM # see supervise; here it goes to the other nodes too
 
 COMMAND=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_addr "$HEAD_ADDRESS" --master_port "$PORT")
 if [ "$NO_SSH" = 1 ]; then
@@ -95,9 +94,7 @@ fi
 # The ranks are asked themselves, not the launcher: on SIGTERM that kills them after 30 s, and over pdsh it runs `pkill -f`
 # on every host, which ends all DeepSpeed jobs of this Python there. One rank of the job is enough, for they agree.
 ask_to_leave() {
-    local find="for p in /proc/[0-9]*; do grep -qszx SSM_JOB=$SSM_JOB \$p/environ && grep -qsz ^RANK= \$p/environ &&
-        tr '\\0' ' ' <\$p/cmdline | grep -q 'ssm_lm train' && kill -USR1 \${p#/proc/}; done; true"
     # shellcheck disable=SC2029  # SSM_JOB is to be filled in here
-    if [ "$NO_SSH" = 1 ]; then bash -c "$find"; else ssh "${HOSTS[0]}" "$find"; fi
+    if [ "$NO_SSH" = 1 ]; then bash -c "$(to_ranks USR1)"; else ssh "${HOSTS[0]}" "$(to_ranks USR1)"; fi
 }
 supervise "${COMMAND[@]}"

@@ -191,11 +191,14 @@ finish_dry_run() {
 
 # supervise COMMAND...: run it to its end and exit as it does. On SIGTERM, SIGUSR1 or SIGINT the ranks are asked to leave:
 # they write one checkpoint together, and the exit code is 75. `ask_to_leave`, which the launcher defines, asks them.
-# DETACH gives the command a session of its own, for a Ctrl-C is to reach it through here alone.
+# DETACH gives the command a session of its own, for a Ctrl-C is to reach it through here alone. Ranks that it leaves
+# behind are killed: those of a torchrun that was itself killed would train on, beside the ones that take their place.
 DETACH=(setsid)
 supervise() {
     local code=0
     LEAVING=0
+    # a mark in the environment of every rank, by which it is found
+    export SSM_JOB=${SSM_JOB:-$(uname -n)-$$-$RANDOM}
     "${DETACH[@]}" "$@" &
     CHILD=$!
     trap 'leave' TERM USR1 INT
@@ -204,9 +207,16 @@ supervise() {
         wait "$CHILD" || code=$?
         kill -0 "$CHILD" 2>/dev/null || break # or a signal has ended `wait` alone
     done
+    bash -c "$(to_ranks KILL)"
     if [ "$LEAVING" = 1 ] && [ "$code" != 0 ]; then code=$REQUEUE; fi
-    [ "$code" != "$REQUEUE" ] || echo "${LAUNCHER}: left with a checkpoint where there was time for one; start the same command again"
+    [ "$code" != "$REQUEUE" ] || echo "$LAUNCHER: exit code $REQUEUE: start the same command again"
     return "$code"
+}
+
+# Shell text that sends a signal to every rank of this job on the machine where it runs.
+to_ranks() { # SIGNAL
+    printf '%s' "for p in /proc/[0-9]*; do grep -qszx SSM_JOB=$SSM_JOB \$p/environ && grep -qsz ^RANK= \$p/environ &&
+        tr '\\0' ' ' <\$p/cmdline | grep -q 'ssm_lm [td]' && kill -$1 \${p#/proc/}; done 2>/dev/null; true"
 }
 
 leave() {

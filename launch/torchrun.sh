@@ -13,21 +13,23 @@
 #   --max-restarts N      how often lost or failed ranks are started again              (10; PET_MAX_RESTARTS)
 #   --join-timeout S      how long nodes wait for each other                            (900)
 #   --last-call S         elastic: how long to wait for more nodes once MIN are there   (30)
+#   --head-timeout S      a head that is silent for so long is given up                 (300)
 #   --interface NAME      of the network between the nodes            (the one over which the head is reached)
 #   --dry-run             print everything, start nothing
 #
 # SIGTERM or SIGUSR1 to this script: the ranks write a checkpoint, this node leaves with exit code 75, and the others wait
 # for it (N) or go on without it (MIN:MAX). When a rank or a node is lost without a word, the others start again from the
-# last whole checkpoint in the same way. The loss of the head ends the job: whoever started it starts it again.
+# last whole checkpoint in the same way. The loss of the head ends the job, with 75: whoever started it starts it again.
 set -euo pipefail
 SCRIPT=${BASH_SOURCE[0]} HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) LAUNCHER=launch/torchrun.sh
 # shellcheck source=launch/env.sh
 source "$HERE/env.sh"
 
 NODES=${PET_NNODES:-1} NPROC=${PET_NPROC_PER_NODE:-} HEAD=${PET_RDZV_ENDPOINT:-} ID=${PET_RDZV_ID:-ssm_lm}
-MAX_RESTARTS=${PET_MAX_RESTARTS:-10} JOIN_TIMEOUT=900 LAST_CALL=30
+MAX_RESTARTS=${PET_MAX_RESTARTS:-10} JOIN_TIMEOUT=900 LAST_CALL=30 HEAD_TIMEOUT=300
 OPTIONS=([--nodes]=NODES [--nproc]=NPROC [--head]=HEAD [--id]=ID [--max-restarts]=MAX_RESTARTS
-    [--join-timeout]=JOIN_TIMEOUT [--last-call]=LAST_CALL [--interface]=INTERFACE)
+    [--join-timeout]=JOIN_TIMEOUT [--last-call]=LAST_CALL [--head-timeout]=HEAD_TIMEOUT
+    [--interface]=INTERFACE)
 parse_arguments "$@"
 find_python
 resolve_ranks_per_node
@@ -39,6 +41,7 @@ whole_number --nodes "$MOST" "$LEAST"
 whole_number --max-restarts "$MAX_RESTARTS" 0
 whole_number --join-timeout "$JOIN_TIMEOUT" 1
 whole_number --last-call "$LAST_CALL" 1
+whole_number --head-timeout "$HEAD_TIMEOUT" 1
 RANKS=$((MOST * NPROC))
 [ "$LEAST" = "$MOST" ] || RANKS="$((LEAST * NPROC)) to $RANKS"
 
@@ -68,4 +71,20 @@ print_plan "${COMMAND[@]}"
 [ "$DRY_RUN" = 0 ] || finish_dry_run
 
 ask_to_leave() { kill -TERM "$CHILD"; } # torchrun passes it to its ranks, waits for them and does not restart them
+
+# torchrun itself waits for a silent head for ever, its ranks long ended by their own timeout
+watch_head() {
+    "$PYTHON" -m ssm_lm.network watch "${HEAD_ADDRESS//[][]/}" "$PORT" "$HEAD_TIMEOUT" && kill -USR2 $$
+}
+give_up() {
+    echo "$LAUNCHER: the head $HEAD_ADDRESS has not answered for $HEAD_TIMEOUT s; the job cannot go on without it" >&2
+    LEAVING=1
+    kill -KILL "$CHILD"
+}
+if [ "$IS_HEAD" = 0 ]; then
+    trap give_up USR2
+    watch_head &
+    WATCHER=$!
+    trap 'kill $(cat "/proc/$WATCHER/task/$WATCHER/children" 2>/dev/null) "$WATCHER" 2>/dev/null || true' EXIT
+fi
 supervise "${COMMAND[@]}"

@@ -3,6 +3,7 @@
 `python -m ssm_lm.network HOST [SECONDS]` prints, for the launchers in launch/, one line "interface address host_address
 is_here": over which interface and from which own address HOST is reached, and whether HOST is this machine (1) or not
 (0). SECONDS is how long to wait for HOST's name to be known; in Kubernetes that takes a while after the start.
+`python -m ssm_lm.network watch ADDRESS PORT SECONDS` ends when ADDRESS has not answered for so long: see `watch`.
 
 `ssm-lm doctor --network`, under a launcher, is `test_job`.
 """
@@ -62,6 +63,25 @@ def route_to(host: str, wait: float = 0.0) -> Route:
     if interface is None:
         raise UserError(f"no interface has the address {own}, from which {host} is reached")
     return Route(interface, own, host_address, host_address in addresses)
+
+
+def watch(address: str, port: int, patience: float) -> None:
+    """Returns when the machine at `address` has been silent for `patience` seconds; a refused connection is an answer.
+
+    A machine without power closes no connection, and torchrun's agents on the others wait for an answer of its store
+    for ever, with their ranks long ended (torch 2.13).
+    """
+    heard = time.monotonic()
+    while time.monotonic() - heard < patience:
+        begun = time.monotonic()
+        try:
+            socket.create_connection((address, port), timeout=min(5.0, patience)).close()
+            heard = time.monotonic()
+        except ConnectionRefusedError:
+            heard = time.monotonic()
+        except OSError:
+            pass
+        time.sleep(max(0.0, begun + min(15.0, patience / 4) - time.monotonic()))
 
 
 def own_addresses() -> dict[str, str]:
@@ -262,6 +282,9 @@ def _speed(bytes_per_second: float) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "watch":
+        watch(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+        sys.exit()
     try:
         route = route_to(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
     except UserError as error:
