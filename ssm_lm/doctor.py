@@ -1,7 +1,7 @@
 """`ssm-lm doctor`: what this machine has for training and running models, and whether the layers compute right on it.
 
-Nothing is built, downloaded or written; the Hub is asked for only with --network. Under a launcher (torchrun, deepspeed,
-srun) `--network` measures the network between the ranks instead: see network.py.
+Nothing is built, downloaded or written; the Hub is asked for only with --network. Under a launcher (torchrun,
+deepspeed, srun) `--network` measures the network between the ranks instead: see network.py.
 """
 
 import argparse

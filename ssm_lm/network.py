@@ -37,8 +37,9 @@ class Route(NamedTuple):
 def route_to(host: str, wait: float = 0.0) -> Route:
     """How `host` is reached from here. Nothing is sent.
 
-    A name that resolves to a loopback address (Debian's /etc/hosts gives a machine's own name 127.0.1.1) is this machine; its
-    address is then one that others can reach. Raises UserError for an unknown name and where there is no route.
+    A name that resolves to a loopback address (Debian's /etc/hosts gives a machine's own name 127.0.1.1) is this
+    machine; its address is then one that others can reach. Raises UserError for an unknown name, and where there is
+    no route.
     """
     deadline = time.monotonic() + wait
     while True:

@@ -107,8 +107,8 @@ def agree(problem: str | None, facts: dict | None = None) -> None:
 def limit_waiting(seconds: float) -> None:
     """Let no collective of any process group wait longer than this.
 
-    ddp_timeout reaches the group that transformers makes. DeepSpeed makes its own groups beside it, without a timeout, which
-    is torch's default of 30 minutes (10 with NCCL): there a pulled cable is waited for.
+    ddp_timeout reaches the group that transformers makes. DeepSpeed makes its own groups beside it, without a
+    timeout, which is torch's default of 30 minutes (10 with NCCL): there a pulled cable is waited for.
     """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d

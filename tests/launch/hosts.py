@@ -19,7 +19,7 @@ PREFIX = "ssmlm"
 
 
 def launcher_environment(**extra) -> dict:
-    """For a launcher: this checkout and this Python, one thread, none of the variables that a launcher reads or sets."""
+    """For a launcher: this checkout and Python, one thread, none of the variables that a launcher reads or sets."""
     prefixes = ("SLURM", "PET_", "NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR", "TRITON", "DS_", "MASTER_")
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "INTERFACE", "ADDRESS")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in names}
@@ -146,7 +146,7 @@ def why_no_two_hosts() -> str | None:
 
 
 def wait_for(condition, seconds: float, what: str, *processes: subprocess.Popen):
-    """The first true value of condition(); fails the test after `seconds`, or where one of `processes` ends before it."""
+    """The first true value of condition(); fails the test after `seconds`, or if one of `processes` ends first."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         for process in processes:

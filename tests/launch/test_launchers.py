@@ -1,5 +1,6 @@
-"""The launchers without a cluster: the exact commands, what is refused, signals and exit codes. Nothing here is training."""
+"""The launchers without a cluster: the exact commands, what is refused, signals and exit codes. Nothing trains."""
 
+import itertools
 import os
 import re
 import shlex
@@ -79,7 +80,7 @@ def test_torchrun_elsewhere_and_elastic_as_kubernetes_says_it(config):
     assert lines["nodes"] == "2:6 x 8 ranks = 16 to 48 ranks"
     assert lines["this node"] == "10.1.0.5 on eth7"
     words = shlex.split(lines["command"])
-    options = dict(zip(words, words[1:], strict=False))
+    options = dict(itertools.pairwise(words))
     assert options["--nnodes"] == "2:6"
     assert options["--max-restarts"] == "30"
     assert options["--rdzv-endpoint"] == "10.1.0.4:23456"
@@ -185,7 +186,8 @@ def test_a_slurm_task_becomes_a_rank(tmp_path, config):
     shown = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR GLOO_SOCKET_IFNAME OMP_NUM_THREADS TRITON_CACHE_DIR HF_HOME"
     environment = launcher_environment(
         SHOW=shown, SLURM_PROCID=5, SLURM_LOCALID=1, SLURM_NODEID=1, WORLD_SIZE=8,
-        LOCAL_WORLD_SIZE=4, MASTER_ADDR="127.0.0.1", MASTER_PORT=1, SLURM_CPUS_PER_TASK=3, SLURM_TMPDIR=tmp_path / "local",
+        LOCAL_WORLD_SIZE=4, MASTER_ADDR="127.0.0.1", MASTER_PORT=1, SLURM_CPUS_PER_TASK=3,
+        SLURM_TMPDIR=tmp_path / "local",
     )  # fmt: skip
     for inherited in ("OMP_NUM_THREADS", "HF_HOME"):
         environment.pop(inherited, None)
@@ -330,7 +332,7 @@ def test_asked_to_leave(tmp_path, config, number):
     assert text.count("begin: ") == 2  # none was started again
     if number == signal.SIGTERM:
         done = subprocess.run(
-            command[:-1] + ["0"], cwd=STAND_IN, env=environment, capture_output=True, text=True, timeout=100
+            [*command[:-1], "0"], cwd=STAND_IN, env=environment, capture_output=True, text=True, timeout=100
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"at step {steps[0][1]}" in done.stdout

@@ -96,7 +96,8 @@ PartitionName=all Nodes={",".join(host.name for host in self.hosts)} Default=YES
     def submit(self, log: Path, *words) -> str:
         said = self("sbatch", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0",
                     f"--output={log}", *words)  # fmt: skip
-        assert (number := re.search(r"Submitted batch job (\d+)", said)), said
+        number = re.search(r"Submitted batch job (\d+)", said)
+        assert number, said
         return number[1]
 
     def state(self, job: str) -> str:

@@ -129,7 +129,7 @@ def with_sshd(two_hosts, tmp_path):
 
 
 def test_deepspeed_by_pdsh_over_sshd(two_hosts, with_sshd, tmp_path, write_config, no_config, one_host_losses):
-    """Started on one host alone. The second stops what pdsh has started, as a scheduler would: by a signal to the launcher."""
+    """Started on one host alone; then stopped as a scheduler would: by a signal to the launcher."""
     from harness import losses
 
     config, log, hostfile = write_config("run"), tmp_path / "log", tmp_path / "hostfile"
@@ -192,6 +192,24 @@ def test_a_node_is_lost_and_comes_back(two_hosts, tmp_path, no_config):
     assert end([processes[0]], 60, logs) == [75]
     step, total = map(float, (tmp_path / "checkpoint").read_text().split())
     assert total == pytest.approx(step * (step + 1) / 2)
+
+
+@pytest.mark.long
+def test_training_goes_on_with_half_the_nodes(two_hosts, tmp_path, write_config, one_host_losses):
+    """The real thing: ZeRO 2 on two nodes, one is lost, the other converts the checkpoint and goes on to the same end."""
+    from harness import losses
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "train_batch_size_total": 4, "disable_tqdm": False}
+    config, logs = write_config("run", **settings), [tmp_path / "a", tmp_path / "b"]
+    words = ("--nodes", "1:2", "--last-call", 3, config)
+    processes = [torchrun(host, two_hosts, log, *words) for host, log in zip(two_hosts, logs, strict=True)]
+    mark = tmp_path / "run" / "checkpoint-2" / "complete.json"
+    wait_for(mark.exists, 200, "the first checkpoint", *processes)
+    two_hosts.b.kill()
+    processes[1].wait()
+    assert end([processes[0]], 300, logs) == [0], logs[0].read_text()[-3000:]
+    assert "(1 ranks x 2 x 2 accumulated)" in logs[0].read_text()
+    assert losses(tmp_path / "run") == pytest.approx(one_host_losses, rel=1e-5)
 
 
 def test_a_cable_is_pulled_in_mid_step(two_hosts, tmp_path, write_config):

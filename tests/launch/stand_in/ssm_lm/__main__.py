@@ -1,4 +1,4 @@
-"""What launchers rely on of `ssm-lm train`, and nothing else: python -m ssm_lm train CONFIG FOLDER STEPS SECONDS_A_STEP.
+"""What launchers rely on of `ssm-lm train`, no more: python -m ssm_lm train CONFIG FOLDER STEPS SECONDS_A_STEP.
 
 All ranks add up a number every step, whatever their count the sum is the same; rank 0 keeps a checkpoint of it. SIGTERM
 or SIGUSR1 on any rank: all agree, a checkpoint is written, the exit code is 75.
