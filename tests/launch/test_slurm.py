@@ -143,7 +143,8 @@ def test_a_job_is_signalled_requeued_and_finished(slurm, tmp_path):
     text = read(log)
     left = re.findall(r"left: rank (\d) at step (\d+)", text)
     assert sorted(rank for rank, _ in left) == ["0", "1"]
-    assert "exit code 75: back into the queue" in text
+    # 143: the first rank to end has srun end the others, and one of them was about to exit by itself
+    assert re.search(r"exit code (75|143): back into the queue", text), text
     assert f"begin: rank 0 of 2 on {slurm.hosts.a.name} at step {left[0][1]}" in text
     assert f"begin: rank 1 of 2 on {slurm.hosts.b.name} at step {left[0][1]}" in text
     assert f"meeting at   10.77.0.1:{20000 + int(job)}, Slurm job {job}, start 0" in text

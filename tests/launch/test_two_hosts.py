@@ -196,7 +196,7 @@ def test_a_node_is_lost_and_comes_back(two_hosts, tmp_path, no_config):
 
 @pytest.mark.long
 def test_training_goes_on_with_half_the_nodes(two_hosts, tmp_path, write_config, one_host_losses):
-    """The real thing: ZeRO 2 on two nodes, one is lost, the other converts the checkpoint and goes on to the same end."""
+    """The real thing: ZeRO 2 on two nodes; one is lost, the other converts the checkpoint and goes on to the end."""
     from harness import losses
 
     settings = {"save_strategy": "steps", "save_steps": 2, "train_batch_size_total": 4, "disable_tqdm": False}
