@@ -70,6 +70,10 @@ def dry_run():
         yield
     finally:
         _pretended_ranks = None
+        from accelerate import PartialState
+
+        if PartialState._shared_state:  # of the whole process, in which something else may follow
+            PartialState().num_processes = 1
         for name in names:
             os.environ.pop(name, None)
         os.environ.update(given)

@@ -31,6 +31,18 @@ def golden_model(ssm):
     return {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "ssm": ssm, "chunk_size": 16}
 
 
+def test_a_dry_run_plans_for_the_ranks_of_the_launcher(write_config, tmp_path, capsys, monkeypatch):
+    config = write_config(max_steps=3)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main(["train", config, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "32 windows of 40 = 1,280 tokens (8 ranks x 4 x 1 accumulated), 3 steps" in out
+    assert not (tmp_path / "run").exists()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert main(["train", config]) == 0  # in the same process, and alone again
+    assert "(1 ranks x 4 x 1 accumulated)" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_left_alone(write_config, tmp_path, capsys):
     config = write_config(max_steps=3)
     assert main(["train", config]) == 0
