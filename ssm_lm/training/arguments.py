@@ -35,7 +35,7 @@ class S4TrainingArguments(TrainingArguments):
     carry_state: bool = False
     sequence_parallel_size: int = 1
     train_batch_size_total: int | None = None
-    spike_threshold: float = 20.0
+    spike_threshold: float = 10.0
     spike_window: int = 128
     max_skipped_steps: int = 8
     ssm_learning_rate: float | None = None
@@ -45,7 +45,6 @@ class S4TrainingArguments(TrainingArguments):
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.1
     logging_steps: float = 10
-    logging_nan_inf_filter: bool = False  # a loss that is not a number must be seen
     report_to: str | list[str] | None = field(default_factory=lambda: ["tensorboard"])
     save_total_limit: int | None = 2
     prediction_loss_only: bool = True
