@@ -65,3 +65,12 @@ def test_two_ranks_and_then_another_number_or_stage(write_config, tmp_path, stag
         done = run(train_command(start, "--output_dir", str(place), *engine_options(f"zero{other}"), ranks=ranks))
         assert "resuming" in done.stdout
         assert_same_run(place, tmp_path / "start")
+
+
+@pytest.mark.parametrize("config", ["zero2_offload", "zero3_offload"])
+def test_offload_changes_nothing(write_config, tmp_path, config):
+    plain = write_config("plain", **SETTINGS)
+    run(train_command(plain))
+    offloaded = write_config("offloaded", **SETTINGS, deepspeed=str(REPO / f"configs/deepspeed/{config}.json"))
+    run(train_command(offloaded))
+    assert_same_run(tmp_path / "offloaded", tmp_path / "plain")
