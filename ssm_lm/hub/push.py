@@ -8,6 +8,7 @@ where hf_xet is installed (huggingface_hub's default; HF_HUB_DISABLE_XET=1 turns
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def push(
         raise UserError(f"no token for the Hub; {LOGIN}")
 
     api = HfApi(token=token, library_name="ssm_lm", library_version=__version__)
-    with _one_line_errors(api.endpoint, repo, token), _bars_on_terminals_only():
+    with _one_line_errors(api.endpoint, repo, token), _quiet():
         try:
             is_private = api.repo_info(repo).private
         except RepositoryNotFoundError:
@@ -125,14 +126,19 @@ def _one_line_errors(endpoint: str, repo: str, token: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def _quiet() -> Iterator[None]:
+    """No progress bars where nobody looks, and one line about a failure, not one for every attempt."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
-    if sys.stderr.isatty() or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
+    bars = sys.stderr.isatty() or are_progress_bars_disabled()
+    verbosity = logging.get_verbosity()
+    if not bars:
+        disable_progress_bars()
+    if not {"HF_DEBUG", "HF_HUB_VERBOSITY"} & os.environ.keys():
+        logging.set_verbosity_error()
     try:
         yield
     finally:
-        enable_progress_bars()
+        logging.set_verbosity(verbosity)
+        if not bars:
+            enable_progress_bars()

@@ -45,7 +45,8 @@ class HubServer:
         self.requests: list[tuple[str, str]] = []
         self.leaks: list[str] = []  # requests to the storage that carried a token
         self.fail: dict[str, int] = {}  # substring of a path -> status to answer
-        self.drop_after: int | None = None  # bytes of storage after which every connection to it is cut
+        self.drop: tuple[str, int] | None = None  # (sha256, bytes of it after which its connections are cut)
+        self.of_dropped = 0
         self.reached_drop = threading.Event()
         self.hang_at_drop = False  # instead of cutting: never answer
         self.lock = threading.Lock()
@@ -82,7 +83,6 @@ class HubServer:
 
     def answer(self, handler):
         path, _, query = handler.path.partition("?")
-        path = urllib.parse.unquote(path) if "/branch/" not in path else path
         self.requests.append((handler.command, path))
         try:
             if path.startswith("/storage/"):
@@ -101,7 +101,8 @@ class HubServer:
             for method, pattern, function in ROUTES:
                 match = re.fullmatch(pattern, path)
                 if match and method == handler.command.replace("HEAD", "GET"):
-                    status, headers, content = function(self, *match.groups(), body=body, query=query)
+                    groups = [group and urllib.parse.unquote(group) for group in match.groups()]
+                    status, headers, content = function(self, *groups, body=body, query=query)
                     break
             else:
                 raise Refusal(404, message=f"no route {handler.command} {path}")
@@ -148,8 +149,10 @@ class HubServer:
         body = bytearray()
         for data in self.chunks(handler):
             with self.lock:
-                self.received += len(data)
-                stop = self.drop_after is not None and self.received > self.drop_after
+                self.received += len(data) if handler.command == "PUT" else 0
+                chosen = self.drop is not None and self.drop[0] in handler.path
+                self.of_dropped += len(data) if chosen else 0
+                stop = chosen and self.of_dropped > self.drop[1]
             if stop:
                 self.reached_drop.set()
                 if self.hang_at_drop:
@@ -229,7 +232,7 @@ def describe(hub, path, content):
 
 @route("POST", f"/api/models/{NAME}/branch/(.+)")
 def make_branch(hub, name, branch, body, query):
-    repo, branch = hub.repo(name), urllib.parse.unquote(branch)
+    repo = hub.repo(name)
     if branch in repo.branches:
         raise Refusal(409, message=f"Reference already exists: {branch}")
     repo.branches[branch] = dict(repo.branches["main"])

@@ -104,21 +104,27 @@ def test_a_second_push_sends_nothing(folder, hub):
     assert hub.repos["user/tiny"].commits[-1] == ("main", "More", {"README.md": "file"})
 
 
+def break_in_a_file(folder, hub) -> int:
+    """Have the server cut the largest file in its middle; how many files of weights there are."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    hub.drop = hashlib.sha256(files[-1].read_bytes()).hexdigest(), files[-1].stat().st_size // 2
+    return len(files)
+
+
 @pytest.mark.parametrize("part_size", [None, 40_000])
 def test_an_interrupted_push_goes_on(folder, hub, capsys, part_size):
-    """The connection breaks in the middle of the second file of weights, and stays broken."""
+    """The connection breaks in the middle of a file of weights, and stays broken."""
     hub.part_size = part_size
-    sizes = sorted((file.stat().st_size for file in folder.glob("*.safetensors")), reverse=True)
-    hub.drop_after = sum(sizes) - sizes[-1] // 2
+    count = break_in_a_file(folder, hub)
     assert "push again" in refusal(capsys, folder)
     first = {sha for sha, _ in hub.uploads}
-    assert 0 < len(first) < len(sizes)
+    assert len(first) == count - 1
     assert hub.files("user/tiny") == {}  # half a model is never to be seen
-    hub.drop_after, before = None, hub.received
+    hub.drop, before = None, hub.received
     push(folder)
     assert hub.files("user/tiny") == local(folder)
     # nothing a second time: every file arrived once, and only the bytes of the missing ones were sent
-    assert len(hub.uploads) == len({sha for sha, _ in hub.uploads}) == len(sizes)
+    assert len(hub.uploads) == len({sha for sha, _ in hub.uploads}) == count
     assert hub.received - before == sum(size for sha, size in hub.uploads if sha not in first)
 
 
@@ -344,21 +350,20 @@ def test_it_loads_from_there_where_ssm_lm_is_not_installed(folder, hub, tmp_path
 @pytest.mark.slow
 def test_a_killed_push_goes_on_and_the_token_is_nowhere(folder, hub, tmp_path):
     """The process itself, with all that huggingface_hub can log, killed in the middle of a file."""
-    sizes = sorted((file.stat().st_size for file in folder.glob("*.safetensors")), reverse=True)
-    hub.drop_after, hub.hang_at_drop = sum(sizes) - sizes[-1] // 2, True
+    count, hub.hang_at_drop = break_in_a_file(folder, hub), True
     environment = command_line(hub, tmp_path, HF_DEBUG="1", HF_HUB_VERBOSITY="debug", TRANSFORMERS_VERBOSITY="debug")
     command = [sys.executable, "-m", "ssm_lm", "push", str(folder), "--repo", "user/tiny"]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path)
         assert hub.reached_drop.wait(120)
         deadline = time.monotonic() + 20
-        while len(hub.uploads) < len(sizes) - 1 and time.monotonic() < deadline:
+        while len(hub.uploads) < count - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
     first = {sha for sha, _ in hub.uploads}
-    assert 0 < len(first) < len(sizes)
-    hub.drop_after, hub.hang_at_drop, before = None, False, hub.received
+    assert len(first) == count - 1
+    hub.drop, hub.hang_at_drop, before = None, False, hub.received
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert hub.files("user/tiny") == local(folder)
