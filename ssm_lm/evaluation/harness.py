@@ -119,7 +119,7 @@ def evaluate_tasks(
         if not unknown:
             break
     if unknown:
-        raise UserError(f"--tasks {unknown[0]}: lm_eval has no such task; give the folder of its file as --include-path")
+        raise UserError(f"--tasks {unknown[0]}: lm_eval has no such task; is its file in --include-path?")
     arguments = parse_model_args(model_args)
     if arguments.get("prefix_token_id", 0) >= model.config.vocab_size:
         raise UserError(f"--model-args: prefix_token_id must be below the vocabulary's {model.config.vocab_size}")

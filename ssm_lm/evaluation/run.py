@@ -1,7 +1,7 @@
 """`ssm-lm eval`: the perplexity of a model on a split, with its unit and protocol named.
 
 Three units, for numbers of the literature are in all of them: by token (of the model's tokenizer), by word (separated
-by white space, or these and the line ends, as published WikiText numbers count), and bits by byte of UTF-8. With --tasks, those of lm-evaluation-harness.
+by white space, or these and the line ends, as published WikiText numbers count), and bits by byte of UTF-8. With --tasks, the tasks of lm-evaluation-harness.
 """
 
 import argparse
@@ -47,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, default=4096, metavar="N", help="tokens a forward, of --context full (default: 4096)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="windows a forward, of --context N or a task (default: 8)"
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="windows or requests a forward (default: 8)",
     )
     parser.add_argument("--include-path", metavar="DIR", help="of --tasks: a folder with task files of your own")
     parser.add_argument("--limit", type=int, metavar="N", help="of --tasks: documents a task, to try it out")

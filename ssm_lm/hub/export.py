@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="from `eval --json`, for the card; may be repeated",
     )
-    parser.add_argument("--license", metavar="ID", help="of the weights, as the Hub calls it: apache-2.0, cc-by-4.0, ...")
+    parser.add_argument("--license", metavar="ID", help="of the weights, as the Hub calls it, such as apache-2.0")
     parser.add_argument("--trained-on", metavar="TEXT", help="the training data in a few words, for the card")
     parser.add_argument(
         "--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help=f"of a file of weights (default: {SHARD_SIZE})"

@@ -78,7 +78,7 @@ def check_folder(folder: Path, kinds: tuple[str, ...] = (CAUSAL_LM, CLASSIFIER))
         with torch.device("meta"):
             model = classes[kind](config)
         model.tie_weights()
-    except Exception as error:  # a ValueError about a key; of torch, about the size of a tensor; of an activation's name
+    except Exception as error:  # about a key, about the size of a tensor, about the name of an activation
         raise UserError(f"{folder / CONFIG}: describes no model ({one_line(error)})") from error
     _check_fit(folder, model, headers)
     return classes[kind], config
@@ -271,7 +271,7 @@ def _headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             raise UserError(f"{file}: no such file, and {INDEX} names it; copy the folder again")
         try:
             with safe_open(file, "pt") as tensors:  # checks the header against the length of the file
-                for key in tensors.keys():  # noqa: SIM118  (it is no dict)
+                for key in tensors.keys():
                     tensor = tensors.get_slice(key)
                     headers[key] = tuple(tensor.get_shape()), tensor.get_dtype()
         except (SafetensorError, OSError) as error:
@@ -294,7 +294,7 @@ def _check_counts(folder: Path, values: dict, headers: dict) -> None:
         value = values.get(key)
         value = len(value) if isinstance(value, list) else value
         if isinstance(value, (int, float)) and value > max(limit, 4):
-            raise UserError(f"{folder}: the weights do not fit {CONFIG}: {key} is too large; at most {limit} is in them")
+            raise UserError(f"{folder}: the weights do not fit {CONFIG}: {key} is too large, for they hold {limit}")
 
 
 def _check_fit(folder: Path, model, headers: dict) -> None:

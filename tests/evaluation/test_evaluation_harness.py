@@ -229,7 +229,9 @@ def test_bad_arguments(folder, capsys, arguments, expected):
 
 
 def test_a_task_that_cannot_be_loaded(folder, tmp_path, capsys):
-    (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: nope}}\n")
+    (tmp_path / "broken.yaml").write_text(
+        "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: nope}}\n"
+    )
     assert evaluate(folder, "--tasks", "broken", "--include-path", str(tmp_path), expect=2)
     assert "--tasks broken: cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from hub_server import TOKEN, HubServer
 
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification
 from ssm_lm.cli import main
