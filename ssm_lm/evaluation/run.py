@@ -1,7 +1,8 @@
 """`ssm-lm eval`: the perplexity of a model on a split, with its unit and protocol named.
 
 Three units, for numbers of the literature are in all of them: by token (of the model's tokenizer), by word (separated
-by white space, or these and the line ends, as published WikiText numbers count), and bits by byte of UTF-8. With --tasks, the tasks of lm-evaluation-harness.
+by white space, or these and the line ends, as published WikiText numbers count), and bits by byte of UTF-8. With
+--tasks, the tasks of lm-evaluation-harness.
 """
 
 import argparse

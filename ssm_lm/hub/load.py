@@ -25,8 +25,11 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 CAUSAL_LM, CLASSIFIER = "S4ForCausalLM", "S4ForSequenceClassification"
 LARGEST_JSON = 64 << 20  # bytes of a config.json or an index; a long one has thousands
 FLOATS = ("F64", "F32", "F16", "BF16")  # as headers of safetensors call what a model's weights are
-# keys of config.json that would have transformers read other files, or other classes
-IGNORED = ("auto_map", "transformers_weights", "fusion_config", "distributed_config")
+# keys of config.json that would have transformers read other files or other classes, and switches of a single forward
+IGNORED = (
+    *("auto_map", "transformers_weights", "fusion_config", "distributed_config"),
+    *("output_hidden_states", "output_attentions", "return_dict"),
+)
 COMPLETE = "complete.json"  # the last file of a checkpoint that the trainer writes
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -231,7 +234,7 @@ def _config(config_class, folder: Path, values: dict):
     values = {
         key: value
         for key, value in values.items()
-        if key in known or not (key in IGNORED or key.startswith("_") or hasattr(config_class, key))
+        if key not in IGNORED and (key in known or not (key.startswith("_") or hasattr(config_class, key)))
     }
     try:
         config = config_class.from_dict(values)
