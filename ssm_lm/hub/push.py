@@ -9,6 +9,7 @@ where hf_xet is installed (huggingface_hub's default; HF_HUB_DISABLE_XET=1 turns
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,8 @@ def push(
     token = get_token()
     if token is None:
         raise UserError(f"no token for the Hub; {LOGIN}")
+    if not re.fullmatch(r"[!-~]+", token):  # no header can hold it, and the complaints of the libraries quote it
+        raise UserError(f"the token for the Hub holds characters that no token has; {LOGIN}")
 
     api = HfApi(token=token, library_name="ssm_lm", library_version=__version__)
     with _one_line_errors(api.endpoint, repo, token), _quiet():

@@ -45,6 +45,7 @@ class HubServer:
         self.requests: list[tuple[str, str]] = []
         self.leaks: list[str] = []  # requests to the storage that carried a token
         self.fail: dict[str, int] = {}  # substring of a path -> status to answer
+        self.failure = "told to fail"  # what it says then
         self.drop: tuple[str, int] | None = None  # (sha256, bytes of it after which its connections are cut)
         self.of_dropped = 0
         self.reached_drop = threading.Event()
@@ -97,7 +98,7 @@ class HubServer:
                 self.check_token(handler, path)
             for part, status in self.fail.items():
                 if part in path:
-                    raise Refusal(status, message="told to fail")
+                    raise Refusal(status, message=self.failure)
             for method, pattern, function in ROUTES:
                 match = re.fullmatch(pattern, path)
                 if match and method == handler.command.replace("HEAD", "GET"):
