@@ -7,6 +7,8 @@ SSM:  f = GLU(Linear(dropout(act(state space(x)))))          FFN:  f = Linear(dr
 Packed documents: with `seq_idx`, or with position_ids that start again at 0, the states do too; see documents.py.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, tied_keys
 from .cache_s4 import S4CacheLayer  # noqa: F401  (importing it registers the "s4" cache layer)
 from .configuration_s4 import S4Config
+from .decoding_s4 import STRATEGIES
 from .documents import Documents, find_documents, from_position_ids
 from .losses import LanguageModelHead, average, causal_targets
 from .ssm import LAYERS, StateSpace
@@ -175,7 +178,7 @@ class S4PreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     # substrings of parameter names: everything in a state space stays float32 when a checkpoint loads in half precision
     _keep_in_fp32_modules_strict = ["ssm"]
-    _is_stateful = False  # in transformers' sense, of a state that cannot be cropped: see S4CacheLayer.crop
+    _is_stateful = False  # transformers: whether a state could not be cropped; see S4CacheLayer.crop
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": S4Block}
 
@@ -326,6 +329,26 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
         return create_recurrent_attention_mask(
             config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
+
+    @property
+    def strategies(self) -> dict:
+        """Further decoding methods for `generate(custom_generate=...)`, by name; see decoding_s4.py."""
+        return dict(STRATEGIES)
+
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
+        """A callable that takes a streamer or a tokenizer gets it; transformers would drop both, and whoever reads from
+        the streamer would wait for ever.
+        """
+        given = {"streamer": streamer, "tokenizer": kwargs.get("tokenizer")}
+        extracted = super()._extract_generation_mode_kwargs(
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
+        if callable(custom_generate):
+            known = inspect.signature(custom_generate).parameters
+            extracted |= {name: value for name, value in given.items() if value is not None and name in known}
+            if streamer is not None and "streamer" not in known:
+                raise ValueError("this custom_generate cannot stream: leave the streamer out")
+        return extracted
 
     def _get_static_cache_init_shape(self):
         return None  # there are no heads to size a static cache by: its layers wait for their first state
