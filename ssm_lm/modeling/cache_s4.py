@@ -50,7 +50,7 @@ class Record:
         self.begins.append(begins)
 
     def state_after(self, length: int, memo: dict | None) -> torch.Tensor:
-        """The state after the first `length` tokens: step by step with the memo of the state space, else as one scan."""
+        """The state after the first `length` tokens: step by step with the state space's memo, as one scan without."""
         ssm, state = self.ssm.get(), self.snapshot
         if ssm is None:
             raise ValueError("the model of this cache is gone: a cache that was read from a file needs a forward first")

@@ -17,8 +17,9 @@ def check_settings(name: str, generation_config, model_kwargs: dict) -> None:
 def check_one_beam(name: str, generation_config) -> None:
     """ValueError for beams and for several sequences of one prompt."""
     for option in ("num_beams", "num_return_sequences"):
-        if getattr(generation_config, option) > 1:
-            raise ValueError(f"{name} follows one sequence: {option} must be 1, not {getattr(generation_config, option)}")
+        value = getattr(generation_config, option)
+        if value > 1:
+            raise ValueError(f"{name} follows one sequence: {option} must be 1, not {value}")
 
 
 class Collected:

@@ -29,8 +29,10 @@ def contrastive_search(
 ):
     """For `generate(custom_generate=...)`. penalty_alpha in [0, 1] (default 0.6), 0 is greedy search; top_k at least 1
     (default 4), 1 is greedy search; a generation_config with a penalty_alpha stands in for both. Batches may be
-    left-padded: what is masked is not compared with. A token that a logits processor forbids is no candidate. Returns what generate() returns. Raises ValueError for other values, and for a cache that holds
-    tokens already, whose hidden states are gone.
+    left-padded: what is masked is not compared with. A token that a logits processor forbids is no candidate.
+
+    Returns what generate() returns. Raises ValueError for other values, and for a cache that holds tokens already,
+    whose hidden states are gone.
     """
     name = "contrastive search"
     check_settings(name, generation_config, model_kwargs)

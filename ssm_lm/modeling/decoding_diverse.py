@@ -28,7 +28,8 @@ def diverse_beam_search(
 ):
     """For `generate(custom_generate=..., num_beams=...)`. num_beams is the number of beams of all groups together, a
     multiple of num_beam_groups (default: as many as beams); diversity_penalty (default 1) is above 0; generation_config
-    stands in for what is not given. With one group it is beam search. Logits processors come before the penalty. A group that has ended no longer counts.
+    stands in for what is not given. With one group it is beam search. Logits processors come before the penalty. A
+    group that has ended no longer counts.
 
     Returns what generate() returns; with return_dict_in_generate and output_scores also sequences_scores, the penalty
     included. Raises ValueError for other values.
@@ -115,8 +116,8 @@ class _Group:
         self.indices = self.running_indices.clone()
 
     def step(self, log_probs, stopping_criteria):
-        """log_probs (B, size, V) of the next token -> the tokens that go on (B, size); `origin` (B, size) says which beam
-        each went on from.
+        """log_probs (B, size, V) of the next token -> the tokens that go on (B, size); `origin` (B, size) is where each
+        beam came from.
         """
         model, config = self.model, self.config
         at = self.length - self.prompt_length

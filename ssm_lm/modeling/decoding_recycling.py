@@ -6,8 +6,8 @@ each position and how much of the draft is right; the states of the rest are cro
 wrong ones too, go back into the matrix. Nothing is trained, and there is no second model.
 
 The paper verifies a tree of drafts with tree attention. A recurrent state has no attention mask to draw a tree in: it
-takes one draft, or several in a batch, each on its own copy of the states. On a CPU every row of a batch costs what as
-many tokens cost: with a hidden size of 512 and 4 layers of S4, 1, 4 and 11 tokens take 6.5, 11 and 19 ms, four rows of 4
+takes one draft, or several in a batch, each on its own copy of the states. On a CPU a row of a batch costs what as many
+tokens cost: with a hidden size of 512 and 4 layers of S4, 1, 4 and 11 tokens take 6.5, 11 and 19 ms, and four rows of 4
 take 22 ms. So tokens are better spent on the length of the one likeliest draft, the default. Where a forward costs the
 same for any few tokens, as on a GPU, num_drafts > 1 tries several first steps at once.
 
@@ -29,7 +29,7 @@ def token_recycling(
     stopping_criteria,
     generation_config,
     matrix: torch.Tensor | None = None,
-    max_draft_length: int = 16,
+    max_draft_length: int = 8,
     num_drafts: int = 1,
     streamer=None,
     tokenizer=None,

@@ -127,7 +127,11 @@ def test_contrastive_limits_and_settings(model):
     assert torch.equal(by_config, generate(model, ids, 10, "contrastive", own={"penalty_alpha": 0.9, "top_k": 7}))
     assert not torch.equal(by_config, greedy)
     allowed = generate(
-        model, ids, 10, "contrastive", own={"penalty_alpha": 1.0, "prefix_allowed_tokens_fn": lambda batch, text: [3, 8]}
+        model,
+        ids,
+        10,
+        "contrastive",
+        own={"penalty_alpha": 1.0, "prefix_allowed_tokens_fn": lambda batch, text: [3, 8]},
     )
     assert set(allowed[:, 6:].flatten().tolist()) <= {3, 8}
     for own in ({"penalty_alpha": 1.5}, {"penalty_alpha": -0.1}, {"top_k": 0}, {"top_k": VOCAB + 1}):
