@@ -1,14 +1,16 @@
 """Decoding with drafts: the tokens of greedy search, in less time. And the other methods of generate()."""
 
-import copy
 import statistics
 import time
 
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 from ssm_lm import S4Config, S4ForCausalLM
+from ssm_lm.data.bpe import train_bpe
+from ssm_lm.modeling.cache_s4 import S4CacheLayer
 
 VOCAB = 97
 
@@ -46,6 +48,9 @@ def generate(model, ids, tokens, own=None, **options):
 def drafts(model, seed=7):
     """Every way to draft: (what generate() takes, what configures it)."""
     small = build("s4d", "s4-ffn", layers=1, hidden_size=16, seed=seed)
+    for each in (small, model):
+        each.generation_config.num_assistant_tokens = 6
+        each.generation_config.assistant_confidence_threshold = 0.0  # a random model is never sure
     return {
         "a draft model": ({"assistant_model": small}, {}),
         "itself": ({"assistant_model": model}, {}),
@@ -65,30 +70,34 @@ def test_drafts_change_no_token(kind, prompts):
             assert torch.equal(generate(model, ids, 20, own, **options), expected), (name, seed)
 
 
-def test_drafts_are_accepted_and_rejected():
-    """The comparison above means something: forwards are fewer than tokens, and tokens are cropped."""
-    model, ids = build(), random_prompt(3)
-    expected = generate(model, ids, 24)
-    repeated = torch.cat([ids, expected[:, ids.shape[1] :], ids], 1)  # the model may say the same again
-    for own, options in drafts(model).values():
-        lengths, model.forward = [], model.forward
+class Rounds(BaseStreamer):
+    """How many tokens came at a time."""
 
-        def counted(*args, forward=model.forward, lengths=lengths, **kwargs):
-            lengths.append(kwargs["input_ids"].shape[1])
-            return forward(*args, **kwargs)
+    def __init__(self):
+        self.sizes = []
 
-        text = repeated
-        plain = generate(model, text, 24)
-        model.forward = counted
-        try:
-            if own.get("assistant_model") is model:  # a copy, whose forwards are not counted
-                own = {"assistant_model": copy.deepcopy(model)}
-                del own["assistant_model"].forward
-            found = generate(model, text, 24, own, **options)
-        finally:
-            del model.forward
-        assert torch.equal(found, plain)
-        assert sum(lengths[1:]) > 24 or len(lengths) < 24
+    def put(self, value):
+        self.sizes.append(value.numel())
+
+    def end(self):
+        pass
+
+
+def test_drafts_are_accepted_and_rejected(monkeypatch):
+    """The comparison above means something."""
+    model, ids, cropped = build(), random_prompt(3), []
+    crop = S4CacheLayer.crop
+    monkeypatch.setattr(S4CacheLayer, "crop", lambda self, tokens: (cropped.append(tokens), crop(self, tokens)))
+    ways = drafts(model)
+    rounds = Rounds()
+    generate(model, ids, 24, {**ways["itself"][0], "streamer": rounds})
+    assert max(rounds.sizes[1:]) == 7  # after the prompt: the draft and one more
+    assert len(rounds.sizes) < 8
+    for name in ("a draft model", "token recycling"):
+        cropped.clear()
+        own, options = ways[name]
+        generate(model, ids, 24, own, **options)
+        assert min(cropped) < 0, name
 
 
 def test_assisted_edges():
@@ -172,22 +181,23 @@ def test_beam_sampling_follows_the_seed():
 
 
 @pytest.mark.parametrize("strategy", [None, "contrastive", "token-recycling", "diverse-beam"])
-def test_stop_strings(strategy, tmp_path):
-    from ssm_lm.data.bpe import train_bpe
-
+def test_stop_strings(strategy):
     tokenizer = train_bpe(["the cat sat on the mat, and the dog sat on the cat\n" * 3], 300)
     torch.manual_seed(0)
     config = S4Config(vocab_size=300, hidden_size=24, num_hidden_layers=1, state_size=8, tie_word_embeddings=False)
     model = S4ForCausalLM(config).eval()
     ids = torch.tensor([tokenizer("the cat")["input_ids"]])
     own = {} if strategy is None else {"custom_generate": model.strategies[strategy]}
-    options = {"eos_token_id": None, "num_beams": 2 if strategy == "diverse-beam" else 1}
+    odd = [token for token in range(300) if not tokenizer.decode(token).isprintable()]  # parts of characters
+    odd += [token for token in range(300) if not tokenizer.decode(token).isascii()]
+    options = {"eos_token_id": None, "num_beams": 2 if strategy == "diverse-beam" else 1, "suppress_tokens": odd}
     free = generate(model, ids, 12, own, **options)
     stop = tokenizer.decode(free[0, len(ids[0]) + 3])
     stopped = generate(model, ids, 12, {**own, "tokenizer": tokenizer}, stop_strings=[stop], **options)
-    assert stopped.shape[1] < free.shape[1]
-    assert stop in tokenizer.decode(stopped[0, len(ids[0]) :])
-    if strategy != "diverse-beam":
+    assert stop not in tokenizer.decode(stopped[0, len(ids[0]) : -1])
+    if strategy != "diverse-beam":  # of the beams, another one may have become the best
+        assert stop in tokenizer.decode(stopped[0, len(ids[0]) :])
+        assert stopped.shape[1] < free.shape[1]
         assert torch.equal(stopped, free[:, : stopped.shape[1]])
 
 
