@@ -5,6 +5,8 @@ that generate(), beam search, prefill in chunks and offloading work on states as
 does not grow with the length.
 """
 
+from collections import defaultdict
+
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
@@ -13,8 +15,11 @@ class S4CacheLayer(CacheLayerMixin):
     """states[i]: (B, H, N) float32, the state of the layer's i-th state space; empty before the first forward.
 
     memos[i]: what that state space derived from its parameters for single steps (see `StateSpace.forward`). It is
-    right for as long as the parameters stay the same, which is also how long a state makes sense.
+    right for as long as the parameters stay the same, which is also how long a state makes sense. It is no part of
+    what the cache holds: what looks into a cache for its tensors (torch.export does) finds states and lengths.
     """
+
+    __slots__ = ("memos",)  # outside of __dict__, where transformers' exporters look
 
     _layer_type = "s4"  # registers the class with DynamicCache
     is_compileable = True
@@ -25,7 +30,7 @@ class S4CacheLayer(CacheLayerMixin):
     def __init__(self, **kwargs):
         super().__init__()
         self.states: list[torch.Tensor] = []
-        self.memos: list[dict] = []
+        self.memos: dict[int, dict] = defaultdict(dict)
         self.cumulative_length = 0
 
     # ---- what the model calls
@@ -35,7 +40,9 @@ class S4CacheLayer(CacheLayerMixin):
         return self.states[index] if index < len(self.states) else None
 
     def get_memo(self, index: int) -> dict:
-        return self.memos[index]
+        if not hasattr(self, "memos"):  # a cache that an exporter took apart and put together again
+            self.memos = defaultdict(dict)
+        return self.memos.get(index, {}) if torch.compiler.is_compiling() else self.memos[index]
 
     def update_state(self, index: int, state: torch.Tensor, num_new_tokens: int) -> None:
         """Put the state after `num_new_tokens` more tokens in the place of the old one."""
@@ -60,7 +67,6 @@ class S4CacheLayer(CacheLayerMixin):
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(state)
         self.states.append(state)
-        self.memos.append({})
         self.is_initialized = True
 
     def update(self, key_states, value_states=None, *args, **kwargs):
@@ -78,7 +84,7 @@ class S4CacheLayer(CacheLayerMixin):
     def reset(self):
         for state in self.states:
             state.zero_()
-        self.memos = [{} for _ in self.states]
+        self.memos = defaultdict(dict)
         self.cumulative_length = 0
 
     def reorder_cache(self, beam_idx):

@@ -100,6 +100,8 @@ class S4Mixer(nn.Module):
         )
         if cache is not None:
             cache.update_state(self.state_index, state, hidden_states.shape[1])
+            if not torch.is_grad_enabled():
+                self.ssm.prepare_steps(cache.get_memo(self.state_index))
         y = self.dropout(self.activation(y))
         if self.glu == "half":
             return y * torch.sigmoid(self.out_proj(y))

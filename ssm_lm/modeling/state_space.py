@@ -245,6 +245,18 @@ class StateSpace(nn.Module):
         y, state = self(u[:, None], mode="recurrent", initial_state=state)
         return y[:, 0], state
 
+    def prepare_steps(self, memo: dict) -> None:
+        """Fill the memo for calls to come (see `forward`): done by the prefill, for a compiled step does not."""
+        self._discrete(memo, reverse=False)
+
+    def _discrete(self, memo: dict | None, reverse: bool) -> tuple:
+        if memo is not None and "discrete" in memo:
+            return memo["discrete"]
+        discrete = self.discretize(reverse)
+        if memo is not None and not torch.compiler.is_compiling():
+            memo["discrete"] = discrete  # what a compiled graph puts out is not for keeping, and would recompile it
+        return discrete
+
     def _state_or_zero(self, state, batch_size, device):
         return self.zero_state(batch_size, device) if state is None else state
 
@@ -259,15 +271,13 @@ class StateSpace(nn.Module):
         return self._run_whole(whole, x, state, documents, output_final_state, reverse)
 
     def _run_recurrent(self, x, state, documents, memo, reverse):
-        memo = {} if memo is None else memo
-        if "discrete" not in memo:
-            memo["discrete"] = self.discretize(reverse)
+        discrete = self._discrete(memo, reverse)
         state = self._state_or_zero(state, x.shape[0], x.device)
         outputs = []
         for t, u in enumerate(x.unbind(1)):
             if documents is not None:
                 state = torch.where(documents.begins[:, t, None, None], 0, state)
-            y, state = self._advance(memo["discrete"], u, state)
+            y, state = self._advance(discrete, u, state)
             outputs.append(y)
         return torch.stack(outputs, 1), state
 
