@@ -54,19 +54,19 @@ class S4ModelTest(CausalLMModelTest, unittest.TestCase):
 
     def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
         """In place of the shapes of keys and values: those of the states."""
-        self.assertEqual(len(past_key_values.layers), config.num_hidden_layers)
+        assert len(past_key_values.layers) == config.num_hidden_layers
         for layer in past_key_values.layers:
-            self.assertEqual(len(layer.states), config.sublayers.count("ssm"))
+            assert len(layer.states) == config.sublayers.count("ssm")
             for state in layer.states:
-                self.assertEqual(state.dtype, torch.float32)
-                self.assertEqual(state.shape[0], batch_size)
-                self.assertEqual(state.shape[-1], config.state_size)
-            self.assertEqual(int(layer.get_seq_length()), seq_length)
+                assert state.dtype == torch.float32
+                assert state.shape[0] == batch_size
+                assert state.shape[-1] == config.state_size
+            assert int(layer.get_seq_length()) == seq_length
 
     def _check_caches_are_equal(self, cache1, cache2):
-        self.assertEqual(len(cache1.layers), len(cache2.layers))
+        assert len(cache1.layers) == len(cache2.layers)
         for one, other in zip(cache1.layers, cache2.layers, strict=True):
-            self.assertEqual(int(one.get_seq_length()), int(other.get_seq_length()))
+            assert int(one.get_seq_length()) == int(other.get_seq_length())
             for a, b in zip(one.states, other.states, strict=True):
                 torch.testing.assert_close(a, b)
 

@@ -1,6 +1,6 @@
 """Run transformers' own common model tests against the S4 classes.
 
-    python tests/conformance/run.py --transformers PATH [--transformers PATH ...] [--config '{"ssm": "s5"}'] [pytest args]
+    python tests/conformance/run.py --transformers PATH [--transformers PATH ...] [--config JSON] [pytest's arguments]
 
 PATH: a checkout of transformers of the installed release, or anything that holds parts of its tests/; a later one is
 laid over the earlier ones, since the source distribution on PyPI holds only tests/test_*.py. Nothing is written there:
@@ -36,7 +36,7 @@ PARTS = [
 ]
 
 # a helper of the tests on several ranks that no published part of 5.23 holds
-NO_RANKS = '''
+NO_RANKS = """
 import unittest
 
 
@@ -49,7 +49,7 @@ run_distributed = _get_distributed_backend = _get_rank_device = _set_rank_device
 
 def _get_distributed_device_type():
     return "cpu"
-'''
+"""
 
 
 def assemble(sources: list[Path], root: Path) -> Path:
@@ -62,7 +62,9 @@ def assemble(sources: list[Path], root: Path) -> Path:
             target = root / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-    missing = [name for name in ("causal_lm_tester.py", "generation/test_utils.py") if not (root / "tests" / name).exists()]
+    missing = [
+        name for name in ("causal_lm_tester.py", "generation/test_utils.py") if not (root / "tests" / name).exists()
+    ]
     if missing:
         raise SystemExit(f"no tests/{missing[0]}: give the path of a checkout that has it too")
     export = root / "tests/exporters/test_export.py"
@@ -113,12 +115,17 @@ def skips(report: Path) -> dict[str, list[str]]:
     for case in ET.parse(report).iter("testcase"):
         skipped = case.find("skipped")
         if skipped is not None:
-            found[skipped.get("message") or "?"].append(case.get("name"))
+            reason = skipped.get("message") or "no reason given"
+            if "`self.pipeline_model_mapping`" in reason:
+                reason = "a pipeline of another kind of model"
+            found[reason].append(case.get("name"))
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--transformers", type=Path, action="append", required=True, metavar="PATH")
     parser.add_argument("--config", type=json.loads, default={}, metavar="JSON", help="keys of S4Config")
     options, pytest_arguments = parser.parse_known_args()
@@ -135,12 +142,24 @@ def main() -> int:
             "S4_CONFORMANCE": json.dumps(options.config),
         }
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "log_cli=false", f"--junitxml={report}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "log_cli=false",
+            f"--junitxml={report}",
+        ]
         code = subprocess.run([*command, str(adapter), *pytest_arguments], cwd=root, env=environment).returncode
         if report.exists():
             print("\nskipped:")
             for reason, names in sorted(skips(report).items(), key=lambda item: -len(item[1])):
-                print(f"{len(names):4d}  {reason}\n      {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''}")
+                print(
+                    f"{len(names):4d}  {reason}\n      {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''}"
+                )
     return code
 
 

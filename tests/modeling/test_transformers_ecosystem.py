@@ -165,7 +165,13 @@ def test_a_compiled_decode_step_is_traced_once(ssm):
     assert counter.frame_count == 1
 
 
-TRAINING = [{}, {"mode": "fft"}, {"ssm": "s4d"}, {"loss_chunk_size": 16}, {"adaptive_cutoffs": [20], "adaptive_div_val": 2}]
+TRAINING = [
+    {},
+    {"mode": "fft"},
+    {"ssm": "s4d"},
+    {"loss_chunk_size": 16},
+    {"adaptive_cutoffs": [20], "adaptive_div_val": 2},
+]
 
 
 @pytest.mark.parametrize(

@@ -166,8 +166,9 @@ results = {}
 
 model = AutoModelForCausalLM.from_pretrained(lm, trust_remote_code=True).train()
 arguments = TrainingArguments(output_dir=output, report_to=[], use_cpu=True, label_smoothing_factor=0.1)
+trainer = Trainer(model=model, args=arguments)
 with torch.no_grad():
-    results["smoothed"] = Trainer(model=model, args=arguments).compute_loss(model, {"input_ids": ids, "labels": ids}).item()
+    results["smoothed"] = trainer.compute_loss(model, {"input_ids": ids, "labels": ids}).item()
 results["no_weight_decay"] = sorted(model.no_weight_decay())
 
 # the config that AutoConfig makes is of another class than the one that the model's module has imported
@@ -175,7 +176,8 @@ config = AutoConfig.from_pretrained(lm, trust_remote_code=True)
 results["classes_differ"] = type(config) is not sys.modules[type(model).__module__].S4Config
 config.num_hidden_layers = 1
 results["from_config"] = AutoModelForCausalLM.from_config(config, trust_remote_code=True).num_parameters()
-again = AutoModelForCausalLM.from_pretrained(lm, config=AutoConfig.from_pretrained(lm, trust_remote_code=True), trust_remote_code=True)
+config = AutoConfig.from_pretrained(lm, trust_remote_code=True)
+again = AutoModelForCausalLM.from_pretrained(lm, config=config, trust_remote_code=True)
 results["logits"] = again.eval()(ids).logits.tolist()
 results["generated"] = again.generate(ids, max_new_tokens=4, do_sample=False).tolist()
 
