@@ -10,6 +10,7 @@ decoding needs that for the tokens that were drafted in vain.
 """
 
 import weakref
+from collections import defaultdict
 
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
@@ -85,12 +86,15 @@ class S4CacheLayer(CacheLayerMixin):
     """states[i]: (B, H, N) float32, the state of the layer's i-th state space; empty before the first forward.
 
     memos[i]: what that state space derived from its parameters for single steps (see `StateSpace.forward`). It is
-    right for as long as the parameters stay the same, which is also how long a state makes sense.
+    right for as long as the parameters stay the same, which is also how long a state makes sense. It is no part of
+    what the cache holds: what looks into a cache for its tensors (torch.export does) finds states and lengths.
 
     records[i]: while the past is recorded, state i as it was at the last crop and what has driven it since, else None.
     A record that grows to more than `max_recorded` tokens goes back to the last `min_recorded` of them, so at least
     these can be cropped, and memory stays bounded: max_recorded x hidden_size numbers a row and state space.
     """
+
+    __slots__ = ("memos",)  # outside of __dict__, where transformers' exporters look
 
     _layer_type = "s4"  # registers the class with DynamicCache
     is_compileable = True
@@ -102,7 +106,7 @@ class S4CacheLayer(CacheLayerMixin):
     def __init__(self, **kwargs):
         super().__init__()
         self.states: list[torch.Tensor] = []
-        self.memos: list[dict] = []
+        self.memos: dict[int, dict] = defaultdict(dict)
         self.records: list[Record | None] = []
         self.record_past = False
         self.cumulative_length = 0
@@ -114,7 +118,9 @@ class S4CacheLayer(CacheLayerMixin):
         return self.states[index] if index < len(self.states) else None
 
     def get_memo(self, index: int) -> dict:
-        return self.memos[index]
+        if not hasattr(self, "memos"):  # a cache that an exporter took apart and put together again
+            self.memos = defaultdict(dict)
+        return self.memos.get(index, {}) if torch.compiler.is_compiling() else self.memos[index]
 
     def update_state(
         self, index: int, state: torch.Tensor, num_new_tokens: int, ssm=None, inputs=None, documents=None
@@ -143,7 +149,7 @@ class S4CacheLayer(CacheLayerMixin):
             self.records[index] = Record(self.states[index].clone())
         record = self.records[index]
         if not torch.is_grad_enabled():
-            ssm.discrete_from(self.memos[index])  # now: between forwards the parameters may be offloaded
+            ssm.discrete_from(self.get_memo(index))  # now: between forwards the parameters may be offloaded
         begins = None
         if documents is not None:
             inputs = inputs.masked_fill((documents.seq_idx < 0)[..., None], 0)
@@ -164,7 +170,6 @@ class S4CacheLayer(CacheLayerMixin):
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(state)
         self.states.append(state)
-        self.memos.append({})
         self.records.append(None)
         self.is_initialized = True
 
@@ -200,7 +205,7 @@ class S4CacheLayer(CacheLayerMixin):
         if removed:
             for index, record in enumerate(self.records):
                 # under autograd the memo would keep the graph of another forward
-                memo = {} if torch.is_grad_enabled() else self.memos[index]
+                memo = {} if torch.is_grad_enabled() else self.get_memo(index)
                 self._put(index, record.state_after(recorded - removed, memo))
             self._advance(-removed)
         self.records = [None] * len(self.records)
@@ -208,7 +213,7 @@ class S4CacheLayer(CacheLayerMixin):
     def reset(self):
         for state in self.states:
             state.zero_()
-        self.memos = [{} for _ in self.states]
+        self.memos = defaultdict(dict)
         self.records = [None] * len(self.states)
         self.record_past = False
         self.cumulative_length = 0

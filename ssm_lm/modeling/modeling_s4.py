@@ -24,6 +24,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -105,6 +106,8 @@ class S4Mixer(nn.Module):
         if cache is not None:
             recorded = {"ssm": self.ssm, "inputs": hidden_states, "documents": documents} if cache.record_past else {}
             cache.update_state(self.state_index, state, hidden_states.shape[1], **recorded)
+            if not torch.is_grad_enabled():  # now, for a compiled step does not keep what it derives
+                self.ssm.discrete_from(cache.get_memo(self.state_index))
         y = self.dropout(self.activation(y))
         if self.glu == "half":
             return y * torch.sigmoid(self.out_proj(y))
@@ -192,6 +195,14 @@ class S4PreTrainedModel(PreTrainedModel):
                 init.copy_(parameter, value.to(parameter.dtype))
         elif isinstance(module, (AdaptiveEmbedding, AdaptiveSoftmax)):
             module.init_parameters(init)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay must leave alone: those of the state spaces. It would pull log dt
+        and Lambda towards 0, which is no neutral value for them. transformers' Trainer decays everything but biases and
+        norms: there, override get_decay_parameter_names with what it returned less these.
+        """
+        spaces = [(path, module) for path, module in self.named_modules() if isinstance(module, StateSpace)]
+        return {f"{path}.{name}" for path, module in spaces for name, _ in module.named_parameters()}
 
     def set_input_embeddings(self, value):
         if self.config.adaptive_cutoffs is not None and not isinstance(value, AdaptiveEmbedding):
@@ -464,3 +475,12 @@ def pool(hidden_states: torch.Tensor, mask: torch.Tensor | None, pooling: str) -
     accumulate = torch.promote_types(hidden_states.dtype, torch.float32)
     total = hidden_states.masked_fill(~mask[..., None], 0).sum(1, dtype=accumulate)
     return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
+
+
+# transformers decides by these names which models shift their labels, and the Trainer smooths unshifted ones without
+for table, cls in (
+    (modeling_auto.MODEL_MAPPING_NAMES, S4Model),
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, S4ForCausalLM),
+    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, S4ForSequenceClassification),
+):
+    table.setdefault(S4Config.model_type, cls.__name__)

@@ -259,18 +259,21 @@ class StateSpace(nn.Module):
             if memo is None and begins is None:
                 final = self._scan(self._drive(x), self._scan_state(state), reverse=False, has_output=False)[1]
                 return self._layer_state(final)
-            discrete = self.discrete_from({} if memo is None else memo)
+            discrete = self.discrete_from(memo)
             for t, token in enumerate(x.unbind(1)):
                 if begins is not None:
                     state = torch.where(begins[:, t, None, None], 0, state)
                 _, state = self._advance(discrete, token, state)
             return state
 
-    def discrete_from(self, memo: dict, reverse: bool = False) -> tuple:
-        """The discretised system, kept in `memo`."""
-        if "discrete" not in memo:
-            memo["discrete"] = self.discretize(reverse)
-        return memo["discrete"]
+    def discrete_from(self, memo: dict | None, reverse: bool = False) -> tuple:
+        """The discretised system, from `memo` or kept there."""
+        if memo is not None and "discrete" in memo:
+            return memo["discrete"]
+        discrete = self.discretize(reverse)
+        if memo is not None and not torch.compiler.is_compiling():
+            memo["discrete"] = discrete  # what a compiled graph puts out is not for keeping, and would recompile it
+        return discrete
 
     def _state_or_zero(self, state, batch_size, device):
         return self.zero_state(batch_size, device) if state is None else state
@@ -286,7 +289,7 @@ class StateSpace(nn.Module):
         return self._run_whole(whole, x, state, documents, output_final_state, reverse)
 
     def _run_recurrent(self, x, state, documents, memo, reverse):
-        discrete = self.discrete_from({} if memo is None else memo, reverse)
+        discrete = self.discrete_from(memo, reverse)
         state = self._state_or_zero(state, x.shape[0], x.device)
         outputs = []
         for t, u in enumerate(x.unbind(1)):
