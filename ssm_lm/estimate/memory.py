@@ -46,6 +46,7 @@ class Pieces(NamedTuple):
     block_parameters: int
     embedding: Trace
     block: tuple[Trace, ...]
+    kinds: tuple[str, ...]  # of the sublayers: "ssm" or "ffn"
     blocks: int
     head: Trace
     block_input: int
@@ -155,6 +156,7 @@ def count_pieces(
         block_parameters,
         embedding,
         tuple(sublayers),
+        config.sublayers,
         config.num_hidden_layers,
         head,
         FLOAT * batch_size * length * config.hidden_size,
@@ -210,13 +212,14 @@ def rank_memory(
     elif stage == 0:
         momentary = min(P, FLOAT * STAGE_0_BUCKET)
     else:
-        momentary = P // W  # the gradients of the rank's share, made one tensor
-    best = (gradients + buckets + momentary, gradients, 0, momentary, "optimizer step")
+        momentary = (2 if stage < 3 else 1) * P // W  # the gradients of the rank's share, copied into one tensor
+    at_step = P if stage is None and W > 1 else 0  # DeepSpeed has given its buckets back by then
+    best = (gradients + at_step + momentary, gradients, 0, momentary, "optimizer step", at_step)
 
     for moment, kept, peak, later in _moments(pieces, checkpointing):
         held = gradients if accumulates else int(later * gradient_share)
-        best = max(best, (held + buckets + peak, held, kept, peak - kept, moment))
-    _, held, activations, workspace, moment = best
+        best = max(best, (held + buckets + peak, held, kept, peak - kept, moment, buckets))
+    _, held, activations, workspace, moment, buckets = best
     return Memory(stage, parameters, optimizer, held, buckets, activations, workspace, moment)
 
 
@@ -249,11 +252,3 @@ def _moments(pieces: Pieces, checkpointing: bool):
             )
             gradients += sublayer.gradients
     yield "backward of the embedding", pieces.embedding.kept, pieces.embedding.backward_peak, gradients
-
-
-def step_traffic(pieces: Pieces, checkpointing: bool) -> tuple[int, int]:
-    """Bytes that a forward and backward read and write: (in the state spaces and all the blocks, elsewhere)."""
-    forward = pieces.blocks * sum(sublayer.forward_traffic for sublayer in pieces.block)
-    backward = pieces.blocks * sum(sublayer.backward_traffic for sublayer in pieces.block)
-    ends = sum(t.forward_traffic + t.backward_traffic for t in (pieces.embedding, pieces.head))
-    return forward * (2 if checkpointing else 1) + backward, ends
