@@ -217,7 +217,7 @@ def rank_memory(
     best = (gradients + at_step + momentary, gradients, 0, momentary, "optimizer step", at_step)
 
     for moment, kept, peak, later in _moments(pieces, checkpointing):
-        held = gradients if accumulates else int(later * gradient_share)
+        held = gradients if accumulates else min(gradients, int(later * gradient_share))  # tied ones come twice
         best = max(best, (held + buckets + peak, held, kept, peak - kept, moment, buckets))
     _, held, activations, workspace, moment, buckets = best
     return Memory(stage, parameters, optimizer, held, buckets, activations, workspace, moment)

@@ -7,6 +7,7 @@ memory by running a layer on tensors without data (memory.py), time from a roofl
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 from ..errors import UserError
@@ -280,7 +281,8 @@ def print_report(report: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    # into a file or a pipe as wide as the widest table; rich would cut at 80 columns
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     model, plan, time, flops = report["model"], report["run"], report["time"], report["flops_per_token"]
     ranks = plan["nodes"] * plan["gpus_per_node"]
     stage = "no DeepSpeed" if plan["zero_stage"] is None else f"ZeRO {plan['zero_stage']}"

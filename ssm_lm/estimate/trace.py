@@ -13,6 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+# operators that touch no data
+NO_TRAFFIC = ("_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias")
+
+
 class StorageCounter(TorchDispatchMode):
     """Bytes of the storages that are alive, their peak, and the bytes that operators read and wrote.
 
@@ -31,8 +35,9 @@ class StorageCounter(TorchDispatchMode):
         made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         for tensor in made:
             self.add(tensor)
-        if not function.is_view:
-            self.traffic += sum(x.numel() * x.element_size() for x in read + made)
+        if function.namespace == "aten" and not function.is_view and function._opname not in NO_TRAFFIC:
+            # an expanded tensor is read once
+            self.traffic += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in read + made)
         return result
 
     def add(self, tensor: torch.Tensor) -> None:

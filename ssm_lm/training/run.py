@@ -5,6 +5,8 @@ the same config it goes on from the last whole checkpoint, or says that the run 
 """
 
 import argparse
+import os
+import re
 from pathlib import Path
 
 from ..errors import UserError
@@ -29,7 +31,8 @@ def run(args: argparse.Namespace) -> None:
 def train(values: dict, where: str = "config") -> Path:
     """Train as a checked config says (see `config.read_train_config`); returns the folder of the finished model.
 
-    The folder holds the model and its tokenizer, checkpoint-N folders, and TensorBoard files in runs/.
+    The folder holds the model and its tokenizer, checkpoint-N folders, TensorBoard files in runs/ and the log in
+    metrics.jsonl (see meters.py).
     Raises UserError, before anything is written, for whatever the config or the folders have wrong.
     """
     check_values(values, where)
@@ -105,6 +108,12 @@ def check_values(values: dict, where: str) -> None:
     for key, least in (("sequence_length", 2), ("per_device_train_batch_size", 1), ("gradient_accumulation_steps", 1)):
         if values.get(key, least) < least:
             raise UserError(f"{where}: {key} must be at least {least}, not {values[key]}")
+    for key in ("profile", "peak_tflops", "communication_sample_steps"):
+        if (values.get(key) or 0) < 0:
+            raise UserError(f"{where}: {key} must not be negative, not {values[key]}")
+    given = os.environ.get("SSM_LM_PEAK_TFLOPS")
+    if given and not re.fullmatch(r"\d+(\.\d*)?", given):
+        raise UserError(f"SSM_LM_PEAK_TFLOPS must be a positive number of TFLOP/s, not {given!r}")
     if values.get("carry_state") and (values.get("activation_checkpointing") or values.get("gradient_checkpointing")):
         raise UserError(
             f"{where}: carry_state and activation_checkpointing exclude each other (the recomputed forward would go on "

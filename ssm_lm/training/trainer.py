@@ -13,6 +13,7 @@ from ..data.sequences import SequenceTask
 from ..data.windows import TokenWindows, WindowSampler
 from .carry import CarriedState, RowSampler
 from .checkpoints import mark_complete
+from .meters import CommunicationSample, Meters, MetricsFile, ProfileTrace
 from .param_groups import check_ssm_precision, parameter_groups
 
 
@@ -50,6 +51,7 @@ class LossProgress(ProgressCallback):
         ("learning_rate", "lr {:.2e}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
         ("samples_per_second", "{:,.0f} samples/s"),
+        ("mfu", "MFU {:.1%}"),
         ("eval_loss", "validation loss {:.4f}"),
         ("eval_perplexity", "perplexity {:.2f}"),
         ("eval_accuracy", "accuracy {:.2%}"),
@@ -71,6 +73,12 @@ class S4Trainer(Trainer):
         if not self.args.disable_tqdm:
             self.add_callback(LossProgress())
         self._meter = None
+        self.meters = Meters(self.args, self.model.config, isinstance(self, LanguageModelTrainer))
+        self.add_callback(MetricsFile())
+        if self.args.profile:
+            self.add_callback(ProfileTrace())
+        elif self.args.world_size > 1 and self.args.communication_sample_steps:
+            self.add_callback(CommunicationSample(self.meters))
         self._may_skip_logits = "skip_logits" in inspect.signature(self.model.forward).parameters
 
     # ---- loss
@@ -100,6 +108,10 @@ class S4Trainer(Trainer):
         """What a subclass adds to a checkpoint; called on every rank."""
 
     def _save_checkpoint(self, model, trial):
+        with self.meters.timing("checkpoint"):
+            self._save_whole_checkpoint(model, trial)
+
+    def _save_whole_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         self.save_state(folder)
@@ -113,7 +125,12 @@ class S4Trainer(Trainer):
         if self._meter is None:
             check_ssm_precision(model)  # on the engine as it is, not on the config
             self._meter = (time.perf_counter(), self.state.global_step)
+        self.meters.saw(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def get_batch_samples(self, *args, **kwargs):
+        with self.meters.timing("data"):
+            return super().get_batch_samples(*args, **kwargs)
 
     def speed(self, step: int, steps: int, seconds: float) -> dict:
         """Entries of the log, at `step`, about the last `steps` steps, which took `seconds`."""
@@ -123,6 +140,7 @@ class S4Trainer(Trainer):
         now, step = time.perf_counter(), self.state.global_step
         if "loss" in logs and self._meter is not None and step > self._meter[1]:
             logs |= self.speed(step, step - self._meter[1], now - self._meter[0])
+            logs |= self.meters.entries(now - self._meter[0])
             self._meter = (now, step)
         super().log(logs, start_time)
 
@@ -130,6 +148,7 @@ class S4Trainer(Trainer):
         metrics = super().evaluate(*args, **kwargs)
         if self._meter is not None:
             self._meter = (time.perf_counter(), self.state.global_step)  # evaluation is not training time
+            self.meters.reset()
         return metrics
 
 
