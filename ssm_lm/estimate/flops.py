@@ -200,7 +200,9 @@ def _chunk_scan(config, B, L, rank) -> tuple[float, float, float]:
     for size, chunks in ((T, L // T), (L % T, 1)):
         if not size:
             continue
-        signals, N, p = (config.state_size // 2, 2, 2) if config.ssm == "s5" else (config.hidden_size, config.state_size, 1)
+        signals, N, p = (
+            (config.state_size // 2, 2, 2) if config.ssm == "s5" else (config.hidden_size, config.state_size, 1)
+        )
         rows = B * chunks * signals
         scan += rows * 2 * (p * size) ** 2  # Toeplitz
         scan += rows * 2 * 2 * p * size * N  # inject, emit

@@ -7,9 +7,11 @@ the matmuls are autocast, and the parameters stay as they are):
     none, 0        4 P             4 P                 8 P             none: 4 P of DDP where W > 1; 0: see below
     1              4 P             4 P                 12 P / W        r at a time
     2              4 P             4 P / W             12 P / W        two of r
-    3              4 P / W         4 P / W             12 P / W        r, and the parameters of the block at work
+    3              4 P / W         4 P / W             12 P / W        two of r, and the gathered parameters
 
-The 12 are the moments and a master copy, which DeepSpeed keeps for float32 parameters too; r is reduce_bucket_size.
+The 12 are the moments and a master copy, which DeepSpeed keeps for float32 parameters too; r is reduce_bucket_size. Stage 3
+gathers 4 P again, up to stage3_max_live_parameters (10^9), before it gives any of it back, and without checkpointing
+autograd keeps the forward's copy beside the backward's.
 
 Activations and workspace are counted (trace.py) for one sublayer of each kind, the embedding, and the head with its
 loss, and added up along a step:
@@ -43,7 +45,6 @@ class Pieces(NamedTuple):
 
     parameters: int
     largest: int  # parameter
-    block_parameters: int
     embedding: Trace
     block: tuple[Trace, ...]
     kinds: tuple[str, ...]  # of the sublayers: "ssm" or "ffn"
@@ -147,13 +148,11 @@ def count_pieces(
             hidden.grad = None
             labels = ids if causal else torch.zeros(batch_size, dtype=torch.long)
             head = trace(head, [hidden, labels], autocast)
-            block_parameters = sum(p.numel() for p in model.model.layers[0].parameters())
     finally:
         chunked.SEGMENT_ELEMENTS.update(segments)
     return Pieces(
         parameters,
         largest,
-        block_parameters,
         embedding,
         tuple(sublayers),
         config.sublayers,
@@ -186,11 +185,13 @@ def rank_memory(
     accumulates: bool = False,
     reduce_bucket: int = 50_000_000,
     overlap: bool = True,
+    max_live_parameters: int = 1_000_000_000,
 ) -> Memory:
     """The peak of one rank.
 
     stage: a ZeRO stage of DeepSpeed; None: plain torch, with DDP where ranks > 1. accumulates: gradients of earlier
     batches are there when a forward begins. reduce_bucket: elements. overlap: overlap_comm.
+    max_live_parameters: stage3_max_live_parameters.
     """
     P, W = FLOAT * pieces.parameters, ranks
     bucket = FLOAT * reduce_bucket
@@ -204,7 +205,10 @@ def rank_memory(
     elif stage in (1, 2):
         buckets = bucket * (2 if overlap else 1)
     elif stage == 3:
-        buckets = bucket + FLOAT * pieces.block_parameters
+        # a model below max_live_parameters stays gathered once it was, and what autograd has saved of the forward's copy
+        # stays until its backward; buckets and gradients exist from the start
+        gathered = min(P, FLOAT * max_live_parameters) + (0 if checkpointing else P)
+        buckets = bucket * (2 if overlap else 1) + gathered
 
     # ---- the step of the optimizer
     if stage is None:
@@ -217,7 +221,9 @@ def rank_memory(
     best = (gradients + at_step + momentary, gradients, 0, momentary, "optimizer step", at_step)
 
     for moment, kept, peak, later in _moments(pieces, checkpointing):
-        held = gradients if accumulates else min(gradients, int(later * gradient_share))  # tied ones come twice
+        held = (
+            gradients if accumulates or stage == 3 else min(gradients, int(later * gradient_share))
+        )  # tied ones come twice
         best = max(best, (held + buckets + peak, held, kept, peak - kept, moment, buckets))
     _, held, activations, workspace, moment, buckets = best
     return Memory(stage, parameters, optimizer, held, buckets, activations, workspace, moment)

@@ -27,11 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=8, help="GPUs in each (8)")
     parser.add_argument("--device", default="h100", help=f"one of {', '.join(DEVICES)} (h100)")
     parser.add_argument("--efficiency", type=float, default=0.4, help="share of the roofline that is reached (0.4)")
-    parser.add_argument("--overlap", type=float, default=0.8, help="share of a backward that communication may use (0.8)")
+    parser.add_argument(
+        "--overlap", type=float, default=0.8, help="share of a backward that communication may use (0.8)"
+    )
     parser.add_argument("--intra", type=float, default=450.0, help="GB/s a GPU and direction within a node (450)")
     parser.add_argument("--inter", type=float, default=50.0, help="GB/s a GPU and direction between nodes (50)")
     parser.add_argument("--sequence-ranks", type=int, default=1, help="ranks that share a sequence (1)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the config, repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the config, repeatable"
+    )
     parser.add_argument("--scaling", action="store_true", help="step time on 8 to 4096 GPUs")
     parser.add_argument("--plot", metavar="FILE", help="with --scaling: a plot of it, .svg or .png (needs matplotlib)")
     parser.add_argument("--json", metavar="FILE", help="write everything to FILE")
@@ -113,9 +117,12 @@ def estimate(values: dict, args: argparse.Namespace, where: str) -> dict:
 
     # ---- memory
     layout = {"reduce_bucket": bucket, "overlap": bool(zero.get("overlap_comm", True)), "ranks": ranks}
+    if "stage3_max_live_parameters" in zero:
+        layout["max_live_parameters"] = int(zero["stage3_max_live_parameters"])
     layout["accumulates"] = accumulation > 1
     memory = [
-        {"stage": option, "activation_checkpointing": policy} | _memory(rank_memory(pieces, stage=option, checkpointing=policy, **layout))
+        {"stage": option, "activation_checkpointing": policy}
+        | _memory(rank_memory(pieces, stage=option, checkpointing=policy, **layout))
         for option in STAGES
         for policy in (False, True)
     ]
@@ -296,7 +303,9 @@ def print_report(report: dict) -> None:
         f"{plan['gradient_accumulation_steps']} accumulated, {plan['sequence_ranks']} to a sequence)\n",
         markup=False,
     )
-    table = Table("MFLOP a token", "forward", "backward", "recomputed", "FFT, states", title="FLOPs", title_justify="left")
+    table = Table(
+        "MFLOP a token", "forward", "backward", "recomputed", "FFT, states", title="FLOPs", title_justify="left"
+    )
     for part in flops["parts"]:
         numbers = [part[key] / 1e6 for key in ("forward", "backward", "recompute", "other")]
         table.add_row(part["part"], *(f"{x:,.3f}" for x in numbers))
@@ -321,7 +330,9 @@ def print_report(report: dict) -> None:
         markup=False,
     )
 
-    table = Table("seconds at the peak", "arithmetic", "memory", title="Roofline of a micro-batch", title_justify="left")
+    table = Table(
+        "seconds at the peak", "arithmetic", "memory", title="Roofline of a micro-batch", title_justify="left"
+    )
     for piece, row in report["roofline"].items():
         table.add_row(piece, f"{row['arithmetic']:.4f}", f"{row['memory']:.4f}")
     console.print(table)

@@ -55,7 +55,9 @@ class StepTime(NamedTuple):
         return self.compute + self.optimizer + self.exposed + self.sequence
 
 
-def roofline(pieces: Pieces, parts: list[Part], device: Device, precision: str, ssm_precision: str, checkpointing) -> dict:
+def roofline(
+    pieces: Pieces, parts: list[Part], device: Device, precision: str, ssm_precision: str, checkpointing
+) -> dict:
     """{piece: (seconds of arithmetic, seconds of memory)} of a forward and backward, at the device's peaks.
 
     precision, ssm_precision: "bf16", "tf32" or "fp32", of the projections and of the state spaces.

@@ -194,7 +194,9 @@ class CommunicationSample(TrainerCallback):
         every = args.communication_sample_steps
         if state.is_world_process_zero and state.global_step % every == self.FIRST % every:
             kind = torch.profiler.ProfilerActivity.CUDA if torch.cuda.is_available() else None
-            self.profiler = torch.profiler.profile(activities=[kind or torch.profiler.ProfilerActivity.CPU], acc_events=True)
+            self.profiler = torch.profiler.profile(
+                activities=[kind or torch.profiler.ProfilerActivity.CPU], acc_events=True
+            )
             self.profiler.start()
             self.start = time.perf_counter()
 
