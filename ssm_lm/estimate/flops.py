@@ -1,8 +1,8 @@
 """FLOPs of a training step, by the equations of this architecture.
 
-Symbols: B sequences of L tokens in a forward; H hidden_size, N state_size, I intermediate_size, V vocab_size, T chunk_size.
-A multiply-add counts as two operations. The backward of a matmul is two matmuls of its size, one for each factor, so
-"backward" is twice "forward" but where the text says otherwise.
+Symbols: B sequences of L tokens in a forward; H hidden_size, N state_size, I intermediate_size, V vocab_size, T
+chunk_size. A multiply-add counts as two operations. The backward of a matmul is two matmuls of its size, one for each
+factor, so "backward" is twice "forward" but where the text says otherwise.
 
     a token's matmuls, forward                                                 in every
     out_proj       2 H g H                g = 2 for glu, else 1                state space sublayer
@@ -102,8 +102,8 @@ def training_flops(
     # ---- blocks
     gated = 2 if config.glu == "glu" else 1
     out_proj = 2 * tokens * H * gated * H * ssm_layers
-    # under checkpointing the recomputation ends at the last tensor that the backward asks for, which is the input of the
-    # block's last matmul, unless something after it, a dropout or a gate, has a tensor to make again
+    # under checkpointing the recomputation ends at the last tensor that the backward asks for, which is the input of
+    # the block's last matmul, unless something after it, a dropout or a gate, has a tensor to make again
     ends_early = not config.dropout
     skipped = ends_early and config.sublayers[-1] == "ssm" and config.glu == "none"
     repeated = out_proj * (1 - 1 / config.sublayers.count("ssm")) if skipped else out_proj
@@ -139,7 +139,7 @@ def _widths(config) -> list[int]:
 
 
 def _adaptive_head(config, tokens, tail_shares) -> float:
-    """Cluster 0: a projection and n_0 + K logits a token. Tail i: a projection to d_i and n_i logits, for its tokens."""
+    """Cluster 0: a projection and n_0 + K logits a token. Tail i: a projection to d_i and n_i logits for its tokens."""
     H = config.hidden_size
     sizes = [end - first for first, end in cluster_bounds(config.vocab_size, config.adaptive_cutoffs)]
     widths = _widths(config)
@@ -155,7 +155,7 @@ def _adaptive_head(config, tokens, tail_shares) -> float:
 
 
 def _state_space(config, B, L, mode, needs_state):
-    H, N, T = config.hidden_size, config.state_size, config.chunk_size
+    H, N = config.hidden_size, config.state_size
     tokens, s5 = B * L, config.ssm == "s5"
     rank = len(INITIALIZATIONS["s4"][config.ssm_init](2).P) if config.ssm == "s4" else 0
     if s5:
@@ -215,7 +215,7 @@ def _chunk_scan(config, B, L, rank) -> tuple[float, float, float]:
 
 
 def _discretization(H, N, rank) -> float:
-    """p^T w p, and the correction of B_bar, in the order that einsum takes; what is a product by a 1 x 1 is no matmul."""
+    """p^T w p, and the correction of B_bar, in einsum's order; what is a product by a 1 x 1 matrix is no matmul."""
     flops = 2 * H * N * rank**2 + 2 * H * N * N
     return flops if rank == 1 else flops + 2 * H * N * rank**2 + 2 * H * N * N * rank
 

@@ -9,9 +9,9 @@ the matmuls are autocast, and the parameters stay as they are):
     2              4 P             4 P / W             12 P / W        two of r
     3              4 P / W         4 P / W             12 P / W        two of r, and the gathered parameters
 
-The 12 are the moments and a master copy, which DeepSpeed keeps for float32 parameters too; r is reduce_bucket_size. Stage 3
-gathers 4 P again, up to stage3_max_live_parameters (10^9), before it gives any of it back, and without checkpointing
-autograd keeps the forward's copy beside the backward's.
+The 12 are the moments and a master copy, which DeepSpeed keeps for float32 parameters too; r is reduce_bucket_size.
+Stage 3 gathers 4 P again, up to stage3_max_live_parameters (10^9), before it gives any of it back, and without
+checkpointing autograd keeps the forward's copy beside the backward's.
 
 Activations and workspace are counted (trace.py) for one sublayer of each kind, the embedding, and the head with its
 loss, and added up along a step:
@@ -205,8 +205,8 @@ def rank_memory(
     elif stage in (1, 2):
         buckets = bucket * (2 if overlap else 1)
     elif stage == 3:
-        # a model below max_live_parameters stays gathered once it was, and what autograd has saved of the forward's copy
-        # stays until its backward; buckets and gradients exist from the start
+        # a model below max_live_parameters stays gathered once it was, and what autograd has saved of the forward's
+        # copy stays until its backward; buckets and gradients exist from the start
         gathered = min(P, FLOAT * max_live_parameters) + (0 if checkpointing else P)
         buckets = bucket * (2 if overlap else 1) + gathered
 

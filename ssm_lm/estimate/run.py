@@ -325,8 +325,8 @@ def print_report(report: dict) -> None:
     here = report["memory_as_configured"]
     fits = "fits" if here["total"] <= here["budget"] else "does NOT fit"
     console.print(
-        f"as configured {_gb(here['total'])} GB: {fits} in {_gb(here['budget'])} of the device's {_gb(here['device'])} GB; "
-        f"largest per_device_train_batch_size: {report['recommended_per_device_batch']:,}\n",
+        f"as configured {_gb(here['total'])} GB: {fits} in {_gb(here['budget'])} of the device's {_gb(here['device'])} "
+        f"GB; largest per_device_train_batch_size: {report['recommended_per_device_batch']:,}\n",
         markup=False,
     )
 
@@ -341,17 +341,19 @@ def print_report(report: dict) -> None:
         budget = f"{time['tokens']:,} tokens in {plan['steps']:,} steps: {time['days']:,.2f} days"
     assumed = report["assumptions"]
     console.print(
-        f"a step takes {time['step']:.4f} s: {time['compute']:.4f} forward and backward, {time['optimizer']:.4f} optimizer, "
-        f"{time['exposed']:.4f} waiting for the network ({time['communication']:.4f} in all), {time['sequence']:.4f} "
+        f"a step takes {time['step']:.4f} s: {time['compute']:.4f} forward and backward, {time['optimizer']:.4f} "
+        f"optimizer, {time['exposed']:.4f} waiting for the network ({time['communication']:.4f} in all), "
+        f"{time['sequence']:.4f} "
         f"exchanging states\n"
         f"{time['tokens_per_second']:,.0f} tokens/s, MFU {time['mfu']:.1%}; {budget}\n\n"
         f"assumed   {assumed['efficiency']:.0%} of the roofline is reached; every operator of PyTorch reads and writes "
         f"device memory (fused kernels move less)\n"
         f"          network {assumed['intra_bytes_per_second'] / 1e9:g} GB/s within a node, "
-        f"{assumed['inter_bytes_per_second'] / 1e9:g} GB/s a GPU between nodes, {assumed['latency_seconds'] * 1e6:g} us a "
-        f"hop; communication hides behind {assumed['overlap']:.0%} of the backward\n"
-        f"          parameters, gradients and moments are float32; {_gb(assumed['reserved_bytes'])} GB a rank for CUDA and "
-        f"NCCL; 1 GB = 1e9 bytes",
+        f"{assumed['inter_bytes_per_second'] / 1e9:g} GB/s a GPU between nodes, "
+        f"{assumed['latency_seconds'] * 1e6:g} us "
+        f"a hop; communication hides behind {assumed['overlap']:.0%} of the backward\n"
+        f"          parameters, gradients and moments are float32; {_gb(assumed['reserved_bytes'])} GB a rank for CUDA "
+        f"and NCCL; 1 GB = 1e9 bytes",
         markup=False,
     )
     if "scaling" in report:

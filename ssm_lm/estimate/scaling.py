@@ -15,7 +15,7 @@ OPTIMIZER_TRAFFIC = 7 * FLOAT
 
 
 class Network(NamedTuple):
-    """Bandwidths in bytes/s a GPU and direction; latency in seconds a hop. Defaults: NVLink 4, one 400 Gb/s NIC a GPU."""
+    """Bytes/s a GPU and direction, within and between nodes; seconds a hop. Defaults: NVLink 4, 400 Gb/s a GPU."""
 
     intra: float = 450e9
     inter: float = 50e9

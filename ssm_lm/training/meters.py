@@ -4,8 +4,8 @@ Everything here is about rank 0's process unless its name says "all ranks", and 
 go: TensorBoard, trainer_state.json, and `metrics.jsonl`, one object an entry.
 
     flops_per_second     all ranks: FLOPs by the formula of this architecture (estimate/flops.py), nothing recomputed
-    mfu                  that over the devices' peak; where the peak is known: from `peak_tflops` in the config, or by the
-                         GPU's name. No CPU's peak is known, so on a CPU there is no MFU unless it is given.
+    mfu                  that over the devices' peak, where the peak is known: from `peak_tflops` in the config, or by
+                         the GPU's name. No CPU's peak is known, so on a CPU there is no MFU unless it is given.
     memory_gb            allocated on the GPU now; on a CPU the resident size of the process
     memory_peak_gb       the most since the run began
     data_wait_share      of the time, how much went by waiting for the next batch
@@ -193,10 +193,9 @@ class CommunicationSample(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         every = args.communication_sample_steps
         if state.is_world_process_zero and state.global_step % every == self.FIRST % every:
-            kind = torch.profiler.ProfilerActivity.CUDA if torch.cuda.is_available() else None
-            self.profiler = torch.profiler.profile(
-                activities=[kind or torch.profiler.ProfilerActivity.CPU], acc_events=True
-            )
+            kinds = torch.profiler.ProfilerActivity
+            kind = kinds.CUDA if torch.cuda.is_available() else kinds.CPU
+            self.profiler = torch.profiler.profile(activities=[kind], acc_events=True)
             self.profiler.start()
             self.start = time.perf_counter()
 

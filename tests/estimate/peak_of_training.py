@@ -41,7 +41,7 @@ def measure(keys: dict, batch_size: int, length: int, checkpointing=False, bf16=
         if checkpointing:
             model.activation_checkpointing_enable()
         optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 1e-3, 0.1), fused=True)
-        engine, step = model, None
+        engine = model
         if stage is not None:
             engine = with_deepspeed(model, optimizer, batch_size, stage, bucket, bf16)
         for _ in range(2):
@@ -54,8 +54,7 @@ def measure(keys: dict, batch_size: int, length: int, checkpointing=False, bf16=
             else:
                 engine.backward(loss)
                 engine.step()
-            del loss, step
-            step = None
+            del loss
 
     return peak_of(run)
 
