@@ -31,7 +31,6 @@ def estimated(keys, batch_size, length, bf16=False, **options):
         ({"ssm": "s4", "mode": "fft"}, False, False),
         ({"ssm": "s4", **LARGE_VOCABULARY}, False, True),
         ({"ssm": "s4d"}, False, False),
-        ({"ssm": "s4d", "mode": "chunk"}, False, True),
         ({"ssm": "s4d", "arch": "s4-ffn", "num_hidden_layers": 3}, True, False),
         ({"ssm": "s5", **LARGE_VOCABULARY}, False, False),
         ({"ssm": "s5", "arch": "s4-ffn", "num_hidden_layers": 3}, True, True),
