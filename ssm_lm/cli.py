@@ -20,7 +20,9 @@ VERBS = {
     "eval": ("ssm_lm.evaluation.run", "perplexity by token, by word and by byte"),
     "generate": ("ssm_lm.evaluation.generate", "continue a prompt"),
     "export": ("ssm_lm.hub.export", "write a folder that AutoModelForCausalLM loads without ssm_lm"),
+    "push": ("ssm_lm.hub.push", "publish an exported folder on the Hub, private by default"),
     "convert": ("ssm_lm.hub.convert", "turn a checkpoint of state-spaces/s4 into a folder that loads here"),
+    "estimate": ("ssm_lm.estimate.run", "parameters, FLOPs, memory and days of a run, before it takes a GPU"),
     "doctor": ("ssm_lm.doctor", "say what this machine has: torch, GPU, Triton, DeepSpeed"),
 }
 

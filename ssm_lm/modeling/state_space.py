@@ -142,13 +142,6 @@ class StateSpace(nn.Module):
         """What is left of a state (B, *state_shape) after the tokens of `transition`, under a zero input."""
         return apply_diagonal(transition, state)
 
-    def final_state(self, u: torch.Tensor, initial_state: torch.Tensor | None = None) -> torch.Tensor:
-        """The state (B, *state_shape) after u (B, L, H), without computing the outputs."""
-        with torch.autocast(u.device.type, enabled=False):
-            x = u.to(self.log_dt.dtype)
-            start = None if initial_state is None else self._scan_state(initial_state.to(x.dtype))
-            return self._layer_state(self._scan(self._drive(x), start, False, has_output=False)[1])
-
     # ---- from the layer's input to the signals that are scanned, and back. A single-input single-output layer scans
     # ---- its input itself; S5 overrides these five
 
@@ -260,6 +253,36 @@ class StateSpace(nn.Module):
         y, state = self(u[:, None], mode="recurrent", initial_state=state)
         return y[:, 0], state
 
+    def advance(
+        self, u: torch.Tensor, state: torch.Tensor, memo: dict | None = None, begins: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The state after u (B, L, H), L at least 1, without the output.
+
+        memo: as in `forward`; with one, token by token, exactly as the recurrent mode does and, where it holds the
+        discretised system, without a look at the parameters; without one, as a chunk scan.
+        begins: (B, L) bool, tokens before which the state is set to zero; always token by token.
+        """
+        with torch.autocast(u.device.type, enabled=False):
+            x, state = u.to(self.log_dt.dtype), state.to(self.log_dt.dtype)
+            if memo is None and begins is None:
+                final = self._scan(self._drive(x), self._scan_state(state), reverse=False, has_output=False)[1]
+                return self._layer_state(final)
+            discrete = self.discrete_from(memo)
+            for t, token in enumerate(x.unbind(1)):
+                if begins is not None:
+                    state = torch.where(begins[:, t, None, None], 0, state)
+                _, state = self._advance(discrete, token, state)
+            return state
+
+    def discrete_from(self, memo: dict | None, reverse: bool = False) -> tuple:
+        """The discretised system, from `memo` or kept there."""
+        if memo is not None and "discrete" in memo:
+            return memo["discrete"]
+        discrete = self.discretize(reverse)
+        if memo is not None and not torch.compiler.is_compiling():
+            memo["discrete"] = discrete  # what a compiled graph puts out is not for keeping, and would recompile it
+        return discrete
+
     def _state_or_zero(self, state, batch_size, device):
         return self.zero_state(batch_size, device) if state is None else state
 
@@ -274,15 +297,13 @@ class StateSpace(nn.Module):
         return self._run_whole(whole, x, state, documents, output_final_state, reverse)
 
     def _run_recurrent(self, x, state, documents, memo, reverse):
-        memo = {} if memo is None else memo
-        if "discrete" not in memo:
-            memo["discrete"] = self.discretize(reverse)
+        discrete = self.discrete_from(memo, reverse)
         state = self._state_or_zero(state, x.shape[0], x.device)
         outputs = []
         for t, u in enumerate(x.unbind(1)):
             if documents is not None:
                 state = torch.where(documents.begins[:, t, None, None], 0, state)
-            y, state = self._advance(memo["discrete"], u, state)
+            y, state = self._advance(discrete, u, state)
             outputs.append(y)
         return torch.stack(outputs, 1), state
 

@@ -1,5 +1,6 @@
 """What a training config may say: everything of transformers' TrainingArguments, and the keys below."""
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -25,6 +26,10 @@ class S4TrainingArguments(TrainingArguments):
     max_skipped_steps: after so many skipped steps in a row, training goes back to the last checkpoint and passes over
         the batches of those steps.
     ssm_learning_rate: learning rate of the state space parameters (dt, Lambda, P, B, C, D); None: learning_rate.
+    profile: steps to trace with torch's profiler, into output_dir/profile; true: 3.
+    peak_tflops: dense matmul peak of a device at the precision of the run, for the MFU; None: known GPUs by name. The
+        environment variable SSM_LM_PEAK_TFLOPS says the same.
+    communication_sample_steps: one step in so many is profiled for its share of communication; 0: none.
     """
 
     model: dict | str | None = None
@@ -35,17 +40,19 @@ class S4TrainingArguments(TrainingArguments):
     carry_state: bool = False
     sequence_parallel_size: int = 1
     train_batch_size_total: int | None = None
-    spike_threshold: float = 20.0
+    spike_threshold: float = 10.0
     spike_window: int = 128
     max_skipped_steps: int = 8
     ssm_learning_rate: float | None = None
+    profile: bool | int = 0
+    peak_tflops: float | None = None
+    communication_sample_steps: int = 500
 
     # where language models differ from the defaults of TrainingArguments
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.1
     logging_steps: float = 10
-    logging_nan_inf_filter: bool = False  # a loss that is not a number must be seen
     report_to: str | list[str] | None = field(default_factory=lambda: ["tensorboard"])
     save_total_limit: int | None = 2
     prediction_loss_only: bool = True
@@ -55,6 +62,10 @@ class S4TrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.ssm_learning_rate is None:
             self.ssm_learning_rate = self.learning_rate
+        if self.profile is True:
+            self.profile = 3
+        if self.peak_tflops is None and os.environ.get("SSM_LM_PEAK_TFLOPS"):
+            self.peak_tflops = float(os.environ["SSM_LM_PEAK_TFLOPS"])
 
     @property
     def scales_loss(self) -> bool:

@@ -5,6 +5,8 @@ the same config it goes on from the last whole checkpoint, or says that the run 
 """
 
 import argparse
+import os
+import re
 from pathlib import Path
 
 from ..errors import UserError
@@ -48,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
 def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
     """Train as a checked config says (see `config.read_train_config`); returns the folder of the finished model.
 
-    The folder holds the model and its tokenizer, checkpoint-N folders, and TensorBoard files in runs/.
+    The folder holds the model and its tokenizer, checkpoint-N folders, TensorBoard files in runs/ and the log in
+    metrics.jsonl (see meters.py).
     Raises UserError, before anything is written, for whatever the config or the folders have wrong, and
     SystemExit(75), after a checkpoint, where SIGTERM or SIGUSR1 asked the run to end. With `plan_only` (see
     `environment.dry_run`) it prints the plan instead, and writes nothing.
@@ -197,6 +200,12 @@ def check_values(values: dict, where: str) -> None:
         if values.get(key, least) < least:
             raise UserError(f"{where}: {key} must be at least {least}, not {values[key]}")
     check_sequence_parallel(values, where)
+    for key in ("profile", "peak_tflops", "communication_sample_steps"):
+        if (values.get(key) or 0) < 0:
+            raise UserError(f"{where}: {key} must not be negative, not {values[key]}")
+    given = os.environ.get("SSM_LM_PEAK_TFLOPS")
+    if given and not re.fullmatch(r"\d+(\.\d*)?", given):
+        raise UserError(f"SSM_LM_PEAK_TFLOPS must be a positive number of TFLOP/s, not {given!r}")
     if values.get("carry_state") and (values.get("activation_checkpointing") or values.get("gradient_checkpointing")):
         raise UserError(
             f"{where}: carry_state and activation_checkpointing exclude each other (the recomputed forward would go on "
@@ -229,7 +238,9 @@ def print_plan(args, model, task, checkpoint) -> None:
     stage = args.deepspeed["zero_optimization"]["stage"] if args.deepspeed else None
     engine = "torch" if stage is None else f"DeepSpeed ZeRO {stage}"
     shared = f", {args.sequence_parallel_size} ranks a sequence" if args.sequence_parallel_size > 1 else ""
-    precision = "bfloat16 (autocast)" if args.bf16 or (args.deepspeed or {}).get("torch_autocast") else "float32"
+    half = (args.deepspeed or {}).get("torch_autocast", {}).get("dtype")
+    half = half or ("bfloat16" if args.bf16 else "float16" if args.fp16 else None)
+    precision = "float32" if half is None else f"{half} (autocast)"
     print(
         f"model     {parameters:,} parameters: {config.num_hidden_layers} x [{', '.join(config.sublayers)}], "
         f"{config.ssm}, hidden_size {config.hidden_size}, state_size {config.state_size}\n"

@@ -102,8 +102,9 @@ def _forward_of(parallel: SequenceParallel):
                 "sequence parallelism is for causal state spaces over one document, from a zero state: not for "
                 "bidirectional ones, seq_idx or an initial_state"
             )
+        zero = layer.zero_state(len(u), u.device)
         # nothing but u is kept of this scan: its states at the chunks' starts would be as large as u
-        left = checkpoint(layer.final_state, u, use_reentrant=False, preserve_rng_state=False)
+        left = checkpoint(layer.advance, u, zero, use_reentrant=False, preserve_rng_state=False)
         start = parallel.start_state(layer, left, u.shape[1])
         return plain(layer, u, mode, start, output_final_state, memo, None)
 

@@ -1,33 +1,23 @@
 """The transformers Trainer with this project's parameter groups, data order, checkpoints and meters."""
 
-import errno
 import inspect
 import math
-import shutil
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
 from torch.utils.data import Sampler, Subset
-from transformers import Trainer, default_data_collator
-from transformers import trainer as trainer_module
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers import default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.sequences import SequenceTask
 from ..data.windows import TokenWindows, WindowSampler
-from ..errors import UserError
-from ..hub.load import one_line
 from .carry import CarriedState, RowSampler
-from .checkpoints import PARTIAL, check_resumable, last_complete_checkpoint, publish, rotate
-from .environment import agree
+from .checkpointing import CheckpointedTrainer
 from .faults import Faults
+from .meters import CommunicationSample, Meters, MetricsFile, ProfileTrace
 from .param_groups import check_ssm_precision, parameter_groups
 from .sequence_parallel import RepeatedBatches, SequenceParallel, SlicedWindows
-from .universal import adam_steps, convert, engine_name, is_native, open_reader, put
 
 
 class RunSampler(Sampler):
@@ -66,14 +56,6 @@ def batch_of_step(step: int, passed_over: Iterable[int]) -> int:
     return step
 
 
-def _is_disk_error(error: Exception) -> bool:
-    """A full or failing disk, as the operating system says it, or as torch and safetensors pass it on."""
-    words = ("no space left", "disk quota", "read-only file system", "permission denied", "writing", "os error")
-    return (isinstance(error, OSError) and error.errno != errno.ENOENT) or any(
-        word in str(error).lower() for word in words
-    )
-
-
 class LossProgress(ProgressCallback):
     """The progress bar, with one readable line for every log entry."""
 
@@ -83,6 +65,7 @@ class LossProgress(ProgressCallback):
         ("learning_rate", "lr {:.2e}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
         ("samples_per_second", "{:,.0f} samples/s"),
+        ("mfu", "MFU {:.1%}"),
         ("eval_loss", "validation loss {:.4f}"),
         ("eval_perplexity", "perplexity {:.2f}"),
         ("eval_accuracy", "accuracy {:.2%}"),
@@ -94,7 +77,7 @@ class LossProgress(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
 
 
-class S4Trainer(Trainer):
+class S4Trainer(CheckpointedTrainer):
     """What every task shares: parameter groups, whole checkpoints, guards, the meter.
 
     signals: what has asked the run to end, see `faults.StopSignals`.
@@ -104,12 +87,17 @@ class S4Trainer(Trainer):
         super().__init__(*args, **kwargs)
         self.faults = Faults(self, signals)
         self.add_callback(self.faults)
-        self._partial = None  # where a checkpoint is being written
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         if not self.args.disable_tqdm:
             self.add_callback(LossProgress())
         self._meter = None
+        self.meters = Meters(self.args, self.model.config, isinstance(self, LanguageModelTrainer))
+        self.add_callback(MetricsFile())
+        if self.args.profile:
+            self.add_callback(ProfileTrace())
+        elif self.args.world_size > 1 and self.args.communication_sample_steps:
+            self.add_callback(CommunicationSample(self.meters))
         self._may_skip_logits = "skip_logits" in inspect.signature(self.model.forward).parameters
 
     # ---- loss
@@ -137,105 +125,18 @@ class S4Trainer(Trainer):
             self.faults.attach(self.optimizer)
         return self.optimizer
 
-    # ---- checkpoints: written beside their place, verified, and published by a rename
+    # ---- guards and meters
 
-    def save_state(self, folder: Path) -> None:
-        """What a subclass adds to a checkpoint; called on every rank."""
+    def save_state(self, folder):
+        if self.args.should_save:
+            self.faults.save(folder)
 
-    def load_state(self, folder: Path) -> None:
-        """The inverse of `save_state`."""
-
-    def _get_output_dir(self, trial):
-        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+    def load_state(self, folder):
+        self.faults.load(folder)
 
     def _save_checkpoint(self, model, trial):
-        output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        best = self.state.best_global_step
-        self._partial = output_dir / PARTIAL
-        try:
+        with self.meters.timing("checkpoint"):
             super()._save_checkpoint(model, trial)
-            if best:  # not where it is being written
-                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
-            self.save_state(self._partial / name)
-            if self.args.should_save:
-                self.state.save_to_json(str(self._partial / name / TRAINER_STATE_NAME))
-                self.faults.save(self._partial / name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                facts = {
-                    "step": self.state.global_step,
-                    "world_size": self.args.world_size,
-                    "engine": engine_name(self._zero_stage()),
-                    "optimizer_steps": adam_steps(self._engine_optimizer()),
-                }
-                publish(self._partial / name, output_dir / name, facts)
-                rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-            self.accelerator.wait_for_everyone()
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise self._cannot_save(name, error) from error
-        finally:
-            self._partial = None
-
-    def _cannot_save(self, name: str, error: Exception) -> Exception:
-        """What to raise for a checkpoint that could not be written: a UserError where the disk is to blame."""
-        if isinstance(error, UserError) or not _is_disk_error(error):
-            return error
-        shutil.rmtree(Path(self.args.output_dir) / PARTIAL / name, ignore_errors=True)
-        last = last_complete_checkpoint(Path(self.args.output_dir))
-        left = "there is no earlier one" if last is None else f"{last} is whole, and the same command goes on from it"
-        said = UserError(f"{name} could not be written to {self.args.output_dir} ({one_line(error)}); {left}")
-        if self.args.local_process_index != 0:
-            print(f"ssm-lm: {said}", file=sys.stderr, flush=True)  # the first rank's disk may be in order
-        return said
-
-    def _zero_stage(self) -> int | None:
-        return self.args.deepspeed["zero_optimization"]["stage"] if self.args.deepspeed else None
-
-    def _engine_optimizer(self):
-        """torch's optimizer or the ZeRO one, without accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        self._reshard = None
-        if resume_from_checkpoint is not None:
-            checkpoint = Path(resume_from_checkpoint)
-            mark = check_resumable(checkpoint)
-            self.faults.load(checkpoint)
-            self.load_state(checkpoint)
-            if not is_native(checkpoint, mark, engine_name(self._zero_stage()), self.args.world_size):
-                self._reshard = (checkpoint, mark)
-                problem = None
-                if self.args.process_index == 0:
-                    try:
-                        convert(checkpoint, mark)
-                    except OSError as error:
-                        problem = f"{checkpoint} could not be converted ({error.strerror or error})"
-                agree(problem)
-        # what the Trainer would do with a DeepSpeed engine; `_load_optimizer_and_scheduler` comes after it
-        load = trainer_module.deepspeed_load_checkpoint
-        if self._reshard is not None:
-            trainer_module.deepspeed_load_checkpoint = lambda *args, **kwargs: None
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            trainer_module.deepspeed_load_checkpoint = load
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if self._reshard is None or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        folder, mark = self._reshard
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
-        groups = parameter_groups(self.model, 0.0, 0.0, 0.0)
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        trained = [names[id(parameter)] for group in groups for parameter in group["params"]]
-        optimizer, steps = self._engine_optimizer(), mark.get("optimizer_steps", mark["step"])
-        put(self.model, optimizer, open_reader(folder, mark, trained), steps)
-        for group, rate in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-        if self.is_deepspeed_enabled:
-            self.deepspeed.global_steps = mark["step"]
-
-    # ---- guards and meters
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
@@ -246,7 +147,12 @@ class S4Trainer(Trainer):
         if self._meter is None:
             check_ssm_precision(model)  # on the engine as it is, not on the config
             self._meter = (time.perf_counter(), self.state.global_step)
+        self.meters.saw(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def get_batch_samples(self, *args, **kwargs):
+        with self.meters.timing("data"):
+            return super().get_batch_samples(*args, **kwargs)
 
     def speed(self, step: int, steps: int, seconds: float) -> dict:
         """Entries of the log, at `step`, about the last `steps` steps, which took `seconds`."""
@@ -258,6 +164,7 @@ class S4Trainer(Trainer):
             logs |= self.speed(step, step - self._meter[1], now - self._meter[0])
             if self.faults.skipped:
                 logs["skipped_steps"] = self.faults.skipped
+            logs |= self.meters.entries(now - self._meter[0])
             self._meter = (now, step)
         super().log(logs, start_time)
 
@@ -265,6 +172,7 @@ class S4Trainer(Trainer):
         metrics = super().evaluate(*args, **kwargs)
         if self._meter is not None:
             self._meter = (time.perf_counter(), self.state.global_step)  # evaluation is not training time
+            self.meters.reset()
         return metrics
 
 
@@ -337,10 +245,12 @@ class LanguageModelTrainer(S4Trainer):
         return Path(checkpoint) / f"carried_state_{self.args.process_index}.safetensors"
 
     def save_state(self, folder):
+        super().save_state(folder)
         if self._carried is not None:
             self._carried.save(self._carried_file(folder))
 
     def load_state(self, folder):
+        super().load_state(folder)
         if self._carried is not None:
             self._carried.load(self._carried_file(folder), self.args.device)
 
