@@ -77,6 +77,7 @@ class S4Mixer(nn.Module):
         self.layer_index, self.state_index = layer_index, state_index  # where the cache holds the state
         self.mode = config.mode
         self.ssm = make_state_space(config)
+        self.ssm.kernels = config.kernels
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = make_dropout(config)
         self.glu = config.glu

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .chunked import ChunkOperators, apply_diagonal, chunk_scan, toeplitz
+from .kernels_s4 import kernel_status, use_kernel
 
 __all__ = [
     "ChunkOperators",
@@ -16,8 +17,10 @@ __all__ = [
     "cauchy",
     "chunk_scan",
     "fft_convolution",
+    "kernel_status",
     "powers",
     "toeplitz",
+    "use_kernel",
     "vandermonde",
 ]
 

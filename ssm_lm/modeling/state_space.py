@@ -52,6 +52,7 @@ class StateSpace(nn.Module):
     # below this length the FFT convolution, with its kernel, takes less time than the chunk scan (forward and
     # backward, measured on a CPU); 0: never, a DPLR kernel costs more than the scan at every length
     fft_is_faster_below = 0
+    kernels = "auto"  # as in S4Config.kernels: whether Triton kernels run
 
     def __init__(
         self,
