@@ -14,18 +14,22 @@ Lambda, chunk by chunk: sums of fixed order, no atomics. x is what it saves, and
 Lambda^T comes from float64, so that rounding Lambda to float32 turns a phase over T tokens at most.
 """
 
+from functools import partial
+
 import torch
 
-from .ops import powers
+from .kernels_s4 import Case, qualified
+from .ops import complex_scan, powers
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # stays an ImportError; inside `try`, it is no requirement of a Hub repository that holds this file
+except ImportError:  # `kernels_s4` asks for this module in a `try` of its own, and reports the cause
     raise
 
 
-UNROLL = 16  # tokens, or chunks, that are loaded before the first of them is needed
+UNROLL, CARRY_UNROLL = 8, 16  # tokens, and chunks, that are loaded before the first of them is needed
+SHORTEST_CHUNK = 64
 
 
 @triton.jit
@@ -274,12 +278,12 @@ def chunk_length(L: int) -> int:
     """Tokens a chunk: few enough to fill the GPU and to keep rounding Lambda harmless; 1024 chunks at most, which
     follow one another in `carry_kernel`.
     """
-    return max(64, triton.next_power_of_2(triton.cdiv(L, 1024)))
+    return max(SHORTEST_CHUNK, triton.next_power_of_2(triton.cdiv(L, 1024)))
 
 
-def state_block(half: int) -> int:
-    """States a program, on one warp."""
-    return min(64, triton.next_power_of_2(half))
+def state_blocks(half: int) -> dict[str, int]:
+    """States a program, on one warp, and what else every launch takes."""
+    return {"UNROLL": UNROLL, "BLOCK": min(64, triton.next_power_of_2(half)), "num_warps": 1, "num_stages": 1}
 
 
 class _Launch:
@@ -294,9 +298,8 @@ class _Launch:
         exponents[1] *= self.T
         self.Lambda, self.power = torch.cat(powers(log_re, log_im, exponents), -1).float()
         self.begins = None if begins is None else begins.contiguous().view(torch.uint8)
-        block = state_block(self.half)
-        self.blocks = {"RESETS": begins is not None, "UNROLL": UNROLL, "BLOCK": block, "num_warps": 1, "num_stages": 1}
-        self.columns = triton.cdiv(self.half, block)
+        self.blocks = {"RESETS": begins is not None, **state_blocks(self.half)}
+        self.columns = triton.cdiv(self.half, self.blocks["BLOCK"])
 
     def starts(self, u, initial, reverse) -> torch.Tensor:
         """(B, chunks, P): the first two launches."""
@@ -307,6 +310,7 @@ class _Launch:
         ends_kernel[self.B * self.chunks, self.columns](
             u, self.Lambda, self.begins, initial, starts, kept, *sizes, **switches
         )
+        switches["UNROLL"] = CARRY_UNROLL
         carry_kernel[self.B, self.columns](starts, kept, self.power, initial, self.chunks, self.half, **switches)
         return starts
 
@@ -315,7 +319,7 @@ def _float32(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-@torch.library.custom_op("ssm_lm::s5_scan", mutates_args=())
+@torch.library.custom_op(qualified("s5_scan"), mutates_args=())
 def s5_scan(
     u: torch.Tensor,
     log_re: torch.Tensor,
@@ -344,7 +348,7 @@ def s5_scan(
     return x, final
 
 
-@torch.library.custom_op("ssm_lm::s5_scan_backward", mutates_args=())
+@torch.library.custom_op(qualified("s5_scan_backward"), mutates_args=())
 def s5_scan_backward(
     grad_x: torch.Tensor,
     grad_final: torch.Tensor,
@@ -410,3 +414,76 @@ def _backward(ctx, grad_x, grad_final):
 
 
 s5_scan.register_autograd(_backward, setup_context=_save)
+
+
+# ---- what the registry and the compiler of the bench ask for
+
+
+def self_check_cases(device: torch.device) -> list[Case]:
+    """Forward and backward over two chunks and a part of one, with documents and without, in both dtypes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    def run(scan, inputs, begins, grads):
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        outputs = scan(*inputs, begins)
+        weights = [g.to(x.dtype) for g, x in zip(grads, outputs, strict=True)]
+        return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, inputs, weights))]
+
+    B, L, P = 2, 150, 134
+    cases = []
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        # decays of 1 to 100 tokens
+        log_re, log_im = -(10 ** (-1 - normal(P // 2).sigmoid().double())), normal(P // 2).double()
+        inputs = [normal(B, L, P).to(dtype), log_re, log_im, normal(B, P)]
+        grads = (normal(B, L, P), normal(B, P))
+        begins = None
+        if dtype == torch.float32:
+            begins = torch.zeros(B, L, dtype=torch.bool)
+            begins[0, 70] = begins[1, 1] = begins[1, 128] = True
+            begins = begins.to(device)
+        kernel = partial(run, s5_scan, inputs, begins, grads)
+        twin = partial(run, complex_scan, [x.double() for x in inputs], begins, grads)
+        cases.append(Case(f"a scan in {dtype}", kernel, twin, tolerance))
+    return cases
+
+
+def compile_cases(arch: str) -> list[dict]:
+    """The configurations that are shipped for `arch`, for ssm_lm.bench.compile; one for all GPUs. The work is that of
+    B = 8, L = 8192, P = 1024 in float32, with documents.
+    """
+    B, L, P = 8, 8192, 1024
+    blocks = state_blocks(P // 2)
+    options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
+    elements, carried = B * L * P, B * L * P // chunk_length(L)
+    f32 = "*fp32:16"
+    sizes = {"L": "i32", "T": "i32:16", "chunks": "i32", "HALF": "i32:16"}
+    cases = []
+
+    def add(name, kernel, tensors, numbers, moved, **switches):
+        cases.append(
+            {
+                "name": f"s5_scan {name}",
+                "kernel": kernel,
+                "arguments": {**tensors, **numbers},
+                "constexprs": {"RESETS": True, **blocks, **switches},
+                "options": options,
+                "work": {"bytes": 4 * moved, "flops": 4 * (elements if kernel is not carry_kernel else carried)},
+            }
+        )
+
+    for reverse in (False, True):
+        name, switches = "reverse" if reverse else "forward", {"REVERSE": reverse, "INITIAL": True}
+        tensors = {"u": f32, "Lambda": f32, "begins": "*u8:16", "initial": f32, "ends": f32, "kept": f32}
+        add(f"ends {name}", ends_kernel, tensors, sizes, elements + carried, **switches)
+    tensors = {"ends": f32, "kept": f32, "power": f32, "initial": f32}
+    sizes_of_carry = {"chunks": "i32", "HALF": "i32:16"}
+    add("carry", carry_kernel, tensors, sizes_of_carry, 2 * carried, **switches, UNROLL=CARRY_UNROLL)
+    tensors = {"u": f32, "Lambda": f32, "begins": "*u8:16", "starts": f32, "x": f32, "final": f32}
+    add("emit forward", emit_kernel, tensors, sizes, 2 * elements + carried)
+    tensors = {"g": f32, "x": f32, "Lambda": f32, "begins": "*u8:16", "starts": f32, "grad_u": f32}
+    tensors |= {"grad_Lambda": f32, "grad_initial": f32}
+    add("emit reverse", emit_reverse_kernel, tensors, sizes, 3 * elements + 2 * carried)
+    return cases

@@ -14,16 +14,23 @@ Inference only: where a gradient is needed, the recurrence in PyTorch runs. Noth
 depends on data, so a step can be captured in a CUDA graph.
 """
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
+
+from .kernels_s4 import Case, qualified
+from .ops import mimo_step, siso_step
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # stays an ImportError; inside `try`, it is no requirement of a Hub repository that holds this file
+except ImportError:  # `kernels_s4` asks for this module in a `try` of its own, and reports the cause
     raise
 
 # what the kernels can apply to an output, in float32, before it is rounded
-ACTIVATIONS = ("identity", "gelu", "silu")
+ACTIVATIONS = {"identity": torch.nn.Identity(), "gelu": F.gelu, "silu": F.silu}
+MAX_STATE = 1024  # of S4 and S4D, whose states of a channel one program holds
 
 
 @triton.jit
@@ -225,16 +232,17 @@ def siso_blocks(B: int, N: int) -> dict[str, int]:
         "BLOCK_H": max(1, 128 // BLOCK_N),
         "BLOCK_N": BLOCK_N,
         "num_warps": max(1, BLOCK_N // 128),
+        "num_stages": 1,
     }
 
 
 def mimo_blocks(B: int) -> tuple[dict[str, int], dict[str, int]]:
     """Of `mimo_drive_kernel` and `mimo_read_kernel`: a row a program, or a tile of rows when there are enough."""
     if B < 16:
-        drive = {"DOT": False, "BLOCK_B": 1, "BLOCK_P": 2, "BLOCK_H": 512, "num_warps": 4}
-        return drive, {"DOT": False, "BLOCK_B": 1, "BLOCK_H": 16, "BLOCK_P": 64, "num_warps": 4}
-    drive = {"DOT": True, "BLOCK_B": 16, "BLOCK_P": 16, "BLOCK_H": 32, "num_warps": 4}
-    return drive, {"DOT": True, "BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_P": 32, "num_warps": 4}
+        drive = {"DOT": False, "BLOCK_B": 1, "BLOCK_P": 2, "BLOCK_H": 512, "num_warps": 4, "num_stages": 1}
+        return drive, {"DOT": False, "BLOCK_B": 1, "BLOCK_H": 16, "BLOCK_P": 64, "num_warps": 4, "num_stages": 1}
+    drive = {"DOT": True, "BLOCK_B": 16, "BLOCK_P": 16, "BLOCK_H": 32, "num_warps": 4, "num_stages": 1}
+    return drive, {"DOT": True, "BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_P": 32, "num_warps": 4, "num_stages": 1}
 
 
 def _check(u: torch.Tensor, state: torch.Tensor, state_shape: tuple[int, int], skip: torch.Tensor, activation: str):
@@ -250,7 +258,7 @@ def _check(u: torch.Tensor, state: torch.Tensor, state_shape: tuple[int, int], s
         raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}")
 
 
-@torch.library.custom_op("ssm_lm::siso_step_", mutates_args={"state"})
+@torch.library.custom_op(qualified("siso_step_"), mutates_args={"state"})
 def siso_step_(
     u: torch.Tensor, state: torch.Tensor, coefficients: torch.Tensor, skip: torch.Tensor, activation: str
 ) -> torch.Tensor:
@@ -281,7 +289,7 @@ def _(u, state, coefficients, skip, activation):
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("ssm_lm::mimo_step_", mutates_args={"state"})
+@torch.library.custom_op(qualified("mimo_step_"), mutates_args={"state"})
 def mimo_step_(
     u: torch.Tensor,
     state: torch.Tensor,
@@ -313,3 +321,118 @@ def mimo_step_(
 @mimo_step_.register_fake
 def _(u, state, Lambda, weight_in, weight_out, skip, activation):
     return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+# ---- what the registry and the compiler of the bench ask for
+
+
+def self_check_cases(device: torch.device) -> list[Case]:
+    """Three tokens of every kernel: diagonal and low-rank systems, one row and several, ragged blocks."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    def run(step, inputs, state, dtype):
+        state, outputs = state.clone(), []
+        for u in inputs.to(dtype):
+            y, state = step(u, state)
+            outputs.append(y.float())
+        return [*outputs, state.float()]
+
+    cases = []
+    for name, shape, dtype, tolerance in (
+        ("S4D", (2, 2, 13, 34), torch.float32, 1e-5),
+        ("S4", (5, 40, 13, 64), torch.float32, 1e-5),
+        ("S4 of rank 2", (7, 2, 13, 64), torch.bfloat16, 1e-2),
+        ("S5", (None, 2, 45, 70), torch.float32, 1e-5),
+        ("S5, a batch", (None, 19, 45, 70), torch.bfloat16, 1e-2),
+    ):
+        K, B, H, N = shape
+        inputs, skip = normal(3, B, H).to(dtype), normal(H)
+        if K:
+            system = (normal(K, H, N) / N**0.5,)
+            state, kernel, twin = normal(B, H, N), siso_step_, siso_step
+        else:
+            system = (normal(N) / 2, normal(N, H) / H**0.5, normal(H, N) / N**0.5)
+            state, kernel, twin = normal(B, 1, N), mimo_step_, mimo_step
+
+        def by_kernel(u, state, kernel=kernel, system=system, skip=skip):
+            return kernel(u, state, *system, skip, "gelu"), state
+
+        def by_twin(u, state, twin=twin, system=system, skip=skip):
+            y, state = twin(u, state, *(x.double() for x in system), skip.double())
+            return F.gelu(y), state
+
+        cases.append(
+            Case(
+                f"{name}, {dtype}",
+                partial(run, by_kernel, inputs, state, dtype),
+                partial(run, by_twin, inputs, state.double(), torch.float64),
+                tolerance,
+            )
+        )
+    return cases
+
+
+def compile_cases(arch: str) -> list[dict]:
+    """The configurations that are shipped for `arch`, for ssm_lm.bench.compile; all of them on every GPU. The work is
+    that of a token of 1024 channels, N = 64, for as many rows as the name says.
+    """
+    H, N = 1024, 64
+    f32, aligned = "*fp32:16", "i32:16"
+    cases = []
+    for K, name in ((2, "diagonal"), (5, "rank 1"), (7, "rank 2")):
+        for B in (1, 1024) if K == 5 else (1024,):
+            blocks = siso_blocks(B, N)
+            cases.append(
+                {
+                    "name": f"siso_step {name} N={N} B={B}",
+                    "kernel": siso_step_kernel,
+                    "arguments": {
+                        **{"u": "*bf16:16", "state": f32, "coefficients": f32, "skip": f32, "y": "*bf16:16"},
+                        **{"B": "i32", "H": aligned},
+                    },
+                    "constexprs": {
+                        **{"HALF": N // 2, "RANK": (K - 2) // 2, "ACTIVATION": "gelu"},
+                        **{key: value for key, value in blocks.items() if key.isupper()},
+                    },
+                    "options": {key: value for key, value in blocks.items() if key.islower()},
+                    "work": {
+                        "bytes": 4 * H * (K * N + 1) + B * H * (8 * N + 4),
+                        "flops": B * H * N * (6 + 4 * (K - 2) // 2),
+                    },
+                }
+            )
+    for B in (1, 64):
+        drive, read = mimo_blocks(B)
+        sizes = {"B": "i32", "H": aligned}
+        for name, kernel, blocks, arguments, constexprs, moved in (
+            (
+                "drive",
+                mimo_drive_kernel,
+                drive,
+                {"u": "*bf16:16", "state": f32, "Lambda": f32, "weight": f32, **sizes, "HALF": aligned},
+                {},
+                4 * N * (H + 1) + B * (2 * H + 8 * N),
+            ),
+            (
+                "read",
+                mimo_read_kernel,
+                read,
+                {"state": f32, "weight": f32, "u": "*bf16:16", "skip": f32, "y": "*bf16:16", **sizes, "P": aligned},
+                {"ACTIVATION": "gelu"},
+                4 * H * (N + 1) + B * (4 * H + 4 * N),
+            ),
+        ):
+            cases.append(
+                {
+                    "name": f"mimo_step {name} N={N} B={B}",
+                    "kernel": kernel,
+                    "arguments": arguments,
+                    "constexprs": {**constexprs, **{key: value for key, value in blocks.items() if key.isupper()}},
+                    "options": {key: value for key, value in blocks.items() if key.islower()},
+                    "work": {"bytes": moved, "flops": 2 * B * H * N},
+                }
+            )
+    return cases
