@@ -30,7 +30,6 @@ except ImportError:  # `kernels_s4` asks for this module in a `try` of its own, 
 
 # what the kernels can apply to an output, in float32, before it is rounded
 ACTIVATIONS = {"identity": torch.nn.Identity(), "gelu": F.gelu, "silu": F.silu}
-MAX_STATE = 1024  # of S4 and S4D, whose states of a channel one program holds
 
 
 @triton.jit
