@@ -29,7 +29,7 @@ except ImportError:  # stays an ImportError; inside `try`, it is no requirement 
 RANKS = (1, 2)
 # rank -> nodes a program and warps of the forward; rows of nodes and warps of the backward. The same on every GPU
 FORWARD = {1: (512, 4), 2: (256, 4)}
-BACKWARD = {1: (16, 4), 2: (16, 4)}
+BACKWARD = {1: (8, 4), 2: (8, 4)}
 BLOCK_N = 32  # poles across the lanes of the backward
 PROGRAMS = 1024  # how many the backward splits the nodes for, where channels are few
 

@@ -23,8 +23,9 @@ try:
 except ImportError:  # stays an ImportError; inside `try`, it is no requirement of a Hub repository that holds this file
     raise
 
-# the same on every GPU
-ROWS, COLUMNS, WARPS = 64, 64, 4
+# rows and columns of a tile, warps; the same on every GPU. Larger tiles spill
+FORWARD = (32, 64, 4)
+BACKWARD = (16, 32, 4)
 BLOCK_N = 16  # poles of a matrix product, real and imaginary part each
 PROGRAMS = 1024  # how many the backward splits the taps for, where channels are few
 
@@ -157,9 +158,10 @@ def _forward(
     out = _fake_forward(v_re, v_im, log_re, log_im, length)
     if out.numel():
         H, half = v_re.shape
-        vandermonde_forward_kernel[(triton.cdiv(length, ROWS * COLUMNS), H)](
+        rows, columns, warps = FORWARD
+        vandermonde_forward_kernel[(triton.cdiv(length, rows * columns), H)](
             v_re.contiguous(), v_im.contiguous(), log_re.float().contiguous(), phases(log_im).contiguous(), out,
-            length, half, ROWS=ROWS, COLUMNS=COLUMNS, BLOCK=BLOCK_N, num_warps=WARPS, num_stages=1,
+            length, half, ROWS=rows, COLUMNS=columns, BLOCK=BLOCK_N, num_warps=warps, num_stages=1,
         )  # fmt: skip
     return out
 
@@ -175,13 +177,14 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of v_re, v_im, log_re and log_im."""
     (H, L), half = grad.shape, v_re.shape[1]
+    rows, columns, warps = BACKWARD
     blocks = triton.cdiv(half, BLOCK_N)
-    splits = max(1, min(triton.cdiv(L, ROWS * COLUMNS), PROGRAMS // max(1, H * blocks)))
+    splits = max(1, min(triton.cdiv(L, rows * columns), PROGRAMS // max(1, H * blocks)))
     sums = v_re.new_empty(splits, H, 4, half)
     if sums.numel():
         vandermonde_backward_kernel[(splits, H, blocks)](
             grad.contiguous(), log_re.float().contiguous(), phases(log_im).contiguous(), sums, L, H, half, splits,
-            ROWS=ROWS, COLUMNS=COLUMNS, BLOCK=BLOCK_N, num_warps=WARPS, num_stages=1,
+            ROWS=rows, COLUMNS=columns, BLOCK=BLOCK_N, num_warps=warps, num_stages=1,
         )  # fmt: skip
     sum_re, sum_im, first_re, first_im = (2 * sums.sum(0)).unbind(1)
     grad_re, grad_im = v_re * first_re - v_im * first_im, -(v_re * first_im + v_im * first_re)
@@ -246,32 +249,37 @@ def self_check_cases(device: torch.device) -> list[Case]:
 def compile_cases(target: str) -> list[dict]:
     """The configurations that are shipped for `target`, for ssm_lm.bench.compile."""
     H, half, L = 1024, 32, 8192  # of the roofline's shape
-    tile = {"ROWS": ROWS, "COLUMNS": COLUMNS, "BLOCK": BLOCK_N}
-    options = {"num_warps": WARPS, "num_stages": 1}
-    factors = 40 * (ROWS + COLUMNS) / (ROWS * COLUMNS)  # a power is 40 operations
+
+    def shipped(rows, columns, warps):
+        # a tile of rows * columns taps takes rows + columns powers of a pole, 40 operations each
+        return {
+            "constexprs": {"ROWS": rows, "COLUMNS": columns, "BLOCK": BLOCK_N},
+            "options": {"num_warps": warps, "num_stages": 1},
+        }, 40 * (rows + columns) / (rows * columns)
+
+    forward, forward_powers = shipped(*FORWARD)
+    backward, backward_powers = shipped(*BACKWARD)
     coefficients = {"log_re": "*fp32:16", "phase": "*i64:16"}
     values = dict.fromkeys(("v_re", "v_im"), "*fp32:16")
     return [
-        {
+        forward
+        | {
             "name": "vandermonde_forward",
             "kernel": vandermonde_forward_kernel,
             "arguments": values | coefficients | {"out": "*fp32:16", "L": "i32:16", "HALF": "i32:16"},
-            "constexprs": tile,
-            "options": options,
-            "work": {"bytes": 4 * H * L + 20 * H * half, "flops": int(H * L * half * (4 + factors))},
+            "work": {"bytes": 4 * H * L + 20 * H * half, "flops": int(H * L * half * (4 + forward_powers))},
         },
-        {
+        backward
+        | {
             "name": "vandermonde_backward",
             "kernel": vandermonde_backward_kernel,
             "arguments": {"grad": "*fp32:16", "sums": "*fp32:16"}
             | coefficients
             | {"L": "i32:16", "H": "i32:16", "HALF": "i32:16", "splits": "i32"},
-            "constexprs": tile,
-            "options": options,
             # every block of poles reads the gradient
             "work": {
                 "bytes": 4 * H * L * half // BLOCK_N + 28 * H * half,
-                "flops": int(H * L * half * (8 + factors)),
+                "flops": int(H * L * half * (8 + backward_powers)),
             },
         },
     ]
