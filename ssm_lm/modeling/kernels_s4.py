@@ -50,8 +50,24 @@ def _chunk_scan():
     return self_check_cases
 
 
+def _cauchy():
+    from .triton_cauchy import self_check_cases
+
+    return self_check_cases
+
+
+def _vandermonde():
+    from .triton_vandermonde import self_check_cases
+
+    return self_check_cases
+
+
 # operation -> what imports its kernel and returns its self-check
-KERNELS: dict[str, Callable[[], Callable[[torch.device], list[Case]]]] = {"chunk_scan": _chunk_scan}
+KERNELS: dict[str, Callable[[], Callable[[torch.device], list[Case]]]] = {
+    "chunk_scan": _chunk_scan,
+    "cauchy": _cauchy,
+    "vandermonde": _vandermonde,
+}
 
 _causes: dict[tuple[str, str], str | None] = {}  # (operation, device) -> why its kernel is not used there, None: it is
 _errors: dict[tuple[str, str], float] = {}  # -> the self-check's largest difference, in units of its tolerance
