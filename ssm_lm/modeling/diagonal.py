@@ -95,4 +95,4 @@ class S4D(SingleInputSingleOutput):
 
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
         discrete = self.discretize(reverse)
-        return vandermonde(discrete.CB_re, discrete.CB_im, discrete.log_re, discrete.log_im, length)
+        return vandermonde(discrete.CB_re, discrete.CB_im, discrete.log_re, discrete.log_im, length, self.kernels)

@@ -13,6 +13,7 @@ SSM_LM_KERNELS = auto | triton | torch, or the key `kernels` of S4Config, forces
 CPU tensors needs Triton's interpreter (TRITON_INTERPRET=1 before the first import) and is how the tests run models.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -49,6 +50,18 @@ def _chunk_scan():
     return self_check_cases
 
 
+def _cauchy():
+    from .triton_cauchy import self_check_cases
+
+    return self_check_cases
+
+
+def _vandermonde():
+    from .triton_vandermonde import self_check_cases
+
+    return self_check_cases
+
+
 def _s5_scan():
     from .triton_s5_scan import self_check_cases
 
@@ -64,6 +77,8 @@ def _step():
 # operation -> what imports its kernel and returns its self-check
 KERNELS: dict[str, Callable[[], Callable[[torch.device], list[Case]]]] = {
     "chunk_scan": _chunk_scan,
+    "cauchy": _cauchy,
+    "vandermonde": _vandermonde,
     "s5_scan": _s5_scan,
     "step": _step,
 }
@@ -247,11 +262,16 @@ def family(architecture: str) -> str:
     return "blackwell" if int(re.match(r"sm_(\d+)", architecture)[1]) >= 100 else "cuda"
 
 
-def tuned(op: str, problem: str, configurations: Sequence, seconds: Callable[[object], float], device: torch.device):
+def on_device(device: torch.device):
+    """A context in which a kernel is launched on the device of its tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def tuned(op: str, problem: str, configurations: Sequence, run: Callable[[object], None], device: torch.device):
     """The configuration to run: the only one, or the fastest on this device by a measurement that is made once and
     kept in a file for all later processes.
 
-    problem: what the choice depends on, as a string; seconds: runs a configuration and times it.
+    problem: what the choice depends on, as a string; run: launches the kernel in a configuration.
     The first configuration is the default: where SSM_LM_KERNEL_TUNING is 0, where nothing can be timed, and for the
     ranks of a node but its first, which read what an earlier process has written. The file is replaced as a whole, so
     writers at the same time can at most lose an entry, which the next process measures again.
@@ -266,9 +286,23 @@ def tuned(op: str, problem: str, configurations: Sequence, seconds: Callable[[ob
     if _tuned[file].get(key) not in known:
         if os.environ.get("LOCAL_RANK", "0") != "0" or torch.cuda.is_current_stream_capturing():
             return default
-        _tuned[file] = _read(file) | {key: repr(min(configurations, key=seconds))}
+        _tuned[file] = _read(file) | {key: repr(min(configurations, key=lambda one: _seconds(run, one)))}
         _write(file, _tuned[file])
     return known[_tuned[file][key]]
+
+
+def _seconds(run: Callable[[object], None], configuration, repeats: int = 5) -> float:
+    """The shortest of some launches, after one that compiles."""
+    run(configuration)
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(configuration)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return min(times)
 
 
 _tuned: dict[Path, dict[str, str]] = {}

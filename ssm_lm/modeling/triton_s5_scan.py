@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from .kernels_s4 import Case, qualified
+from .kernels_s4 import Case, on_device, qualified
 from .ops import complex_scan, powers
 
 try:
@@ -307,11 +307,12 @@ class _Launch:
         starts = u.new_empty(self.B, self.chunks, 2 * self.half, dtype=torch.float32)
         kept = None if self.begins is None else starts.new_empty(self.B, self.chunks)
         sizes = (self.L, self.T, self.chunks, self.half)
-        ends_kernel[self.B * self.chunks, self.columns](
-            u, self.Lambda, self.begins, initial, starts, kept, *sizes, **switches
-        )
-        switches["UNROLL"] = CARRY_UNROLL
-        carry_kernel[self.B, self.columns](starts, kept, self.power, initial, self.chunks, self.half, **switches)
+        with on_device(u.device):
+            ends_kernel[self.B * self.chunks, self.columns](
+                u, self.Lambda, self.begins, initial, starts, kept, *sizes, **switches
+            )
+            switches["UNROLL"] = CARRY_UNROLL
+            carry_kernel[self.B, self.columns](starts, kept, self.power, initial, self.chunks, self.half, **switches)
         return starts
 
 
@@ -342,9 +343,10 @@ def s5_scan(
     launch = _Launch(u.shape, log_re, log_im, begins)
     starts = launch.starts(u, _float32(initial_state), reverse=False)
     sizes = (launch.L, launch.T, launch.chunks, launch.half)
-    emit_kernel[B * launch.chunks, launch.columns](
-        u, launch.Lambda, launch.begins, starts, x, final, *sizes, **launch.blocks
-    )
+    with on_device(u.device):
+        emit_kernel[B * launch.chunks, launch.columns](
+            u, launch.Lambda, launch.begins, starts, x, final, *sizes, **launch.blocks
+        )
     return x, final
 
 
@@ -369,9 +371,10 @@ def s5_scan_backward(
     starts = launch.starts(grad_x, _float32(grad_final), reverse=True)
     parts = torch.empty_like(starts)
     sizes = (launch.L, launch.T, launch.chunks, launch.half)
-    emit_reverse_kernel[B * launch.chunks, launch.columns](
-        grad_x, x, launch.Lambda, launch.begins, starts, grad_u, parts, grad_initial, *sizes, **launch.blocks
-    )
+    with on_device(x.device):
+        emit_reverse_kernel[B * launch.chunks, launch.columns](
+            grad_x, x, launch.Lambda, launch.begins, starts, grad_u, parts, grad_initial, *sizes, **launch.blocks
+        )
     w_re, w_im = parts.sum((0, 1), dtype=torch.float64).chunk(2)
     Lambda_re, Lambda_im = launch.Lambda.double().chunk(2)
     # of Lambda = exp(log_re + i log_im): Re and Im of conj(Lambda) w

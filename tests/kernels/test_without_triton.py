@@ -32,10 +32,10 @@ sys.meta_path.insert(0, Blocked())
 importlib.metadata.version = version
 """
 
-# torch's own wheel knows for which system it was built; all that comes after it sees a Mac
+# the wheels of other packages know for which system they were built; ours then sees a Mac
 MAC = """
 import os, platform, sys
-import torch, numpy
+import huggingface_hub.hf_api, torch, transformers.generation, transformers.modeling_utils
 
 sys.platform = "darwin"
 os.sched_getaffinity = None

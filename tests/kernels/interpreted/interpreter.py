@@ -3,6 +3,7 @@
 - bfloat16: Triton keeps it as uint16 and adds, multiplies and sums the bit patterns, without an error. Here every
   operation goes through float32 and rounds once, to nearest even, as the hardware does.
 - casts to bfloat16: Triton truncates; here they round to nearest even.
+- fma: Triton rounds the product; here the sum alone is rounded, as the hardware does.
 - associative_scan and reduce with a combine function: Triton calls it once an element; here once a level of a tree,
   on whole blocks. The order of the sums is another one, as it is on a GPU.
 - @triton.jit functions called from a kernel, tl.sum among them: Triton prepares the whole of triton.language anew at
@@ -60,7 +61,9 @@ class Builder(upstream.InterpreterBuilder):
         return narrow(op(widen(lhs), widen(rhs), widen(other)), tl.bfloat16)
 
     def create_fma(self, x, y, z):
-        return narrow(widen(x) * widen(y) + widen(z), z.dtype)
+        """One rounding, which for float32 is float64's and then its own."""
+        exact = widen(x).astype(np.float64) * widen(y) + widen(z)
+        return narrow(exact.astype(widen(z).dtype), z.dtype)
 
     def create_rsqrt(self, arg):
         return narrow(1 / np.sqrt(widen(arg)), arg.dtype)
