@@ -142,7 +142,7 @@ def carry_kernel(
                 passes = tl.load(kept + c, mask=here, other=0.0)
             e_re = tl.load(ends + c * 2 * HALF + p, mask=inside & here, other=0.0)
             e_im = tl.load(ends + c * 2 * HALF + HALF + p, mask=inside & here, other=0.0)
-            loaded = loaded + (e_re, e_im, passes)
+            loaded = loaded + (e_re, e_im, passes)  # noqa: RUF005  (Triton has no starred tuples)
         for k in tl.static_range(UNROLL):
             here = start + k < chunks
             c = b * chunks + (chunks - 1 - start - k if REVERSE else start + k)
@@ -191,7 +191,7 @@ def emit_kernel(
                 begun = tl.load(begins + t, mask=here, other=0) != 0
             v_re = tl.load(u + t * 2 * HALF + p, mask=inside & here, other=0.0).to(tl.float32)
             v_im = tl.load(u + t * 2 * HALF + HALF + p, mask=inside & here, other=0.0).to(tl.float32)
-            loaded = loaded + (v_re, v_im, begun)
+            loaded = loaded + (v_re, v_im, begun)  # noqa: RUF005  (Triton has no starred tuples)
         for k in tl.static_range(UNROLL):
             here = start + k < tokens
             row = x + (b * L + c * T + start + k) * 2 * HALF + p
@@ -255,7 +255,7 @@ def emit_reverse_kernel(
             v_im = tl.load(g + row + HALF, mask=inside & here, other=0.0).to(tl.float32)
             x_re = tl.load(x + row - 2 * HALF, mask=inside & before, other=0.0).to(tl.float32)
             x_im = tl.load(x + row - HALF, mask=inside & before, other=0.0).to(tl.float32)
-            loaded = loaded + (v_re, v_im, x_re, x_im, begun)
+            loaded = loaded + (v_re, v_im, x_re, x_im, begun)  # noqa: RUF005  (Triton has no starred tuples)
         for k in tl.static_range(UNROLL):
             here = start + k < tokens
             row = grad_u + (b * L + c * T + tokens - 1 - start - k) * 2 * HALF + p
@@ -334,7 +334,7 @@ def s5_scan(
     initial_state (B, P), None for zero; begins (B, L) bool, where the state before the token counts as zero.
     Returns x (B, L, P) in the dtype of u and the final state (B, P) in float32.
     """
-    B, L, P = u.shape
+    B, _, P = u.shape
     x = torch.empty_like(u, memory_format=torch.contiguous_format)
     final = u.new_empty(B, P, dtype=torch.float32)
     if not u.numel():
@@ -361,7 +361,7 @@ def s5_scan_backward(
     begins: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of u (in its dtype), log_re, log_im (float64) and the initial state (float32)."""
-    B, L, P = x.shape
+    B, _, P = x.shape
     grad_u = torch.empty_like(x)
     grad_initial = x.new_empty(B, P, dtype=torch.float32)
     if not x.numel():

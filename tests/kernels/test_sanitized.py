@@ -1,5 +1,6 @@
-"""Every kernel under a sanitizer that needs no GPU: no address out of bounds, no two programs that race. sanitize.py says
-what that shows and what it does not.
+"""Every kernel under a sanitizer that needs no GPU: no address out of bounds, no two programs that race.
+
+What that shows, and what it does not: see sanitize.py.
 """
 
 import importlib.util

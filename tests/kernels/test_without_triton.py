@@ -1,4 +1,4 @@
-"""A machine without Triton, or without a GPU driver, does everything that a CPU can do, and `ssm-lm doctor` says why."""
+"""A machine without Triton, or without a GPU driver, does all that a CPU can do, and `ssm-lm doctor` says why."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def run(preparation: str) -> dict:
     return json.loads(result.stdout[result.stdout.index("{") :])
 
 
-@pytest.mark.parametrize("preparation", [BLOCKED, MAC + BLOCKED], ids=["linux", "macos"])
+@pytest.mark.parametrize("preparation", [BLOCKED, BLOCKED + MAC], ids=["linux", "macos"])
 def test_without_triton(preparation):
     report = run(preparation)
     assert report["torch"]["triton"] is None
