@@ -304,7 +304,7 @@ class StateSpace(nn.Module):
         return True
 
     def _run_steps(self, u, state, documents, memo, activation, in_place):
-        """The recurrent mode by the step kernel: the state stays at its address; y comes with D u and the activation."""
+        """The recurrent mode by the step kernel: the state stays where it is; y comes with D u and the activation."""
         memo = {} if memo is None else memo
         if "step" not in memo:
             memo["step"] = self._step_system(self.discretize())
