@@ -100,7 +100,6 @@ def _name(device: tuple[str, int | None]) -> str:
     return device[0] if device[1] is None else f"{device[0]}:{device[1]}"
 
 
-@torch.compiler.assume_constant_result  # a compiled model keeps the choice that was made when it was traced
 def _decide(op: str, device: str, unsupported: str | None, setting: str) -> bool:
     setting = os.environ.get("SSM_LM_KERNELS", "auto") if _forced_by_environment() else setting
     if setting not in SETTINGS:
@@ -118,6 +117,11 @@ def _decide(op: str, device: str, unsupported: str | None, setting: str) -> bool
             _warned.add((op, cause))
             warnings.warn(f"{op} runs in plain PyTorch on {device}, without its Triton kernel: {cause}", stacklevel=3)
     return False
+
+
+# a compiled model keeps the choice that was made when it was traced. This is what the decorator
+# torch.compiler.assume_constant_result does, which also imports all of the compiler, seconds for every command
+_decide._dynamo_marked_constant = True
 
 
 def _forced_by_environment() -> bool:
