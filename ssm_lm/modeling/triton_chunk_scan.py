@@ -231,21 +231,24 @@ class Launch(NamedTuple):
 
 def scan_configurations(family: str, dtype: torch.dtype, N: int) -> tuple[Launch, ...]:
     """What `scan_kernel` may be launched with, the default first."""
-    if family == "cuda" and N <= 64:
-        return Launch(16, 4, 4), Launch(16, 4, 2)
-    if family == "cuda":  # more stages do not fit the shared memory of an A100
-        return (Launch(16, 8, 2 if dtype == torch.bfloat16 else 1),)
+    if family == "cuda":  # more stages or fewer warps spill, or do not fit the shared memory of an A100
+        if dtype == torch.bfloat16:
+            return (Launch(16, 4, 4), Launch(16, 4, 2)) if N <= 64 else (Launch(16, 8, 2),)
+        return (Launch(16, 4, 2) if N <= 64 else Launch(16, 8, 1),)
     return (Launch(16, {"blackwell": 2, "hip": 4}.get(family, 4), {"hip": 2}.get(family, 1)),)
 
 
 def gram_configurations(family: str, dtype: torch.dtype) -> tuple[Launch, ...]:
     """What `gram_kernel` may be launched with."""
+    low = dtype == torch.bfloat16
     if family == "blackwell":
-        return (Launch(32 if dtype == torch.bfloat16 else 16, 2, 1),)
-    return (Launch(64 if dtype == torch.bfloat16 else 32, 4, 3 if family == "cuda" else 1),)
+        return (Launch(32 if low else 16, 2, 1),)
+    if family == "cuda":
+        return (Launch(64 if low else 16, 4, 3),)
+    return (Launch(64 if low else 32, 4, 1),)
 
 
-def precisions(family: str, dtype: torch.dtype) -> tuple[str, str]:
+def precisions(family: str, dtype: torch.dtype, dense: bool) -> tuple[str, str]:
     """How a product of float32 numbers is made: of the sequence, and of the carry.
 
     In three bfloat16 products it has 16 bits of a mantissa, in six, or three of TF32, all that float32 has. AMD
@@ -255,7 +258,7 @@ def precisions(family: str, dtype: torch.dtype) -> tuple[str, str]:
         return "ieee", "ieee"
     if dtype == torch.bfloat16:
         return "ieee", "bf16x3"
-    return "tf32x3" if family == "blackwell" else "bf16x6", "bf16x6"
+    return "tf32x3" if family == "blackwell" and dense else "bf16x6", "bf16x6"
 
 
 def _power_of_two(n: int) -> int:
@@ -278,7 +281,7 @@ def launch_scan(x, y, operators, first, last, states, keep, pad, reverse):
     if H * B == 0:
         return
     kind = family(architecture(x.device))
-    product, carried = precisions(kind, x.dtype)
+    product, carried = precisions(kind, x.dtype, dense)
     TP, NP = _power_of_two(T), _power_of_two(N if dense else N // 2)
     C = -(-(L + pad) // T)
 
@@ -330,7 +333,7 @@ def launch_gram(grad_y, driven, u, starts, gram, T, pad):
             *arguments,
             P=P,
             R=launch.rows,
-            PRECISION=precisions(kind, u.dtype)[0],
+            PRECISION=precisions(kind, u.dtype, False)[0],
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -530,7 +533,7 @@ def _scan_case(kind, dtype, dense, N, launch, way):
     operators = 4 * _H * (T + 2 * T * N + (N * N if dense else N))
     rows = -(-_B // launch.rows) * launch.rows / _B  # with the empty ones
     carried = 2 * N * N / T * (3 if dtype == torch.bfloat16 else 6) if dense else 0
-    product, carry = precisions(kind, dtype)
+    product, carry = precisions(kind, dtype, dense)
     pointers = dict.fromkeys(("x", "y"), f"*{name}:16") | dict.fromkeys(
         ("taps", "emit", "inject", "carry", "last"), "*fp32:16"
     )
@@ -573,7 +576,7 @@ def _gram_case(kind, dtype):
         "kernel": gram_kernel,
         "arguments": dict.fromkeys(("grad_y", "driven", "u", "starts"), f"*{name}:16")
         | {"gram": "*fp32:16", "B": "i32", "L": "i32:16", "C": "i32:16", "T": "i32:16", "N": "i32:16", "pad": "i32:16"},
-        "constexprs": {"P": 64, "R": launch.rows, "PRECISION": precisions(kind, dtype)[0]},
+        "constexprs": {"P": 64, "R": launch.rows, "PRECISION": precisions(kind, dtype, False)[0]},
         "options": {"num_warps": launch.num_warps, "num_stages": launch.num_stages},
         "tensor_cores": True,
         # every operand is read twice, the second time from the cache: the four programs of a channel run side by side
