@@ -108,7 +108,7 @@ def print_resources(rows: list[dict]) -> None:
     console = Console()
     for target in dict.fromkeys(row["target"] for row in rows):
         table = _table(
-            f"{target}: resources", "registers", "spills", "shared KiB", "occupancy", "matrix", "instructions"
+            f"{target}: resources", "registers", "spills", "KiB", "occupancy", "matrix", "code"
         )
         for row in rows:
             if row["target"] == target:
@@ -129,7 +129,7 @@ def print_resources(rows: list[dict]) -> None:
     table = _table(
         f"Least microseconds on an H100: B = {roofline.BATCH}, L = {roofline.LENGTH}, H = {roofline.HIDDEN}, "
         f"N = {roofline.STATE}",
-        *("bytes/token", "FLOP/token", "tensor FLOP", "memory", "tensor", "other"),
+        *("bytes/token", "FLOP/token", "on tensor cores", "memory", "tensor", "other"),
     )
     for name, row in counted.items():
         tensor = row["tensor_flops_per_token"]
@@ -145,8 +145,8 @@ def print_resources(rows: list[dict]) -> None:
 
 
 def _table(title: str, *numbers: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("kernel", min_width=26)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("kernel", min_width=24)
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=" " not in column)
     return table
