@@ -107,9 +107,7 @@ def print_resources(rows: list[dict]) -> None:
     """What the compiler says (KiB: shared memory of a block, code: instructions), then what the counted work says."""
     console = Console()
     for target in dict.fromkeys(row["target"] for row in rows):
-        table = _table(
-            f"{target}: resources", "registers", "spills", "KiB", "occupancy", "matrix", "code"
-        )
+        table = _table(f"{target}: resources", "registers", "spills", "KiB", "occupancy", "matrix", "code")
         for row in rows:
             if row["target"] == target:
                 table.add_row(
@@ -126,11 +124,8 @@ def print_resources(rows: list[dict]) -> None:
     counted = {row["kernel"]: row for row in rows if "h100_memory_us" in row}
     if not counted:
         return
-    table = _table(
-        f"Least microseconds on an H100: B = {roofline.BATCH}, L = {roofline.LENGTH}, H = {roofline.HIDDEN}, "
-        f"N = {roofline.STATE}",
-        *("bytes/token", "FLOP/token", "on tensor cores", "memory", "tensor", "other"),
-    )
+    columns = ("bytes", "FLOP", "tensor FLOP", "memory", "tensor", "other")
+    table = _table("A token's work, and the least microseconds of a launch on an H100", *columns)
     for name, row in counted.items():
         tensor = row["tensor_flops_per_token"]
         cells = (row["bytes_per_token"], row["flops_per_token"] + tensor, tensor)
@@ -141,14 +136,15 @@ def print_resources(rows: list[dict]) -> None:
     memory = f"{moved / roofline.BANDWIDTH * 1e6:,.1f}"
     table.add_row("FFT convolution, PyTorch", f"{moved / roofline.TOKENS:,.0f}", "", "", memory, "", "")
     console.print(table)
-    console.print("Counted, not measured. The work of a decode step is that of one token for each row of its batch.")
+    shape = f"B = {roofline.BATCH}, L = {roofline.LENGTH}, H = {roofline.HIDDEN}, N = {roofline.STATE}"
+    console.print(f"Counted, not measured: {shape}; of a decode step, one token for each row of its batch.")
 
 
 def _table(title: str, *numbers: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("kernel", min_width=24)
     for column in numbers:
-        table.add_column(column, justify="right", no_wrap=" " not in column)
+        table.add_column(column, justify="right", no_wrap=column != "tensor FLOP")
     return table
 
 
