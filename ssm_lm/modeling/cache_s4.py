@@ -43,7 +43,7 @@ class S4CacheLayer(CacheLayerMixin):
             self.lazy_initialization(state)
         if torch.is_grad_enabled():
             self.states[index] = state  # keeps its graph: the caller may go back through several forwards, or detach
-        else:
+        elif state is not self.states[index]:  # the step kernel has advanced it in place
             self.states[index].copy_(state)  # stays at its address, for compiled and captured decoding
         if index == 0:  # every state of the layer sees the same tokens
             self._advance(num_new_tokens)

@@ -91,6 +91,11 @@ class S4(SingleInputSingleOutput):
         state = apply_diagonal(E, state) - low_rank + B_bar * u[..., None]
         return (state * C_row).sum(-1), state
 
+    def _step_system(self, discrete):
+        E, F, G, B_bar, C_row = discrete
+        pairs = [x[..., r] for r in range(self.rank) for x in (F, G)]
+        return (torch.stack([E, C_row, B_bar, *pairs]),)
+
     def _dense(self, discrete: DiscreteDPLR) -> torch.Tensor:
         """A_bar, (H, N, N)."""
         e_re, e_im = (torch.diag_embed(part) for part in discrete.E.chunk(2, -1))

@@ -62,11 +62,25 @@ def _vandermonde():
     return self_check_cases
 
 
+def _s5_scan():
+    from .triton_s5_scan import self_check_cases
+
+    return self_check_cases
+
+
+def _step():
+    from .triton_step import self_check_cases
+
+    return self_check_cases
+
+
 # operation -> what imports its kernel and returns its self-check
 KERNELS: dict[str, Callable[[], Callable[[torch.device], list[Case]]]] = {
     "chunk_scan": _chunk_scan,
     "cauchy": _cauchy,
     "vandermonde": _vandermonde,
+    "s5_scan": _s5_scan,
+    "step": _step,
 }
 
 _causes: dict[tuple[str, str], str | None] = {}  # (operation, device) -> why its kernel is not used there, None: it is

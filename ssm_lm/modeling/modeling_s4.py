@@ -99,11 +99,14 @@ class S4Mixer(nn.Module):
             output_final_state=cache is not None,
             memo=cache.get_memo(self.state_index) if state is not None and not torch.is_grad_enabled() else None,
             seq_idx=documents,
+            activation=self.activation,
+            # a cache that records the past still needs the old state
+            in_place=not torch.is_grad_enabled() and not getattr(cache, "record_past", False),
         )
         if cache is not None:
             cache.update_state(self.state_index, state, hidden_states.shape[1])
         in_rows = self.ssm.has_rows(y)
-        y = self.dropout(self.activation(y))
+        y = self.dropout(y)
         if in_rows:  # the order of memory in which the chunk scan's kernel works
             y = gradient_in_rows(y)
         projected = self.out_proj(y.flatten(0, 1)).view(*y.shape[:2], -1) if in_rows else self.out_proj(y)

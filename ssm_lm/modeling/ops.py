@@ -237,3 +237,63 @@ def associative_scan(log_re: torch.Tensor, log_im: torch.Tensor, drive: torch.Te
         x = x + F.pad(apply_diagonal(power, x[:, :-reach]), (0, 0, reach, 0))
         reach *= 2
     return x
+
+
+def siso_step(
+    u: torch.Tensor, state: torch.Tensor, coefficients: torch.Tensor, skip: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token of S4 or S4D: h_t = (R(E) - sum_r F_r G_r^T) h_{t-1} + B u,  y = C h_t + D u. See triton_step.py.
+
+    u (B, H); state h (B, H, N); skip D (H,); coefficients (K, H, N): [E, C], where u drives the real parts, or
+    [E, C, B, F_1, G_1, ...]. R(E): complex product in real form. Returns y (B, H), next state.
+    """
+    E, C, *others = coefficients
+    after = apply_diagonal(E, state)
+    if not others:
+        half = state.shape[-1] // 2
+        after = torch.cat([after[..., :half] + u[..., None], after[..., half:]], -1)
+    else:
+        B, *pairs = others
+        after = after + B * u[..., None]
+        for F_r, G_r in zip(pairs[::2], pairs[1::2], strict=True):
+            after = after - F_r * (G_r * state).sum(-1, keepdim=True)
+    return (C * after).sum(-1) + skip * u, after
+
+
+def mimo_step(
+    u: torch.Tensor,
+    state: torch.Tensor,
+    Lambda: torch.Tensor,
+    weight_in: torch.Tensor,
+    weight_out: torch.Tensor,
+    skip: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token of S5: x_t = Lambda x_{t-1} + weight_in u,  y = weight_out x_t + D u. See triton_step.py.
+
+    u (B, H); state x (B, 1, P) in real form; Lambda (P,); weight_in (P, H); weight_out (H, P). Returns y, next state.
+    """
+    after = apply_diagonal(Lambda, state) + (u @ weight_in.T)[:, None]
+    return after[:, 0] @ weight_out.T + skip * u, after
+
+
+def complex_scan(
+    u: torch.Tensor,
+    log_re: torch.Tensor,
+    log_im: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    begins: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_t = Lambda x_{t-1} + u_t, token by token: what triton_s5_scan.py does in parallel.
+
+    u (B, L, P) as [real | imaginary]; log_re, log_im (P/2,): log Lambda; initial_state (B, P), None for zero; begins
+    (B, L) bool, where the state before the token counts as zero. Returns x (B, L, P) and the last state (B, P).
+    """
+    Lambda = torch.cat(powers(log_re, log_im, torch.ones((), device=u.device)), -1).to(u.dtype)
+    x = torch.zeros_like(u[:, 0]) if initial_state is None else initial_state
+    states = []
+    for t, driven in enumerate(u.unbind(1)):
+        if begins is not None:
+            x = torch.where(begins[:, t, None], 0, x)
+        x = apply_diagonal(Lambda, x) + driven
+        states.append(x)
+    return torch.stack(states, 1), x

@@ -19,15 +19,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from transformers.activations import GELUActivation, LinearActivation, SiLUActivation
 
 from .chunked import LONGEST_CHUNK, ChunkOperators, chunk_scan, unsupported_by_kernel
 from .documents import Documents, find_documents, move_apart, move_together
 from .hippo import INITIALIZATIONS
-from .kernels_s4 import use_kernel
-from .ops import fft_convolution
+from .ops import fft_convolution, use_kernel
 
 MODES = ("auto", "chunk", "fft", "recurrent", "associative")
 DISCRETIZATIONS = {"s4": ("bilinear",), "s4d": ("zoh", "bilinear"), "s5": ("zoh", "bilinear")}  # [0]: the default
+
+# activations that the step kernel applies itself, by the names of triton_step.ACTIVATIONS
+FUSED_ACTIVATIONS = {
+    type(None): "identity",
+    nn.Identity: "identity",
+    LinearActivation: "identity",
+    GELUActivation: "gelu",
+    SiLUActivation: "silu",
+    nn.SiLU: "silu",
+}
+
+MAX_STEP_STATE = 1024  # of a channel, for the step kernel, in which one program holds it
 
 # upstream's floor under |Re Lambda|; it keeps an initialisation on the imaginary axis strictly stable
 MIN_DECAY = 1e-4
@@ -190,6 +202,8 @@ class StateSpace(nn.Module):
         output_final_state: bool = True,
         memo: dict | None = None,
         seq_idx: torch.Tensor | Documents | None = None,
+        activation: nn.Module | None = None,
+        in_place: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the layer over a sequence.
 
@@ -203,6 +217,9 @@ class StateSpace(nn.Module):
         seq_idx: (B, L) integers, the document of each token, or what `find_documents` made of them: the state is zero
         at the start of every run of equal numbers, except that the row's first run goes on from an initial state. A
         negative number is padding: its input counts as zero, and the state after it is zero.
+        activation: applied to y; some of them a kernel applies on its way out, see FUSED_ACTIVATIONS.
+        in_place: the caller does without its initial_state, and the step kernel may write the final one in its place,
+        which is then the tensor returned.
         A bidirectional layer takes no initial state and returns None for the final one.
         Raises ValueError for another mode or shape.
         """
@@ -221,12 +238,11 @@ class StateSpace(nn.Module):
         output_final_state = output_final_state and not self.bidirectional
 
         with torch.autocast(u.device.type, enabled=False):
-            in_kernel = (mode == "chunk" or (mode == "auto" and L > 1)) and self._in_kernel(u)
-            # the kernel reads bfloat16 as it is; operators and states stay float32 there too
-            x = u if in_kernel and u.dtype == torch.bfloat16 else u.to(self.log_dt.dtype)
             state = None if initial_state is None else initial_state.to(self.log_dt.dtype)
             if B == 0 or L == 0:
-                return u * self.D.to(u.dtype), self._state_or_zero(state, B, x.device) if output_final_state else None
+                y, state = u * self.D.to(u.dtype), self._state_or_zero(state, B, u.device)
+                return _activated(y, activation), state if output_final_state else None
+            in_kernel = (mode == "chunk" or (mode == "auto" and L > 1)) and self._in_kernel(u)
             if in_kernel:
                 mode = "chunk"
             elif mode == "auto":
@@ -234,6 +250,11 @@ class StateSpace(nn.Module):
             documents = seq_idx
             if torch.is_tensor(seq_idx):
                 documents = find_documents(seq_idx, self.chunk_size)
+            if mode == "recurrent" and self._steps_on_kernel(u, initial_state):
+                y, state = self._run_steps(u, initial_state, documents, memo, activation, in_place)
+                return y, state if output_final_state else None
+            # the chunk scan's kernel reads bfloat16 as it is; operators and states stay float32 there too
+            x = u if in_kernel and u.dtype == torch.bfloat16 else u.to(self.log_dt.dtype)
             if documents is not None:
                 x = x.masked_fill((documents.seq_idx < 0)[..., None], 0)
             y, state = self._run(mode, x, state, documents, memo, output_final_state)
@@ -241,7 +262,7 @@ class StateSpace(nn.Module):
                 if documents is not None:
                     documents = find_documents(documents.seq_idx.flip(1), self.chunk_size)
                 y = y + self._run(mode, x.flip(1), None, documents, None, False, reverse=True)[0].flip(1)
-        return y.to(u.dtype), state if output_final_state else None
+        return _activated(y.to(u.dtype), activation), state if output_final_state else None
 
     def _fastest_mode(self, length: int, needs_state: bool) -> str:
         if length == 1:
@@ -265,6 +286,49 @@ class StateSpace(nn.Module):
             return self._run_chunk(x, state, documents, reverse)
         whole = self._associative if mode == "associative" else self._fft
         return self._run_whole(whole, x, state, documents, output_final_state, reverse)
+
+    def _steps_on_kernel(self, u, state) -> bool:
+        """Whether the step kernel does the recurrent mode: where no gradient is needed, and no second direction."""
+        if self.bidirectional or torch.is_grad_enabled():
+            return False
+        unsupported = None
+        if self.log_dt.dtype != torch.float32 or u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            unsupported = f"inputs of {u.dtype}, parameters of {self.log_dt.dtype}"
+        elif not self._state_fits_step_kernel():
+            unsupported = f"state_size {self.state_size}"
+        tensors = (u, self.log_dt) if state is None else (u, self.log_dt, state)
+        return use_kernel("step", *tensors, unsupported=unsupported, setting=self.kernels)
+
+    def _state_fits_step_kernel(self) -> bool:
+        return True
+
+    def _run_steps(self, u, state, documents, memo, activation, in_place):
+        """The recurrent mode by the step kernel: the state stays at its address, and y comes with D u and activation."""
+        memo = {} if memo is None else memo
+        if "step" not in memo:
+            memo["step"] = self._step_system(self.discretize())
+        if state is None:
+            state = self.zero_state(u.shape[0], u.device)
+        elif not (in_place and state.dtype == torch.float32 and state.is_contiguous()):
+            state = state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if documents is not None:
+            u = u.masked_fill((documents.seq_idx < 0)[..., None], 0)
+        fused = FUSED_ACTIVATIONS.get(type(activation))
+        outputs = []
+        for t, token in enumerate(u.unbind(1)):
+            if documents is not None:
+                state.masked_fill_(documents.begins[:, t, None, None], 0)
+            outputs.append(self._step_kernel(token, state, memo["step"], fused or "identity"))
+        y = outputs[0][:, None] if len(outputs) == 1 else torch.stack(outputs, 1)
+        return y if fused else activation(y), state
+
+    def _step_system(self, discrete: tuple) -> tuple[torch.Tensor, ...]:
+        """What `discretize` returns as the tensors of `_step_kernel`."""
+        raise NotImplementedError
+
+    def _step_kernel(self, u, state, system, activation: str) -> torch.Tensor:
+        """u (B, H) -> y; the state advances in place."""
+        raise NotImplementedError
 
     def _run_recurrent(self, x, state, documents, memo, reverse):
         memo = {} if memo is None else memo
@@ -378,6 +442,10 @@ class StateSpace(nn.Module):
         )
 
 
+def _activated(y: torch.Tensor, activation: nn.Module | None) -> torch.Tensor:
+    return y if activation is None else activation(y)
+
+
 class _OperatorMaker(nn.Module):
     """The operators of a layer as a function of its parameters, for `chunk_scan`, which calls it once more in the
     backward, with the parameters that the forward saw.
@@ -463,6 +531,14 @@ class SingleInputSingleOutput(StateSpace):
         if self.n_ssm == 1:
             return shared.expand(*shared.shape[:-2], self.hidden_size, -1)
         return shared.repeat(*[1] * (shared.dim() - 2), self.hidden_size // self.n_ssm, 1)
+
+    def _state_fits_step_kernel(self):
+        return self.state_size <= MAX_STEP_STATE
+
+    def _step_kernel(self, u, state, system, activation):
+        from .triton_step import siso_step_
+
+        return siso_step_(u, state, *system, self.D, activation)
 
     def _fft(self, signal, reverse):
         return fft_convolution(signal, self.kernel(signal.shape[1], reverse))
