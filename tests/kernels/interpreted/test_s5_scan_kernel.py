@@ -1,4 +1,4 @@
-"""The scan of S5, interpreted, forward and backward, against the recurrence in float64; and a model that trains on it."""
+"""The scan of S5, interpreted, forward and backward, against the recurrence in float64; a model that trains on it."""
 
 import pytest
 import torch
