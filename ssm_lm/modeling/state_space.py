@@ -24,12 +24,7 @@ from transformers.activations import GELUActivation, LinearActivation, SiLUActiv
 from .chunked import LONGEST_CHUNK, ChunkOperators, chunk_scan, unsupported_by_kernel
 from .documents import Documents, find_documents, move_apart, move_together
 from .hippo import INITIALIZATIONS
-<<<<<<< HEAD
 from .ops import fft_convolution, use_kernel
-=======
-from .kernels_s4 import use_kernel
-from .ops import fft_convolution
->>>>>>> step
 
 MODES = ("auto", "chunk", "fft", "recurrent", "associative")
 DISCRETIZATIONS = {"s4": ("bilinear",), "s4d": ("zoh", "bilinear"), "s5": ("zoh", "bilinear")}  # [0]: the default
@@ -308,7 +303,7 @@ class StateSpace(nn.Module):
         return True
 
     def _run_steps(self, u, state, documents, memo, activation, in_place):
-        """The recurrent mode by the step kernel: the state stays at its address; y comes with D u and the activation."""
+        """The recurrent mode by the step kernel: the state stays at its address; y has D u and activation."""
         memo = {} if memo is None else memo
         if "step" not in memo:
             memo["step"] = self._step_system(self.discretize())
