@@ -314,7 +314,9 @@ def launch_scan(x, y, operators, first, last, states, keep, pad, reverse):
         )
 
     with on_device(x.device):
-        problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'}"
+        # programs and chunks to the next power of two: what fills a card, and what is waited for
+        size = f"{(H * triton.cdiv(B, 16)).bit_length()} {C.bit_length()}"
+        problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'} size {size}"
         run(tuned("chunk_scan", problem, scan_configurations(kind, x.dtype, N), run, x.device))
 
 
