@@ -5,11 +5,13 @@ kernels --compile-only  the fused kernels compiled for GPUs that need not be the
 """
 
 import argparse
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -72,7 +74,10 @@ def compiled(targets: str, name: str) -> Iterator[dict]:
 
 def resource_row(case: dict, target: str, resources: compile.Resources) -> dict:
     """The row of one kernel on one target; with its least time on an H100 where its work is known."""
-    row = {"task": KERNEL_TASK, "kernel": case["name"], "target": target} | resources._asdict()
+    import triton
+
+    row = {"task": KERNEL_TASK, "kernel": case["name"], "target": target, "triton": triton.__version__}
+    row |= resources._asdict()
     if work := case.get("work"):
         tokens = work.get("tokens", roofline.TOKENS)
         bound = roofline.bound(work)
@@ -99,57 +104,53 @@ def timed() -> list[dict]:
 
 
 def print_resources(rows: list[dict]) -> None:
-    """What the compiler says, then what the counted work says."""
+    """What the compiler says (KiB: shared memory of a block, code: instructions), then what the counted work says."""
     console = Console()
-    table = Table(title="resources, as compiled", title_justify="left")
-    for column in ("kernel", "target"):
-        table.add_column(column, no_wrap=column == "target")
-    for column in ("registers", "spills", "shared KiB", "occupancy", "matrix instructions", "instructions"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            row["kernel"],
-            row["target"],
-            str(row["registers"]),
-            str(row["spills"]),
-            f"{row['shared'] / 1024:.1f}",
-            f"{row['occupancy']:.0%}",
-            f"{row['tensor_cores']} {row['tensor_core_ops']}" if row["tensor_cores"] else "none",
-            str(row["instructions"]),
-        )
-    console.print(table)
+    for target in dict.fromkeys(row["target"] for row in rows):
+        table = _table(f"{target}: resources", "registers", "spills", "KiB", "occupancy", "matrix", "code")
+        for row in rows:
+            if row["target"] == target:
+                table.add_row(
+                    row["kernel"],
+                    str(row["registers"]),
+                    str(row["spills"]),
+                    f"{row['shared'] / 1024:.1f}",
+                    f"{row['occupancy']:.0%}",
+                    f"{row['tensor_cores']} {row['tensor_core_ops']}" if row["tensor_cores"] else "-",
+                    str(row["instructions"]),
+                )
+        console.print(table)
 
     counted = {row["kernel"]: row for row in rows if "h100_memory_us" in row}
     if not counted:
         return
-    shape = f"B = {roofline.BATCH}, L = {roofline.LENGTH}, H = {roofline.HIDDEN}, N = {roofline.STATE}"
-    table = Table(title=f"least time of a launch on an H100, by counted work: {shape}", title_justify="left")
-    table.add_column("kernel")
-    for column in ("bytes/token", "FLOP/token", "on tensor cores", "memory us", "tensor cores us", "other us"):
-        table.add_column(column, justify="right")
+    columns = ("bytes", "FLOP", "tensor FLOP", "memory", "tensor", "other")
+    table = _table("A token's work, and the least microseconds of a launch on an H100", *columns)
     for name, row in counted.items():
-        cells = (row["bytes_per_token"], row["flops_per_token"], row["tensor_flops_per_token"])
+        tensor = row["tensor_flops_per_token"]
+        cells = (row["bytes_per_token"], row["flops_per_token"] + tensor, tensor)
         times = (row["h100_memory_us"], row["h100_tensor_us"], row["h100_other_us"])
         table.add_row(name, *(f"{x:,.0f}" for x in cells), *(f"{x:,.1f}" for x in times))
     moved = roofline.fft_convolution_bytes()
     table.add_section()
-    table.add_row(
-        "FFT convolution in PyTorch",
-        f"{moved / roofline.TOKENS:,.0f}",
-        *("",) * 2,
-        f"{moved / roofline.BANDWIDTH * 1e6:,.1f}",
-        *("",) * 2,
-    )
+    memory = f"{moved / roofline.BANDWIDTH * 1e6:,.1f}"
+    table.add_row("FFT convolution, PyTorch", f"{moved / roofline.TOKENS:,.0f}", "", "", memory, "", "")
     console.print(table)
-    console.print("Counted, not measured. Work of a decode step is that of its own batch, one token each.")
+    shape = f"B = {roofline.BATCH}, L = {roofline.LENGTH}, H = {roofline.HIDDEN}, N = {roofline.STATE}"
+    console.print(f"Counted, not measured: {shape}; of a decode step, one token for each row of its batch.")
+
+
+def _table(title: str, *numbers: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("kernel", min_width=24)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=column != "tensor FLOP")
+    return table
 
 
 def print_times(rows: list[dict]) -> None:
     """The measured rows."""
-    table = Table(title="median times", title_justify="left")
-    table.add_column("model")
-    for column in ("ms", "tokens/s", "peak MiB", "ratio to ours"):
-        table.add_column(column, justify="right")
+    table = _table("median times", "ms", "tokens/s", "peak MiB", "ratio to ours")
     for row in rows:
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
         cells = f"{row['seconds'] * 1e3:,.3f}", f"{row['tokens_per_second']:,.0f}", peak, f"{row['ratio_to_ours']:.2f}"
@@ -159,8 +160,6 @@ def print_times(rows: list[dict]) -> None:
 
 def write_rows(file: Path, rows: list[dict]) -> None:
     """A list of rows as JSON, one a line, so that a change of one is a change of one line. Raises OSError."""
-    import json
-
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.absolute().parent, delete=False) as partial:
         partial.write(f"[\n{lines}\n]\n")

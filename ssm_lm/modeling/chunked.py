@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .kernels_s4 import use_kernel
+from .kernels_s4 import architecture, family, use_kernel
 
 
 class ChunkOperators(NamedTuple):
@@ -281,20 +281,22 @@ def unsupported_by_kernel(u: torch.Tensor, dtype: torch.dtype, N: int, dense: bo
     """What the kernel cannot do of a scan of real signals u, taken as `dtype`, with N states a channel, or None."""
     if dtype not in LONGEST_CHUNK:
         return f"its numbers are {dtype}, not bfloat16 or float32"
-    if N > _largest_state(u, dtype, dense):
-        return f"its state has {N} numbers a channel, more than {_largest_state(u, dtype, dense)}"
-    return None
+    largest = largest_state(architecture(u.device), dtype, dense)
+    return f"its state has {N} numbers a channel, more than {largest}" if N > largest else None
 
 
-def _largest_state(u: torch.Tensor, dtype: torch.dtype, dense: bool) -> int:
-    """Beyond 64 states, two warps on Blackwell spill (all but a diagonal carry in bfloat16), and float32 with a dense
-    carry takes the 163 KB of shared memory that A100 and H100 have.
+def largest_state(architecture: str, dtype: torch.dtype, dense: bool) -> int:
+    """How many states a channel the kernel takes, by the shared memory of a card and the registers of two warps.
+
+    Above 64, Blackwell's two warps spill for all but a diagonal carry in bfloat16, and a dense carry in float32 takes
+    the 163 KiB of shared memory that of all others A100, H100 and their like have.
     """
-    if u.device.type != "cuda" or torch.version.hip is not None or (dtype == torch.bfloat16 and not dense):
+    kind = family(architecture)
+    if (dtype == torch.bfloat16 and not dense) or kind in ("hip", "interpreter"):
         return LARGEST_STATE
-    is_data_center_card = torch.cuda.get_device_capability(u.device) in ((8, 0), (9, 0))
-    is_blackwell = torch.cuda.get_device_capability(u.device) >= (10, 0)
-    return LARGEST_STATE if is_data_center_card or not (dense or is_blackwell) else 64
+    if kind == "blackwell" or (dense and architecture not in ("sm_80", "sm_90")):
+        return 64
+    return LARGEST_STATE
 
 
 def chunk_scan(

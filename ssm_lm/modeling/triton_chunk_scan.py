@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from .chunked import LONGEST_CHUNK, ChunkOperators, plain_chunk_scan, toeplitz_adjoint
+from .chunked import LONGEST_CHUNK, ChunkOperators, largest_state, plain_chunk_scan, toeplitz_adjoint
 from .kernels_s4 import Case, architecture, family, on_device, qualified, tuned
 
 try:
@@ -229,29 +229,36 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def scan_configurations(family: str, N: int) -> tuple[Launch, ...]:
+def scan_configurations(family: str, dtype: torch.dtype, N: int) -> tuple[Launch, ...]:
     """What `scan_kernel` may be launched with, the default first."""
-    if family == "cuda":
-        warps = 4 if N <= 64 else 8
-        return Launch(16, warps, 4), Launch(16, warps, 2)
+    if family == "cuda":  # more stages or fewer warps spill, or do not fit the shared memory of an A100
+        if dtype == torch.bfloat16:
+            return (Launch(16, 4, 4), Launch(16, 4, 2)) if N <= 64 else (Launch(16, 8, 2),)
+        return (Launch(16, 4, 2) if N <= 64 else Launch(16, 8, 1),)
     return (Launch(16, {"blackwell": 2, "hip": 4}.get(family, 4), {"hip": 2}.get(family, 1)),)
 
 
 def gram_configurations(family: str, dtype: torch.dtype) -> tuple[Launch, ...]:
     """What `gram_kernel` may be launched with."""
+    low = dtype == torch.bfloat16
     if family == "blackwell":
-        return (Launch(32 if dtype == torch.bfloat16 else 16, 2, 1),)
-    return (Launch(64 if dtype == torch.bfloat16 else 32, 4, 3 if family == "cuda" else 1),)
+        return (Launch(32 if low else 16, 2, 1),)
+    if family == "cuda":
+        return (Launch(64 if low else 16, 4, 3),)
+    return (Launch(64 if low else 32, 4, 1),)
 
 
-def precisions(family: str, dtype: torch.dtype) -> tuple[str, str]:
+def precisions(family: str, dtype: torch.dtype, dense: bool) -> tuple[str, str]:
     """How a product of float32 numbers is made: of the sequence, and of the carry.
 
-    In three bfloat16 products it has 16 bits of a mantissa, in six of them all 24; AMD multiplies float32 itself.
+    In three bfloat16 products it has 16 bits of a mantissa, in six, or three of TF32, all that float32 has. AMD
+    multiplies float32 itself. On Blackwell the mixture is what its two warps do without spilling.
     """
     if family in ("hip", "interpreter"):
         return "ieee", "ieee"
-    return ("ieee", "bf16x3") if dtype == torch.bfloat16 else ("bf16x6", "bf16x6")
+    if dtype == torch.bfloat16:
+        return "ieee", "bf16x3"
+    return "tf32x3" if family == "blackwell" and dense else "bf16x6", "bf16x6"
 
 
 def _power_of_two(n: int) -> int:
@@ -274,7 +281,7 @@ def launch_scan(x, y, operators, first, last, states, keep, pad, reverse):
     if H * B == 0:
         return
     kind = family(architecture(x.device))
-    product, carried = precisions(kind, x.dtype)
+    product, carried = precisions(kind, x.dtype, dense)
     TP, NP = _power_of_two(T), _power_of_two(N if dense else N // 2)
     C = -(-(L + pad) // T)
 
@@ -307,8 +314,10 @@ def launch_scan(x, y, operators, first, last, states, keep, pad, reverse):
         )
 
     with on_device(x.device):
-        problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'}"
-        run(tuned("chunk_scan", problem, scan_configurations(kind, N), run, x.device))
+        # programs and chunks to the next power of two: what fills a card, and what is waited for
+        size = f"{(H * triton.cdiv(B, 16)).bit_length()} {C.bit_length()}"
+        problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'} size {size}"
+        run(tuned("chunk_scan", problem, scan_configurations(kind, x.dtype, N), run, x.device))
 
 
 def launch_gram(grad_y, driven, u, starts, gram, T, pad):
@@ -326,7 +335,7 @@ def launch_gram(grad_y, driven, u, starts, gram, T, pad):
             *arguments,
             P=P,
             R=launch.rows,
-            PRECISION=precisions(kind, u.dtype)[0],
+            PRECISION=precisions(kind, u.dtype, False)[0],
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -343,7 +352,7 @@ def transpose(x: torch.Tensor) -> torch.Tensor:
     if x.numel():
         grid = (triton.cdiv(rows, 64) * triton.cdiv(columns, 64),)
         with on_device(x.device):
-            transpose_kernel[grid](x.contiguous(), y, rows, columns, ROWS=64, COLUMNS=64, num_warps=4)
+            transpose_kernel[grid](x.contiguous(), y, rows, columns, ROWS=64, COLUMNS=64, num_warps=4, num_stages=1)
     return y
 
 
@@ -493,6 +502,103 @@ def fused_chunk_scan(u, operators, initial_state=None, keep=None, has_output=Tru
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     y, final, _ = scan(to_rows(u), *operators, initial_state, keep, has_output, save)
     return y.permute(1, 2, 0) if has_output else None, final
+
+
+# ---- what is shipped
+
+
+def compile_cases(target: str) -> list[dict]:
+    """The configurations that are shipped for `target`, for ssm_lm.bench.compile."""
+    kind = family(target)
+    cases = [_transpose_case()]
+    for dtype in (torch.bfloat16, torch.float32):
+        cases.append(_gram_case(kind, dtype))
+        for dense in (False, True):
+            default, *others = scan_configurations(kind, dtype, 64)
+            cases += [_scan_case(kind, dtype, dense, 64, default, way) for way in ("forward", "training", "reverse")]
+            cases += [_scan_case(kind, dtype, dense, 64, other, "training") for other in others]
+            if largest_state(target, dtype, dense) > 64:
+                for large in scan_configurations(kind, dtype, 128):
+                    cases.append(_scan_case(kind, dtype, dense, 128, large, "reverse"))
+    return cases
+
+
+# of the roofline: B rows of L tokens, H channels, and what a number takes in memory and on tensor cores
+_B, _L, _H = 8, 8192, 1024
+_TYPES = {torch.bfloat16: ("bf16", 2, 1), torch.float32: ("fp32", 4, 6)}
+
+
+def _scan_case(kind, dtype, dense, N, launch, way):
+    """forward: no gradient needed; training: states are saved; reverse: the backward's scan."""
+    name, size, products = _TYPES[dtype]
+    T, elements, trains = LONGEST_CHUNK[dtype], _B * _L * _H, way != "forward"
+    operators = 4 * _H * (T + 2 * T * N + (N * N if dense else N))
+    rows = -(-_B // launch.rows) * launch.rows / _B  # with the empty ones
+    carried = 2 * N * N / T * (3 if dtype == torch.bfloat16 else 6) if dense else 0
+    product, carry = precisions(kind, dtype, dense)
+    pointers = dict.fromkeys(("x", "y"), f"*{name}:16") | dict.fromkeys(
+        ("taps", "emit", "inject", "carry", "last"), "*fp32:16"
+    )
+    pointers |= {"first": "*fp32:16", "states": f"*{name}:16", "keep": "*u8:16"} if trains else {}
+    sizes = {"B": "i32", "H": "i32:16", "L": "i32:16", "C": "i32:16", "T": "i32:16", "N": "i32:16", "pad": "i32:16"}
+    return {
+        "name": f"chunk_scan {way} {'dense' if dense else 'diagonal'} {name} N={N} w{launch.num_warps}"
+        f"s{launch.num_stages}",
+        "kernel": scan_kernel,
+        "arguments": pointers | sizes,
+        "constexprs": ({} if trains else {"first": None, "states": None, "keep": None})
+        | {
+            "REVERSE": way == "reverse",
+            "DENSE": dense,
+            "HAS_OUTPUT": True,
+            "TP": T,
+            "NP": N if dense else N // 2,
+            "M": launch.rows,
+            "PRECISION": product,
+            "CARRY_PRECISION": carry,
+        },
+        "options": {"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        "tensor_cores": True,
+        "work": {
+            "bytes": elements * size * (2 + N / T * trains) + operators,
+            "flops": elements * (0 if dense else 4 * N / T),
+            "tensor_flops": elements * rows * ((2 * T + 4 * N) * products + carried),
+            "tensor_dtype": "bf16",
+        },
+        "roofline": 2,
+    }
+
+
+def _gram_case(kind, dtype):
+    name, size, products = _TYPES[dtype]
+    (launch,) = gram_configurations(kind, dtype)
+    N, T, elements = 64, LONGEST_CHUNK[dtype], _B * _L * _H
+    return {
+        "name": f"chunk_scan gradients of operators {name}",
+        "kernel": gram_kernel,
+        "arguments": dict.fromkeys(("grad_y", "driven", "u", "starts"), f"*{name}:16")
+        | {"gram": "*fp32:16", "B": "i32", "L": "i32:16", "C": "i32:16", "T": "i32:16", "N": "i32:16", "pad": "i32:16"},
+        "constexprs": {"P": 64, "R": launch.rows, "PRECISION": precisions(kind, dtype, False)[0]},
+        "options": {"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        "tensor_cores": True,
+        # every operand is read twice, the second time from the cache: the four programs of a channel run side by side
+        "work": {
+            "bytes": elements * size * 2 * (1 + N / T) + 4 * _H * (T + N) ** 2,
+            "tensor_flops": 4 * 2 * 64 * 64 * elements / T * products,
+            "tensor_dtype": "bf16",
+        },
+    }
+
+
+def _transpose_case():
+    return {
+        "name": "chunk_scan transpose bf16",
+        "kernel": transpose_kernel,
+        "arguments": {"x": "*bf16:16", "y": "*bf16:16", "rows": "i32:16", "columns": "i32:16"},
+        "constexprs": {"ROWS": 64, "COLUMNS": 64},
+        "options": {"num_warps": 4, "num_stages": 1},
+        "work": {"bytes": 4 * _B * _L * _H},
+    }
 
 
 # ---- the self-check

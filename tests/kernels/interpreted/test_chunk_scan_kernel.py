@@ -58,6 +58,7 @@ def test_against_the_twin(case, dtype, dense):
     compare_with_twin(kernel, twin, problem(**case, dense=dense, dtype=dtype), TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @given(
     B=st.integers(1, 3),
     L=st.integers(1, 50),
@@ -68,7 +69,7 @@ def test_against_the_twin(case, dtype, dense):
     state=st.booleans(),
     resets=st.booleans(),
 )
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 def test_any_shape(B, L, H, N, T, dense, state, resets):
     if state or resets:
         L = -(-L // T) * T
@@ -128,6 +129,7 @@ def test_operators_made_again_in_the_backward(monkeypatch):
         assert_close(ours, expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
 def test_opcheck(dense):
     u, *operators, state, keep = problem(2, 32, 2, 6, 16, dense, state=True, resets=True)
@@ -146,6 +148,7 @@ def test_opcheck(dense):
 # ---- the self-check, in the interpreter instead of on a GPU
 
 
+@pytest.mark.slow
 def test_self_check_passes():
     cause, worst = kernels_s4.self_check(triton_chunk_scan.self_check_cases, torch.device("cpu"))
     assert cause is None

@@ -92,6 +92,7 @@ def test_layer_with_state_and_documents(layer_class, documents, launches):
         assert_close(actual, expected, 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ssm", ["s4", "s4d"])
 def test_compiled_model(ssm, launches):
     """torch.compile traces through the operators with fake tensors, in one graph, forward and backward."""
