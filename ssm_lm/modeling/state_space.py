@@ -24,8 +24,7 @@ from transformers.activations import GELUActivation, LinearActivation, SiLUActiv
 from .chunked import LONGEST_CHUNK, ChunkOperators, chunk_scan, unsupported_by_kernel
 from .documents import Documents, find_documents, move_apart, move_together
 from .hippo import INITIALIZATIONS
-from .kernels_s4 import use_kernel
-from .ops import fft_convolution
+from .ops import fft_convolution, use_kernel
 
 MODES = ("auto", "chunk", "fft", "recurrent", "associative")
 DISCRETIZATIONS = {"s4": ("bilinear",), "s4d": ("zoh", "bilinear"), "s5": ("zoh", "bilinear")}  # [0]: the default
@@ -239,11 +238,11 @@ class StateSpace(nn.Module):
         output_final_state = output_final_state and not self.bidirectional
 
         with torch.autocast(u.device.type, enabled=False):
-            in_kernel = (mode == "chunk" or (mode == "auto" and L > 1)) and self._in_kernel(u)
             state = None if initial_state is None else initial_state.to(self.log_dt.dtype)
             if B == 0 or L == 0:
                 y, state = u * self.D.to(u.dtype), self._state_or_zero(state, B, u.device)
                 return _activated(y, activation), state if output_final_state else None
+            in_kernel = (mode == "chunk" or (mode == "auto" and L > 1)) and self._in_kernel(u)
             if in_kernel:
                 mode = "chunk"
             elif mode == "auto":
@@ -304,7 +303,7 @@ class StateSpace(nn.Module):
         return True
 
     def _run_steps(self, u, state, documents, memo, activation, in_place):
-        """The recurrent mode by the step kernel: the state stays where it is; y comes with D u and the activation."""
+        """The recurrent mode by the step kernel: the state stays at its address; y has D u and activation."""
         memo = {} if memo is None else memo
         if "step" not in memo:
             memo["step"] = self._step_system(self.discretize())
