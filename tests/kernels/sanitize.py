@@ -67,9 +67,8 @@ def read_back_kernel(x, y, size, BLOCK: tl.constexpr):
     tl.store(x + i, tl.load(y + turned, mask=turned < size, other=0.0), mask=i < size)
 
 
-def broken():
-    """The launches of what is wrong on purpose, and where their kernels are."""
-    names = [name for name in globals() if name.endswith("_kernel")]
+def broken(names: list[str]):
+    """The module of what is wrong on purpose, the names of its kernels, and what launches them."""
 
     def launches():
         for name in names:
@@ -189,14 +188,17 @@ def races_of_launch(programs: dict[tuple, list]) -> set[str]:
 
 
 def main(name: str) -> None:
-    module, names, launches = broken() if name == "broken" else operation(name)
     torch.manual_seed(0)
-    out_of_bounds = bounds(module, names, launches)
     if name == "broken":
+        names = [name for name in globals() if name.endswith("_kernel")]
+        report = {"bounds": bounds(*broken(names))}
         # the tracer would leave the tensors in earnest
-        names = [name for name in names if not name.startswith("unmasked")]
-    found, programs = races(module, names, launches)
-    print(json.dumps({"bounds": out_of_bounds, "races": found, "programs": programs}))
+        report["races"], report["programs"] = races(*broken([name for name in names if "unmasked" not in name]))
+    else:
+        kernels = operation(name)
+        report = {"bounds": bounds(*kernels)}
+        report["races"], report["programs"] = races(*kernels)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":
