@@ -38,6 +38,7 @@ class S4(SingleInputSingleOutput):
     """
 
     name = "s4"
+    has_dense_carry = True
 
     @property
     def rank(self) -> int:

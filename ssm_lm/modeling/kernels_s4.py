@@ -13,6 +13,7 @@ SSM_LM_KERNELS = auto | triton | torch, or the key `kernels` of S4Config, forces
 CPU tensors needs Triton's interpreter (TRITON_INTERPRET=1 before the first import) and is how the tests run models.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -113,7 +114,6 @@ def _name(device: tuple[str, int | None]) -> str:
     return device[0] if device[1] is None else f"{device[0]}:{device[1]}"
 
 
-@torch.compiler.assume_constant_result  # a compiled model keeps the choice that was made when it was traced
 def _decide(op: str, device: str, unsupported: str | None, setting: str) -> bool:
     setting = os.environ.get("SSM_LM_KERNELS", "auto") if _forced_by_environment() else setting
     if setting not in SETTINGS:
@@ -131,6 +131,11 @@ def _decide(op: str, device: str, unsupported: str | None, setting: str) -> bool
             _warned.add((op, cause))
             warnings.warn(f"{op} runs in plain PyTorch on {device}, without its Triton kernel: {cause}", stacklevel=3)
     return False
+
+
+# a compiled model keeps the choice that was made when it was traced. This is what the decorator
+# torch.compiler.assume_constant_result does, which also imports all of the compiler, seconds for every command
+_decide._dynamo_marked_constant = True
 
 
 def _forced_by_environment() -> bool:
@@ -261,11 +266,16 @@ def family(architecture: str) -> str:
     return "blackwell" if int(re.match(r"sm_(\d+)", architecture)[1]) >= 100 else "cuda"
 
 
-def tuned(op: str, problem: str, configurations: Sequence, seconds: Callable[[object], float], device: torch.device):
+def on_device(device: torch.device):
+    """A context in which a kernel is launched on the device of its tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def tuned(op: str, problem: str, configurations: Sequence, run: Callable[[object], None], device: torch.device):
     """The configuration to run: the only one, or the fastest on this device by a measurement that is made once and
     kept in a file for all later processes.
 
-    problem: what the choice depends on, as a string; seconds: runs a configuration and times it.
+    problem: what the choice depends on, as a string; run: launches the kernel in a configuration.
     The first configuration is the default: where SSM_LM_KERNEL_TUNING is 0, where nothing can be timed, and for the
     ranks of a node but its first, which read what an earlier process has written. The file is replaced as a whole, so
     writers at the same time can at most lose an entry, which the next process measures again.
@@ -280,9 +290,23 @@ def tuned(op: str, problem: str, configurations: Sequence, seconds: Callable[[ob
     if _tuned[file].get(key) not in known:
         if os.environ.get("LOCAL_RANK", "0") != "0" or torch.cuda.is_current_stream_capturing():
             return default
-        _tuned[file] = _read(file) | {key: repr(min(configurations, key=seconds))}
+        _tuned[file] = _read(file) | {key: repr(min(configurations, key=lambda one: _seconds(run, one)))}
         _write(file, _tuned[file])
     return known[_tuned[file][key]]
+
+
+def _seconds(run: Callable[[object], None], configuration, repeats: int = 5) -> float:
+    """The shortest of some launches, after one that compiles."""
+    run(configuration)
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(configuration)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return min(times)
 
 
 _tuned: dict[Path, dict[str, str]] = {}

@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, tied_keys
 from .cache_s4 import S4CacheLayer  # noqa: F401  (importing it registers the "s4" cache layer)
+from .chunked import gradient_in_rows
 from .configuration_s4 import S4Config
 from .documents import Documents, find_documents, from_position_ids
 from .losses import LanguageModelHead, average, causal_targets
@@ -104,11 +105,14 @@ class S4Mixer(nn.Module):
         )
         if cache is not None:
             cache.update_state(self.state_index, state, hidden_states.shape[1])
+        in_rows = self.ssm.has_rows(y)
         y = self.dropout(y)
+        if in_rows:  # the order of memory in which the chunk scan's kernel works
+            y = gradient_in_rows(y)
+        projected = self.out_proj(y.flatten(0, 1)).view(*y.shape[:2], -1) if in_rows else self.out_proj(y)
         if self.glu == "half":
-            return y * torch.sigmoid(self.out_proj(y))
-        y = self.out_proj(y)
-        return nn.functional.glu(y, dim=-1) if self.glu == "glu" else y
+            return y * torch.sigmoid(projected)
+        return nn.functional.glu(projected, dim=-1) if self.glu == "glu" else projected
 
 
 class S4FeedForward(nn.Module):

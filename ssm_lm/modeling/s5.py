@@ -139,6 +139,9 @@ class S5(StateSpace):
     def state_shape(self):
         return 1, self.state_size
 
+    def _in_kernel(self, u):
+        return False  # its signals are complex, which is another kernel
+
     def _drive(self, x):
         return x @ self._B_bar()
 

@@ -16,11 +16,12 @@ exponent and the digits.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from transformers.activations import GELUActivation, LinearActivation, SiLUActivation
 
-from .chunked import ChunkOperators, chunk_scan
+from .chunked import LONGEST_CHUNK, ChunkOperators, chunk_scan, unsupported_by_kernel
 from .documents import Documents, find_documents, move_apart, move_together
 from .hippo import INITIALIZATIONS
 from .ops import fft_convolution, use_kernel
@@ -66,6 +67,7 @@ class StateSpace(nn.Module):
     # backward, measured on a CPU); 0: never, a DPLR kernel costs more than the scan at every length
     fft_is_faster_below = 0
     kernels = "auto"  # as in S4Config.kernels: whether Triton kernels run
+    has_dense_carry = False  # of the chunk scan; True where A-bar is no diagonal
 
     def __init__(
         self,
@@ -240,7 +242,10 @@ class StateSpace(nn.Module):
             if B == 0 or L == 0:
                 y, state = u * self.D.to(u.dtype), self._state_or_zero(state, B, u.device)
                 return _activated(y, activation), state if output_final_state else None
-            if mode == "auto":
+            in_kernel = (mode == "chunk" or (mode == "auto" and L > 1)) and self._in_kernel(u)
+            if in_kernel:
+                mode = "chunk"
+            elif mode == "auto":
                 mode = self._fastest_mode(L, needs_state=state is not None or output_final_state)
             documents = seq_idx
             if torch.is_tensor(seq_idx):
@@ -248,7 +253,8 @@ class StateSpace(nn.Module):
             if mode == "recurrent" and self._steps_on_kernel(u, initial_state):
                 y, state = self._run_steps(u, initial_state, documents, memo, activation, in_place)
                 return y, state if output_final_state else None
-            x = u.to(self.log_dt.dtype)
+            # the chunk scan's kernel reads bfloat16 as it is; operators and states stay float32 there too
+            x = u if in_kernel and u.dtype == torch.bfloat16 else u.to(self.log_dt.dtype)
             if documents is not None:
                 x = x.masked_fill((documents.seq_idx < 0)[..., None], 0)
             y, state = self._run(mode, x, state, documents, memo, output_final_state)
@@ -297,7 +303,7 @@ class StateSpace(nn.Module):
         return True
 
     def _run_steps(self, u, state, documents, memo, activation, in_place):
-        """The recurrent mode by the step kernel: the state stays at its address, and y comes with D u and activation."""
+        """The recurrent mode by the step kernel: the state stays at its address; y has D u and activation."""
         memo = {} if memo is None else memo
         if "step" not in memo:
             memo["step"] = self._step_system(self.discretize())
@@ -382,11 +388,28 @@ class StateSpace(nn.Module):
             final = final + torch.where(documents.continues[:, -1, None, None], left, 0)
         return signal, final
 
+    def _in_kernel(self, u: torch.Tensor) -> bool:
+        """Whether the Triton kernel scans u (B, L, H), as bfloat16 or in the dtype of the parameters."""
+        dtype = self.log_dt.dtype
+        if u.dtype == torch.bfloat16 and dtype == torch.float32:
+            dtype = u.dtype
+        unsupported = unsupported_by_kernel(u, dtype, self.state_size, self.has_dense_carry)
+        return use_kernel("chunk_scan", u, unsupported=unsupported, setting=self.kernels)
+
+    def has_rows(self, y: torch.Tensor) -> bool:
+        """Whether the output y (B, L, H) is a view of the kernel's rows; see `gradient_in_rows`."""
+        return not y.is_contiguous() and y.permute(2, 0, 1).is_contiguous() and self._in_kernel(y)
+
     def _scan(self, signal, state, reverse, has_output=True, skip=True):
-        """The chunk scan over any length: whole chunks, then what is left as one chunk of its own length."""
+        """The chunk scan over any length: whole chunks, then what is left as one chunk of its own length. The kernel
+        takes any length at once, unless it goes on from a state.
+        """
         L = signal.shape[1]
         T = min(self.chunk_size, L)
         whole = L // T * T
+        if self._in_kernel(signal):
+            T = min(T, LONGEST_CHUNK[signal.dtype])
+            whole = L if state is None else L // T * T
         y, state = self._scan_chunks(signal[:, :whole], T, state, reverse, None, has_output, skip)
         if whole < L:
             rest, state = self._scan_chunks(signal[:, whole:], L - whole, state, reverse, None, has_output, skip)
@@ -394,15 +417,23 @@ class StateSpace(nn.Module):
         return y, state
 
     def _scan_chunks(self, signal, T, state, reverse, keep=None, has_output=True, skip=True):
+        kernels = self.kernels if self._in_kernel(signal) else None
+        if kernels is not None and T > LONGEST_CHUNK[signal.dtype]:
+            # chunks of documents, for a kernel of shorter ones: a state is reset at the first part of a chunk alone
+            longest = LONGEST_CHUNK[signal.dtype]
+            shorter = next(t for t in range(longest, 0, -1) if T % t == 0)
+            if keep is not None:
+                keep = F.pad(keep[..., None], (0, T // shorter - 1), value=True).flatten(1)
+            T = shorter
         maker = _OperatorMaker(self, T, reverse, skip and not reverse)
         if torch.compiler.is_compiling():
-            return chunk_scan(signal, maker(), state, keep, has_output=has_output)
+            return chunk_scan(signal, maker(), state, keep, has_output=has_output, kernels=kernels)
         names, parameters = zip(*maker.named_parameters(), strict=True)
 
         def make(*values):
             return functional_call(maker, dict(zip(names, values, strict=True)), ())
 
-        return chunk_scan(signal, make, state, keep, parameters, has_output)
+        return chunk_scan(signal, make, state, keep, parameters, has_output, kernels)
 
     def extra_repr(self) -> str:
         return (

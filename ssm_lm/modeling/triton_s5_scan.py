@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from .kernels_s4 import Case, qualified
+from .kernels_s4 import Case, on_device, qualified
 from .ops import complex_scan, powers
 
 try:
@@ -142,7 +142,7 @@ def carry_kernel(
                 passes = tl.load(kept + c, mask=here, other=0.0)
             e_re = tl.load(ends + c * 2 * HALF + p, mask=inside & here, other=0.0)
             e_im = tl.load(ends + c * 2 * HALF + HALF + p, mask=inside & here, other=0.0)
-            loaded = loaded + (e_re, e_im, passes)
+            loaded = loaded + (e_re, e_im, passes)  # noqa: RUF005  (Triton has no starred tuples)
         for k in tl.static_range(UNROLL):
             here = start + k < chunks
             c = b * chunks + (chunks - 1 - start - k if REVERSE else start + k)
@@ -191,7 +191,7 @@ def emit_kernel(
                 begun = tl.load(begins + t, mask=here, other=0) != 0
             v_re = tl.load(u + t * 2 * HALF + p, mask=inside & here, other=0.0).to(tl.float32)
             v_im = tl.load(u + t * 2 * HALF + HALF + p, mask=inside & here, other=0.0).to(tl.float32)
-            loaded = loaded + (v_re, v_im, begun)
+            loaded = loaded + (v_re, v_im, begun)  # noqa: RUF005  (Triton has no starred tuples)
         for k in tl.static_range(UNROLL):
             here = start + k < tokens
             row = x + (b * L + c * T + start + k) * 2 * HALF + p
@@ -255,7 +255,7 @@ def emit_reverse_kernel(
             v_im = tl.load(g + row + HALF, mask=inside & here, other=0.0).to(tl.float32)
             x_re = tl.load(x + row - 2 * HALF, mask=inside & before, other=0.0).to(tl.float32)
             x_im = tl.load(x + row - HALF, mask=inside & before, other=0.0).to(tl.float32)
-            loaded = loaded + (v_re, v_im, x_re, x_im, begun)
+            loaded = loaded + (v_re, v_im, x_re, x_im, begun)  # noqa: RUF005  (Triton has no starred tuples)
         for k in tl.static_range(UNROLL):
             here = start + k < tokens
             row = grad_u + (b * L + c * T + tokens - 1 - start - k) * 2 * HALF + p
@@ -307,11 +307,12 @@ class _Launch:
         starts = u.new_empty(self.B, self.chunks, 2 * self.half, dtype=torch.float32)
         kept = None if self.begins is None else starts.new_empty(self.B, self.chunks)
         sizes = (self.L, self.T, self.chunks, self.half)
-        ends_kernel[self.B * self.chunks, self.columns](
-            u, self.Lambda, self.begins, initial, starts, kept, *sizes, **switches
-        )
-        switches["UNROLL"] = CARRY_UNROLL
-        carry_kernel[self.B, self.columns](starts, kept, self.power, initial, self.chunks, self.half, **switches)
+        with on_device(u.device):
+            ends_kernel[self.B * self.chunks, self.columns](
+                u, self.Lambda, self.begins, initial, starts, kept, *sizes, **switches
+            )
+            switches["UNROLL"] = CARRY_UNROLL
+            carry_kernel[self.B, self.columns](starts, kept, self.power, initial, self.chunks, self.half, **switches)
         return starts
 
 
@@ -333,7 +334,7 @@ def s5_scan(
     initial_state (B, P), None for zero; begins (B, L) bool, where the state before the token counts as zero.
     Returns x (B, L, P) in the dtype of u and the final state (B, P) in float32.
     """
-    B, L, P = u.shape
+    B, _, P = u.shape
     x = torch.empty_like(u, memory_format=torch.contiguous_format)
     final = u.new_empty(B, P, dtype=torch.float32)
     if not u.numel():
@@ -342,9 +343,10 @@ def s5_scan(
     launch = _Launch(u.shape, log_re, log_im, begins)
     starts = launch.starts(u, _float32(initial_state), reverse=False)
     sizes = (launch.L, launch.T, launch.chunks, launch.half)
-    emit_kernel[B * launch.chunks, launch.columns](
-        u, launch.Lambda, launch.begins, starts, x, final, *sizes, **launch.blocks
-    )
+    with on_device(u.device):
+        emit_kernel[B * launch.chunks, launch.columns](
+            u, launch.Lambda, launch.begins, starts, x, final, *sizes, **launch.blocks
+        )
     return x, final
 
 
@@ -359,7 +361,7 @@ def s5_scan_backward(
     begins: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of u (in its dtype), log_re, log_im (float64) and the initial state (float32)."""
-    B, L, P = x.shape
+    B, _, P = x.shape
     grad_u = torch.empty_like(x)
     grad_initial = x.new_empty(B, P, dtype=torch.float32)
     if not x.numel():
@@ -369,9 +371,10 @@ def s5_scan_backward(
     starts = launch.starts(grad_x, _float32(grad_final), reverse=True)
     parts = torch.empty_like(starts)
     sizes = (launch.L, launch.T, launch.chunks, launch.half)
-    emit_reverse_kernel[B * launch.chunks, launch.columns](
-        grad_x, x, launch.Lambda, launch.begins, starts, grad_u, parts, grad_initial, *sizes, **launch.blocks
-    )
+    with on_device(x.device):
+        emit_reverse_kernel[B * launch.chunks, launch.columns](
+            grad_x, x, launch.Lambda, launch.begins, starts, grad_u, parts, grad_initial, *sizes, **launch.blocks
+        )
     w_re, w_im = parts.sum((0, 1), dtype=torch.float64).chunk(2)
     Lambda_re, Lambda_im = launch.Lambda.double().chunk(2)
     # of Lambda = exp(log_re + i log_im): Re and Im of conj(Lambda) w

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from .kernels_s4 import Case, qualified
+from .kernels_s4 import Case, on_device, qualified
 from .ops import mimo_step, siso_step
 
 try:
@@ -277,9 +277,9 @@ def siso_step_(
     if u.numel():
         blocks = siso_blocks(B, N)
         grid = (triton.cdiv(H, blocks["BLOCK_H"]), triton.cdiv(B, blocks["BLOCK_B"]))
-        siso_step_kernel[grid](
-            u, state, coefficients, skip, y, B, H, HALF=N // 2, RANK=(K - 2) // 2, ACTIVATION=activation, **blocks
-        )
+        blocks |= {"HALF": N // 2, "RANK": (K - 2) // 2, "ACTIVATION": activation}
+        with on_device(u.device):
+            siso_step_kernel[grid](u, state, coefficients, skip, y, B, H, **blocks)
     return y
 
 
@@ -310,10 +310,11 @@ def mimo_step_(
     if u.numel():
         drive, read = mimo_blocks(B)
         rows = triton.cdiv(B, drive["BLOCK_B"])
-        grid = (triton.cdiv(P // 2, drive["BLOCK_P"]), rows)
-        mimo_drive_kernel[grid](u, state, Lambda, weight_in, B, H, P // 2, **drive)
-        grid = (triton.cdiv(H, read["BLOCK_H"]), rows)
-        mimo_read_kernel[grid](state, weight_out, u, skip, y, B, H, P, ACTIVATION=activation, **read)
+        with on_device(u.device):
+            grid = (triton.cdiv(P // 2, drive["BLOCK_P"]), rows)
+            mimo_drive_kernel[grid](u, state, Lambda, weight_in, B, H, P // 2, **drive)
+            grid = (triton.cdiv(H, read["BLOCK_H"]), rows)
+            mimo_read_kernel[grid](state, weight_out, u, skip, y, B, H, P, ACTIVATION=activation, **read)
     return y
 
 

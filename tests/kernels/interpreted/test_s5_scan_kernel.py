@@ -1,4 +1,4 @@
-"""The scan of S5, interpreted, forward and backward, against the recurrence in float64; and a model that trains on it."""
+"""The scan of S5, interpreted, forward and backward, against the recurrence in float64; a model that trains on it."""
 
 import pytest
 import torch
@@ -168,7 +168,9 @@ def test_model():
     """Loss and gradients of a packed batch, and the states that a prefill leaves."""
     torch.manual_seed(2)
     model = S4ForCausalLM(
-        S4Config(vocab_size=31, hidden_size=12, num_hidden_layers=1, state_size=6, ssm="s5", arch="s4-ffn", mode="chunk")
+        S4Config(
+            vocab_size=31, hidden_size=12, num_hidden_layers=1, state_size=6, ssm="s5", arch="s4-ffn", mode="chunk"
+        )
     ).eval()
     ids = torch.randint(1, 31, (2, 21))
     seq_idx = (torch.arange(21) >= 9).long().expand(2, -1)
