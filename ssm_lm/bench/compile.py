@@ -84,8 +84,7 @@ def compile_cases(target: str, modules: list[str] | None = None) -> list[dict]:
     Each module with kernels lists its own in `compile_cases(target)`, from the table that its launcher uses. A case has
     name; kernel; arguments {name: type as Triton writes it, with ":16" where it is divisible by 16}; constexprs;
     options (num_warps, num_stages); tensor_cores, whether it must use them; work, of one launch at the shape of
-    `roofline` (bytes, flops, tensor_flops, tensor_dtype); roofline, how many times the memory's time it may take by
-    that work.
+    `roofline`: bytes, flops, tensor_flops, tensor_dtype, and tokens where they are not those of the shape.
     """
     require_triton()
     cases = []

@@ -1,5 +1,5 @@
-"""The launchers' own launches, compiled and not run: with the arguments, the specialisation (an integer that is 1 becomes
-a constant, one divisible by 16 a promise) and the options that a GPU would see.
+"""The launchers' own launches, compiled and not run: with the arguments, the options and the specialisation that a GPU
+would see (an integer that is 1 becomes a constant, one divisible by 16 a promise).
 """
 
 import importlib
