@@ -231,11 +231,13 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def scan_configurations(family: str, dtype: torch.dtype, N: int) -> tuple[Launch, ...]:
+def scan_configurations(family: str, dtype: torch.dtype, N: int, activation: str = "identity") -> tuple[Launch, ...]:
     """What `scan_kernel` may be launched with, the default first."""
     if family == "cuda":  # more stages or fewer warps spill, or do not fit the shared memory of an A100
+        if dtype == torch.bfloat16 and N <= 64 and activation == "identity":
+            return Launch(16, 4, 4), Launch(16, 4, 2)
         if dtype == torch.bfloat16:
-            return (Launch(16, 4, 4), Launch(16, 4, 2)) if N <= 64 else (Launch(16, 8, 2),)
+            return (Launch(16, 4, 2) if N <= 64 else Launch(16, 8, 2),)
         return (Launch(16, 4, 2) if N <= 64 else Launch(16, 8, 1),)
     return (Launch(16, {"blackwell": 2, "hip": 4}.get(family, 4), {"hip": 2}.get(family, 1)),)
 
@@ -319,8 +321,8 @@ def launch_scan(x, y, operators, first, last, states, keep, pad, reverse, activa
     with on_device(x.device):
         # programs and chunks to the next power of two: what fills a card, and what is waited for
         size = f"{(H * triton.cdiv(B, 16)).bit_length()} {C.bit_length()}"
-        problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'} size {size}"
-        run(tuned("chunk_scan", problem, scan_configurations(kind, x.dtype, N), run, x.device))
+        problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'} {activation} size {size}"
+        run(tuned("chunk_scan", problem, scan_configurations(kind, x.dtype, N, activation), run, x.device))
 
 
 def launch_gram(grad_y, driven, u, starts, gram, T, pad):
@@ -525,6 +527,8 @@ def compile_cases(target: str) -> list[dict]:
             default, *others = scan_configurations(kind, dtype, 64)
             cases += [_scan_case(kind, dtype, dense, 64, default, way) for way in ("forward", "training", "reverse")]
             cases += [_scan_case(kind, dtype, dense, 64, other, "training") for other in others]
+            (fused,) = scan_configurations(kind, dtype, 64, "gelu")
+            cases.append(_scan_case(kind, dtype, dense, 64, fused, "gelu"))
             if largest_state(target, dtype, dense) > 64:
                 for large in scan_configurations(kind, dtype, 128):
                     cases.append(_scan_case(kind, dtype, dense, 128, large, "reverse"))
@@ -537,9 +541,9 @@ _TYPES = {torch.bfloat16: ("bf16", 2, 1), torch.float32: ("fp32", 4, 6)}
 
 
 def _scan_case(kind, dtype, dense, N, launch, way):
-    """forward: no gradient needed; training: states are saved; reverse: the backward's scan."""
+    """forward: no gradient needed; gelu: with that; training: states are saved; reverse: the backward's scan."""
     name, size, products = _TYPES[dtype]
-    T, elements, trains = LONGEST_CHUNK[dtype], _B * _L * _H, way != "forward"
+    T, elements, trains = LONGEST_CHUNK[dtype], _B * _L * _H, way in ("training", "reverse")
     operators = 4 * _H * (T + 2 * T * N + (N * N if dense else N))
     rows = -(-_B // launch.rows) * launch.rows / _B  # with the empty ones
     carried = 2 * N * N / T * (3 if dtype == torch.bfloat16 else 6) if dense else 0
@@ -559,7 +563,7 @@ def _scan_case(kind, dtype, dense, N, launch, way):
             "REVERSE": way == "reverse",
             "DENSE": dense,
             "HAS_OUTPUT": True,
-            "ACTIVATION": "identity" if trains else "gelu",
+            "ACTIVATION": "gelu" if way == "gelu" else "identity",
             "TP": T,
             "NP": N if dense else N // 2,
             "M": launch.rows,
@@ -570,7 +574,7 @@ def _scan_case(kind, dtype, dense, N, launch, way):
         "tensor_cores": True,
         "work": {
             "bytes": elements * size * (2 + N / T * trains) + operators,
-            "flops": elements * ((0 if dense else 4 * N / T) + (0 if trains else 30)),  # a gelu is 30 or so
+            "flops": elements * ((0 if dense else 4 * N / T) + (30 if way == "gelu" else 0)),  # 30 or so
             "tensor_flops": elements * rows * ((2 * T + 4 * N) * products + carried),
             "tensor_dtype": "bf16",
         },
