@@ -37,7 +37,9 @@ class Resources(NamedTuple):
     """What one compiled kernel asks of one target."""
 
     registers: int  # a thread; on AMD the vector registers, accumulators included
-    spills: int  # instructions that move a register to local memory or back; on AMD registers kept in memory
+    # instructions that move a register to local memory or back; on AMD vector registers kept in memory (a scalar
+    # register that is kept in a lane of a vector register is not)
+    spills: int
     stack: int  # bytes of local memory a thread
     shared: int  # bytes a block
     shared_limit: int  # bytes that a block may have
@@ -82,8 +84,7 @@ def compile_cases(target: str, modules: list[str] | None = None) -> list[dict]:
     Each module with kernels lists its own in `compile_cases(target)`, from the table that its launcher uses. A case has
     name; kernel; arguments {name: type as Triton writes it, with ":16" where it is divisible by 16}; constexprs;
     options (num_warps, num_stages); tensor_cores, whether it must use them; work, of one launch at the shape of
-    `roofline` (bytes, flops, tensor_flops, tensor_dtype); roofline, how many times the memory's time it may take by
-    that work.
+    `roofline`: bytes, flops, tensor_flops, tensor_dtype, and tokens where they are not those of the shape.
     """
     require_triton()
     cases = []
@@ -170,7 +171,7 @@ def _amd(compiled, arch: str) -> Resources:
     waves = int(re.search(r"; Occupancy: (\d+)", assembly)[1])
     return Resources(
         registers=field("vgpr_count"),
-        spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
+        spills=field("vgpr_spill_count"),
         stack=field("private_segment_fixed_size"),
         shared=compiled.metadata.shared,
         shared_limit=AMD_SHARED_GFX950 if arch == "gfx950" else AMD_SHARED,

@@ -97,7 +97,7 @@ def cauchy_forward_kernel(
     C += h * 2 * HALF
     B += set * 2 * HALF
     P += set * 2 * HALF
-    next_P = n_ssm.to(tl.int64) * 2 * HALF
+    next_P = n_ssm * 2 * HALF
 
     zero = tl.zeros((BLOCK,), tl.float32)
     cb_re = zero
@@ -161,8 +161,8 @@ def cauchy_forward_kernel(
             odd_im += v_im * V_im
 
     factor = 2 * factor
-    row = 2 * L.to(tl.int64)
-    out += h * (1 + RANK) * (1 + RANK) * row
+    row = 2 * L
+    out += h * row * (1 + RANK) * (1 + RANK)
     store_complex(out, cb_re, cb_im, factor, L, BLOCK)
     store_complex(out + row, cp_re, cp_im, factor, L, BLOCK)
     if RANK == 1:
@@ -236,11 +236,11 @@ def cauchy_backward_kernel(
     p_re = tl.load(P + n, mask=exists, other=0.0)[None, :]
     p_im = tl.load(P + HALF + n, mask=exists, other=0.0)[None, :]
     if RANK == 2:
-        P += n_ssm.to(tl.int64) * 2 * HALF
+        P += n_ssm * 2 * HALF
         q_re = tl.load(P + n, mask=exists, other=0.0)[None, :]
         q_im = tl.load(P + HALF + n, mask=exists, other=0.0)[None, :]
-    row = 2 * L.to(tl.int64)
-    grad += h * (1 + RANK) * (1 + RANK) * row
+    row = 2 * L
+    grad += h * row * (1 + RANK) * (1 + RANK)
     at_pb: tl.constexpr = 1 + RANK  # where row P_1^* begins
     at_qb: tl.constexpr = 6
 

@@ -399,6 +399,7 @@ def compile_cases(arch: str) -> list[dict]:
                     },
                     "options": {key: value for key, value in blocks.items() if key.islower()},
                     "work": {
+                        "tokens": B,
                         "bytes": 4 * H * (K * N + 1) + B * H * (8 * N + 4),
                         "flops": B * H * N * (6 + 4 * (K - 2) // 2),
                     },
@@ -432,7 +433,7 @@ def compile_cases(arch: str) -> list[dict]:
                     "arguments": arguments,
                     "constexprs": {**constexprs, **{key: value for key, value in blocks.items() if key.isupper()}},
                     "options": {key: value for key, value in blocks.items() if key.islower()},
-                    "work": {"bytes": moved, "flops": 2 * B * H * N},
+                    "work": {"tokens": B, "bytes": moved, "flops": 2 * B * H * N},
                 }
             )
     return cases

@@ -106,6 +106,17 @@ def test_gradient_of_the_output_alone():
     compare_with_twin(lambda *x: kernel(*x)[0], lambda *x: twin(*x)[0], inputs, 1e-5)
 
 
+@pytest.mark.parametrize(("name", "function"), [("gelu", F.gelu), ("silu", F.silu)])
+def test_activation_without_gradient(name, function):
+    inputs = [x if x is None else x.detach() for x in problem(2, 37, 2, 6, 16, True)]
+    y, final = fused_chunk_scan(inputs[0], ChunkOperators(*inputs[1:5]), activation=name)
+    expected, expected_final = twin(*(x if x is None else x.double() for x in inputs))
+    assert_close(y, function(expected), 1e-5)
+    assert_close(final, expected_final, 1e-5)
+    with pytest.raises(ValueError, match="no gradient through its activation"):
+        fused_chunk_scan(inputs[0].requires_grad_(), ChunkOperators(*inputs[1:5]), activation=name)
+
+
 def test_output_is_a_view_of_rows_and_rows_are_not_copied():
     u, *rest = problem(2, 16, 3, 4, 8, False)
     y, _ = kernel(u, *rest)
@@ -134,12 +145,12 @@ def test_operators_made_again_in_the_backward(monkeypatch):
 def test_opcheck(dense):
     u, *operators, state, keep = problem(2, 32, 2, 6, 16, dense, state=True, resets=True)
     rows = u.detach().permute(2, 0, 1).contiguous().requires_grad_()
-    torch.library.opcheck(triton_chunk_scan.scan, (rows, *operators, state, keep, True, True))
+    torch.library.opcheck(triton_chunk_scan.scan, (rows, *operators, state, keep, True, True, "identity"))
     ragged = rows.detach()[..., 5:].clone().requires_grad_()
-    torch.library.opcheck(triton_chunk_scan.scan, (ragged, *operators, None, None, True, True))
+    torch.library.opcheck(triton_chunk_scan.scan, (ragged, *operators, None, None, True, True, "identity"))
     torch.library.opcheck(triton_chunk_scan.transpose, (rows.detach()[0].clone().requires_grad_(),))
     plain = [x.detach() for x in (rows, *operators, state)]
-    _, final, starts = triton_chunk_scan.scan(*plain, keep, True, True)
+    _, final, starts = triton_chunk_scan.scan(*plain, keep, True, True, "identity")
     torch.library.opcheck(
         triton_chunk_scan.scan_backward, (plain[0], final, plain[0], starts, keep, *plain[1:5], False)
     )
