@@ -71,8 +71,8 @@ def test_the_report_is_complete():
 
 @pytest.mark.parametrize("carry", ["dense", "diagonal"])
 def test_the_chunk_scan_is_near_the_memory_roofline(carry):
-    """Forward at the shape of the WikiText-103 model, launch after launch, by counted bytes and operations: at most twice
-    what it takes to read u and the operators once and to write y once.
+    """Forward at the shape of the WikiText-103 model, launch after launch, by counted bytes and operations: at most
+    twice what it takes to read u and the operators once and to write y once.
     """
     scan = CASES[f"chunk_scan forward {carry} bf16 N=64 w4s4", "sm_90"]["work"]
     launches = [CASES["chunk_scan transpose bf16", "sm_90"]["work"], scan]
