@@ -7,8 +7,22 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from ..errors import UserError
-from ..hub.load import check_vocabulary_fits, load_model, load_tokenizer
+from ..hub.load import check_vocabulary_fits, has_tokenizer, load_model, load_tokenizer
 from .run import add_model_arguments, place
+
+# how the next token is found -> the arguments that belong to it
+STRATEGIES = {
+    "greedy": (),
+    "sample": ("temperature", "top_k", "top_p"),
+    "beam": ("temperature", "top_k", "top_p"),
+    "diverse-beam": ("num_beam_groups", "diversity_penalty"),
+    "contrastive": ("penalty_alpha", "top_k"),
+    "prompt-lookup": ("num_draft_tokens", "temperature", "top_k", "top_p"),
+    "token-recycling": ("num_draft_tokens",),
+    "assisted": ("draft", "num_draft_tokens", "temperature", "top_k", "top_p"),
+}
+OPTIONS = sorted({option for options in STRATEGIES.values() for option in options})
+OF_THE_MODEL = ("diverse-beam", "contrastive", "token-recycling")  # the rest is in generate() of transformers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +36,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens (default: all)")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likely tokens of mass P (default: 1)")
     parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search with N beams (default: 1)")
+    parser.add_argument(
+        "--strategy",
+        choices=STRATEGIES,
+        help="how tokens are found (default: drawn, or as --greedy and --num-beams say). contrastive shuns repetition; "
+        "prompt-lookup, token-recycling and assisted verify drafts: the greedy text in less time",
+    )
+    parser.add_argument(
+        "--num-beam-groups", type=int, metavar="N", help="of diverse-beam; divides --num-beams (default: as many)"
+    )
+    parser.add_argument("--diversity-penalty", type=float, metavar="X", help="of diverse-beam (default: 1)")
+    parser.add_argument(
+        "--penalty-alpha", type=float, metavar="A", help="of contrastive, 0 to 1, beside --top-k 4 (default: 0.6)"
+    )
+    parser.add_argument("--draft", metavar="MODEL", help="of assisted: a smaller model with the same vocabulary")
+    parser.add_argument(
+        "--num-draft-tokens", type=int, metavar="N", help="of the strategies that draft (default: theirs)"
+    )
     parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N", help="how many texts (default: 1)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on where the model ends the text")
     parser.add_argument("--seed", type=int, metavar="N", help="of the draws; without it they differ from run to run")
@@ -36,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.model, args.dtype)
     check_vocabulary_fits(tokenizer, model, args.model)
     model = place(model, args.device)
-    generate(model, tokenizer, prompt, settings, args.seed, args.ignore_eos)
+    own = strategy_arguments(args, model, tokenizer)
+    generate(model, tokenizer, prompt, settings, args.seed, args.ignore_eos, own)
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -57,24 +89,36 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def generation_settings(args: argparse.Namespace) -> dict:
-    """The arguments as generate() takes them; UserError for values or combinations that make no sense."""
-    for name in ("max_new_tokens", "num_beams", "num_return_sequences", "top_k"):
+    """The arguments as a GenerationConfig takes them; UserError for values or combinations that make no sense."""
+    for name in ("max_new_tokens", "num_beams", "num_return_sequences", "top_k", "num_beam_groups", "num_draft_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+            raise UserError(f"{_flag(name)} {value}: must be 1 or more")
     if args.temperature is not None and args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature}: must be above 0; --greedy is the limit at 0")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p}: must be above 0 and at most 1")
+    if args.penalty_alpha is not None and not 0 <= args.penalty_alpha <= 1:
+        raise UserError(f"--penalty-alpha {args.penalty_alpha}: must be from 0 to 1")
+    if args.diversity_penalty is not None and not args.diversity_penalty > 0:
+        raise UserError(f"--diversity-penalty {args.diversity_penalty}: must be above 0")
+    _check_strategy(args)
     drawn = [name for name in ("temperature", "top_k", "top_p") if getattr(args, name) is not None]
-    if args.greedy and drawn:
-        raise UserError(f"--greedy: draws nothing, so --{drawn[0].replace('_', '-')} has no meaning; leave one out")
+    if args.strategy == "contrastive":
+        drawn = []  # its top_k are candidates
+    greedy = args.greedy or args.strategy == "greedy"
+    if greedy and drawn:
+        flag = "--greedy" if args.greedy else "--strategy greedy"
+        raise UserError(f"{flag}: draws nothing, so {_flag(drawn[0])} has no meaning; leave one out")
     settings = {
         "max_new_tokens": args.max_new_tokens,
         "num_beams": args.num_beams,
         "num_return_sequences": args.num_return_sequences,
-        "do_sample": not args.greedy and (args.num_beams == 1 or bool(drawn)),
+        # one token after the other is drawn; the other ways to find them draw where they are told how
+        "do_sample": not greedy and ((args.num_beams == 1 and args.strategy in (None, "sample")) or bool(drawn)),
     }
+    if args.strategy == "prompt-lookup":
+        settings["prompt_lookup_num_tokens"] = args.num_draft_tokens or 10
     if settings["do_sample"]:
         settings |= {"temperature": args.temperature or 1.0, "top_k": args.top_k or 0, "top_p": args.top_p or 1.0}
     elif args.num_return_sequences > args.num_beams:
@@ -85,11 +129,76 @@ def generation_settings(args: argparse.Namespace) -> dict:
     return settings
 
 
-def generate(model, tokenizer, prompt: str, settings: dict, seed: int | None = None, ignore_eos: bool = False) -> None:
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_strategy(args: argparse.Namespace) -> None:
+    """UserError for arguments that do not go with the strategy, and for one that the strategy lacks."""
+    strategy = args.strategy
+    # without a strategy, tokens are drawn, or beams are searched
+    known = STRATEGIES["sample"] if strategy is None else STRATEGIES[strategy]
+    for option in OPTIONS:
+        if getattr(args, option) is not None and option not in known:
+            of = [name for name, options in STRATEGIES.items() if option in options]
+            given = "no --strategy" if strategy is None else f"--strategy {strategy}"
+            if strategy == "greedy" and option in STRATEGIES["sample"]:
+                continue  # has a message of its own
+            raise UserError(f"{_flag(option)}: has no meaning with {given}; it belongs to {', '.join(of)}")
+    if strategy in ("beam", "diverse-beam"):
+        if args.num_beams < 2:
+            raise UserError(f"--strategy {strategy}: needs --num-beams 2 or more")
+    elif strategy is not None:
+        if args.num_beams > 1:
+            raise UserError(f"--num-beams {args.num_beams}: has no meaning with --strategy {strategy}; leave one out")
+        if args.num_return_sequences > 1 and strategy != "sample":
+            number = args.num_return_sequences
+            raise UserError(f"--num-return-sequences {number}: --strategy {strategy} makes one text; leave one out")
+    if strategy == "sample" and args.greedy:
+        raise UserError("--greedy: draws nothing, so --strategy sample has no meaning; leave one out")
+    if strategy == "diverse-beam" and args.num_beams % (args.num_beam_groups or 1):
+        raise UserError(f"--num-beam-groups {args.num_beam_groups}: does not divide --num-beams {args.num_beams}")
+    if strategy == "assisted" and args.draft is None:
+        raise UserError("--strategy assisted: needs --draft, a smaller model with the same vocabulary")
+
+
+def strategy_arguments(args: argparse.Namespace, model, tokenizer) -> dict:
+    """What generate() takes for the strategy beside its configuration; UserError for a draft model that cannot help."""
+    if args.strategy in OF_THE_MODEL:
+        own = {name: getattr(args, name) for name in STRATEGIES[args.strategy] if getattr(args, name) is not None}
+        if "num_draft_tokens" in own:
+            own["max_draft_length"] = own.pop("num_draft_tokens")
+        if own.get("top_k", 1) > model.config.vocab_size:
+            raise UserError(f"--top-k {args.top_k}: the vocabulary has {model.config.vocab_size} tokens; choose fewer")
+        return {"custom_generate": model.strategies[args.strategy], **own}
+    if args.strategy != "assisted":
+        return {}
+    draft = load_model(args.draft, args.dtype)
+    same = draft.config.vocab_size == model.config.vocab_size
+    if same and has_tokenizer(args.draft):
+        same = load_tokenizer(args.draft).get_vocab() == tokenizer.get_vocab()
+    if not same:
+        raise UserError(
+            f"--draft {args.draft}: has another vocabulary than {args.model}; choose a model that shares it"
+        )
+    if args.num_draft_tokens is not None:
+        draft.generation_config.num_assistant_tokens = args.num_draft_tokens
+    return {"assistant_model": place(draft, args.device)}
+
+
+def generate(
+    model,
+    tokenizer,
+    prompt: str,
+    settings: dict,
+    seed: int | None = None,
+    ignore_eos: bool = False,
+    own: dict | None = None,
+) -> None:
     """Print the text, prompt and continuation; one text as its tokens come, several parted by an empty line.
 
-    settings: from `generation_settings`. An empty prompt begins with the token that begins a text. Neither it nor the
-    token at which the model ends the text is printed.
+    settings: from `generation_settings`; own: from `strategy_arguments`. An empty prompt begins with the
+    token that begins a text. Neither it nor the token at which the model ends the text is printed.
     """
     if seed is not None:
         torch.manual_seed(seed)
@@ -110,6 +219,7 @@ def generate(model, tokenizer, prompt: str, settings: dict, seed: int | None = N
             attention_mask=torch.ones_like(inputs),
             generation_config=config,
             streamer=_Printer(tokenizer, ends, unprinted) if one else None,
+            **(own or {}),
         )
     if one:
         return
@@ -138,8 +248,8 @@ class _Printer(TextStreamer):
         ids = value.flatten()
         if self.at_prompt:
             ids, self.at_prompt = ids[self.unprinted :], False
-        elif ids.item() in self.ends:
-            return
+        else:  # one token, or as many of a draft as were right
+            ids = ids[: next((i for i, token in enumerate(ids.tolist()) if token in self.ends), len(ids))]
         if len(ids):
             super().put(ids)
 

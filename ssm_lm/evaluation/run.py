@@ -1,7 +1,8 @@
 """`ssm-lm eval`: the perplexity of a model on a split, with its unit and protocol named.
 
 Three units, for numbers of the literature are in all of them: by token (of the model's tokenizer), by word (separated
-by white space, or these and the line ends, as published WikiText numbers count), and bits by byte of UTF-8.
+by white space, or these and the line ends, as published WikiText numbers count), and bits by byte of UTF-8. With
+--tasks, the tasks of lm-evaluation-harness.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..files import write_json
-from ..hub.load import DTYPES, check_vocabulary_fits, has_tokenizer, load_model, load_tokenizer
+from ..hub.load import DTYPES, check_vocabulary_fits, has_tokenizer, load_model, load_tokenizer, quiet
 
 SPLITS = ("train", "validation", "test")
 
@@ -29,12 +30,13 @@ SPLITS = ("train", "validation", "test")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument("model", metavar="MODEL", help="a model folder, a training run's output or a Hub id")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--data",
-        required=True,
         metavar="PATH|NAME",
         help="a prepared folder; or text, as in `prepare --dataset`, which is tokenised with the model's tokenizer",
     )
+    what.add_argument("--tasks", metavar="TASK[,TASK]", help="of lm-evaluation-harness, by their names")
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default: test)")
     parser.add_argument(
         "--context",
@@ -46,7 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, default=4096, metavar="N", help="tokens a forward, of --context full (default: 4096)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="windows a forward, of --context N (default: 8)"
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="windows or requests a forward (default: 8)",
+    )
+    parser.add_argument("--include-path", metavar="DIR", help="of --tasks: a folder with task files of your own")
+    parser.add_argument("--limit", type=int, metavar="N", help="of --tasks: documents a task, to try it out")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="of --tasks: examples before a question")
+    parser.add_argument(
+        "--model-args", metavar="KEY=VALUE,...", help="of --tasks: as in lm_eval: max_length, prefix_token_id, ..."
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, as one object")
     add_model_arguments(parser)
@@ -65,16 +77,62 @@ def run(args: argparse.Namespace) -> None:
     _positive("--batch-size", args.batch_size)
     if args.json is not None:
         check_writable(args.json)  # before the long part
+    if args.tasks is not None:
+        run_tasks(args)
+        return
+    for key in ("include_path", "limit", "num_fewshot", "model_args"):
+        if getattr(args, key) is not None:
+            raise UserError(f"--{key.replace('_', '-')} belongs to --tasks")
     model = place(load_model(args.model, args.dtype), args.device)
     with prepared(args.data, args.model, args.split, model) as folder, _progress() as progress:
         results = evaluate(model, folder, args.split, context, args.window, args.batch_size, progress)
     results |= {"model": args.model, "data": args.data}
     Console().print(table(results))
-    if args.json is not None:
-        try:
-            write_json(args.json, results)
-        except OSError as error:
-            raise UserError(f"--json {args.json}: cannot be written ({error.strerror or error})") from error
+    write_results(args.json, results)
+
+
+def run_tasks(args: argparse.Namespace) -> None:
+    """Evaluate tasks of lm-evaluation-harness, print its table and write the JSON file."""
+    if args.context != "full":
+        raise UserError("--context belongs to --data; for tasks, --model-args max_length=N cuts the contexts")
+    for name in ("limit", "num_fewshot"):
+        if getattr(args, name) is not None:
+            _positive(f"--{name.replace('_', '-')}", getattr(args, name), least=name == "limit")
+    if args.include_path is not None and not Path(args.include_path).is_dir():
+        raise UserError(f"--include-path {args.include_path}: no such folder")
+    try:
+        from lm_eval.utils import make_table
+
+        from .harness import evaluate_tasks
+    except ImportError as error:
+        raise UserError(f"--tasks needs lm_eval ({error}): pip install 'ssm_lm[eval]'") from error
+    model = place(load_model(args.model, args.dtype), args.device)
+    tokenizer = load_tokenizer(args.model)
+    check_vocabulary_fits(tokenizer, model, args.model)
+    with quiet():  # lm_eval has much to say
+        results, found = evaluate_tasks(
+            model,
+            tokenizer,
+            [name for name in args.tasks.split(",") if name],
+            include_path=args.include_path,
+            limit=args.limit,
+            num_fewshot=args.num_fewshot,
+            batch_size=args.batch_size,
+            window=args.window,
+            model_args=args.model_args,
+        )
+    print(make_table(found))
+    write_results(args.json, results | {"model": args.model})
+
+
+def write_results(path: Path | None, results: dict) -> None:
+    """Write the JSON file, if one was asked for; UserError where it cannot be."""
+    if path is None:
+        return
+    try:
+        write_json(path, results)
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror or error})") from error
 
 
 def evaluate(
@@ -218,7 +276,7 @@ def _is_results(path: Path) -> bool:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(values, dict) and {"nll", "protocol"} <= values.keys()
+    return isinstance(values, dict) and "protocol" in values and ("nll" in values or "tasks" in values)
 
 
 def table(results: dict) -> Table:
@@ -240,9 +298,9 @@ def table(results: dict) -> Table:
     return view
 
 
-def _positive(name: str, value, what: str = "a number") -> int:
-    if not str(value).isascii() or not str(value).isdigit() or int(value) < 1:
-        raise UserError(f"{name} {value}: must be {what} of 1 or more")
+def _positive(name: str, value, what: str = "a number", least: int = 1) -> int:
+    if not str(value).isascii() or not str(value).isdigit() or int(value) < least:
+        raise UserError(f"{name} {value}: must be {what} of {int(least)} or more")
     return int(value)
 
 

@@ -7,7 +7,9 @@ import torch
 import transformers
 
 from ..errors import UserError
+from .load import CLASSIFIER
 
+CARD = "README.md"
 SHOWN = (
     "vocab_size",
     "hidden_size",
@@ -24,7 +26,7 @@ SHOWN = (
     "hidden_act",
     "tie_word_embeddings",
 )
-LAYERS = {"s4": "S4 (diagonal plus low rank)", "s4d": "S4D (diagonal)"}
+LAYERS = {"s4": "S4 (diagonal plus low rank)", "s4d": "S4D (diagonal)", "s5": "S5 (diagonal, one for all channels)"}
 MEASURES = (
     ("token_perplexity", "token perplexity", "tokens of this model's tokenizer"),
     ("word_perplexity", "word perplexity", "words between white space"),
@@ -46,25 +48,35 @@ def read_results(path: Path) -> dict:
     return results
 
 
-def write_card(model, name: str, results: list[dict]) -> str:
-    """The text of README.md. name: of the exported folder; results: objects from `read_results`, or none."""
+def write_card(
+    model, name: str, results: list[dict], *, license: str | None = None, trained_on: str | None = None
+) -> str:
+    """The text of README.md. name: of the exported folder; results: objects from `read_results`, or none.
+
+    license: of the weights, as the Hub calls it; trained_on: the data, in the author's words.
+    """
     config = model.config
+    is_classifier = type(model).__name__ == CLASSIFIER
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    embedding = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
+    vocabulary = model.get_input_embeddings()
+    embedding = 0 if vocabulary is None else sum(parameter.numel() for parameter in vocabulary.parameters())
+    shared = ", which the head shares" if config.tie_word_embeddings and not is_classifier else ""
+    tag = "text-classification" if is_classifier else "text-generation"
     parts = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [s4, state-space-model, causal-lm, custom_code]",
+        *([] if embedding == 0 else [f"pipeline_tag: {tag}"]),
+        f"tags: [s4, state-space-model, {'classification' if is_classifier else 'causal-lm'}, custom_code]",
+        *([] if license is None else [f"license: {license}"]),
         "---",
         "",
         f"# {name}",
         "",
-        f"A causal language model whose mixers are {LAYERS.get(config.ssm, config.ssm)} state spaces instead of "
-        "attention: training in linear time, generation with a state of constant size. Trained with ssm_lm.",
+        f"A {'sequence classifier' if is_classifier else 'causal language model'} whose mixers are "
+        f"{LAYERS.get(config.ssm, config.ssm)} state spaces instead of attention: training in linear time"
+        f"{'' if is_classifier else ', generation with a state of constant size'}. Trained with ssm_lm.",
         "",
-        f"{parameters:,} parameters, {embedding:,} of them in the embedding"
-        f"{', which the head shares' if config.tie_word_embeddings else ''}; weights in "
+        f"{parameters:,} parameters, {embedding:,} of them in the embedding{shared}; weights in "
         f"{str(model.dtype).removeprefix('torch.')}, those of the state spaces in float32.",
         "",
         "## Load it",
@@ -72,15 +84,10 @@ def write_card(model, name: str, results: list[dict]) -> str:
         "The code of the model lies in this repository, so it has to be allowed to run; read it first.",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'path = "{name}"  # this folder, or USER/{name} on the Hub',
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
-        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)",
-        'inputs = tokenizer("Once", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=True)[0]))",
+        *(_load_classifier(name, config) if is_classifier else _load_language_model(name)),
         "```",
         "",
+        *_strategies(model),
         f"Written with transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}.",
         "",
         "## Configuration",
@@ -97,8 +104,49 @@ def write_card(model, name: str, results: list[dict]) -> str:
             row = f"| {result['dataset']} | {result['split']} | {result['protocol']} |"
             parts += [f"{row} {what} | {_number(result[key])} | {unit} |" for key, what, unit in MEASURES]
         parts.append("")
-    parts += ["## Licence", "", "The code (the `.py` files) is under the Apache License 2.0.", ""]
+    if trained_on is not None:
+        parts += ["## Training data", "", " ".join(trained_on.split()), ""]
+    weights = "" if license is None else f" The weights: {license}."
+    parts += ["## Licence", "", f"The code (the `.py` files) is under the Apache License 2.0.{weights}", ""]
     return "\n".join(parts)
+
+
+def _load_language_model(name: str) -> list[str]:
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'path = "{name}"  # this folder, or USER/{name} on the Hub',
+        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)",
+        'inputs = tokenizer("Once", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=True)[0]))",
+    ]
+
+
+def _load_classifier(name: str, config) -> list[str]:
+    inputs = "input_ids=torch.tensor([[1, 2, 3]])"
+    if config.input_size is not None:
+        inputs = f"inputs_embeds=torch.zeros(1, 100, {config.input_size})"
+    return [
+        "import torch",
+        "from transformers import AutoModelForSequenceClassification",
+        "",
+        f'path = "{name}"  # this folder, or USER/{name} on the Hub',
+        "model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)",
+        f"print(model({inputs}).logits.argmax(-1))",
+    ]
+
+
+def _strategies(model) -> list[str]:
+    """What the class offers to generate()'s custom_generate, if it does."""
+    names = sorted(getattr(model, "strategies", None) or ())
+    if not names:
+        return []
+    return [
+        f"Beside the decoding methods of `generate()` the model brings its own, {', '.join(names)}: "
+        f'`model.generate(..., custom_generate=model.strategies["{names[0]}"])`.',
+        "",
+    ]
 
 
 def _number(value: float | None) -> str:

@@ -1,24 +1,39 @@
-"""`ssm-lm export`: a folder that AutoModelForCausalLM loads where ssm_lm is not installed.
+"""`ssm-lm export`: a folder that transformers' Auto classes load where ssm_lm is not installed.
 
 Weights in safetensors, the configuration, the tokenizer, the model's own code and a model card; nothing of the
 training. The folder is written beside its place under another name and renamed when complete.
 """
 
 import argparse
+import re
 import shutil
 from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling
 from ..errors import UserError
 from ..files import new_folder
 from . import card
-from .load import DTYPES, check_vocabulary_fits, load_model, load_tokenizer, one_line, quiet
+from .load import (
+    CAUSAL_LM,
+    CLASSIFIER,
+    DTYPES,
+    check_vocabulary_fits,
+    has_tokenizer,
+    load_model,
+    load_tokenizer,
+    one_line,
+    quiet,
+)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_s4.S4Config",
     "AutoModel": "modeling_s4.S4Model",
     "AutoModelForCausalLM": "modeling_s4.S4ForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_s4.S4ForSequenceClassification",
 }
+SHARD_SIZE = "5GB"  # what an interrupted upload over LFS sends a second time at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,51 +51,86 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="from `eval --json`, for the card; may be repeated",
     )
+    parser.add_argument("--license", metavar="ID", help="of the weights, as the Hub calls it, such as apache-2.0")
+    parser.add_argument("--trained-on", metavar="TEXT", help="the training data in a few words, for the card")
+    parser.add_argument(
+        "--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help=f"of a file of weights (default: {SHARD_SIZE})"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Export as the arguments say."""
-    export(args.checkpoint, args.output, dtype=args.dtype, tokenizer=args.tokenizer, results=args.results or ())
-    print(f"{args.output}: done; load it with AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)")
+    export(
+        args.checkpoint,
+        args.output,
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        results=args.results or (),
+        license=args.license,
+        trained_on=args.trained_on,
+        max_shard_size=args.max_shard_size,
+    )
+    print(f"{args.output}: done; its {card.CARD} says how to load it")
 
 
-def export(checkpoint, output, *, dtype=None, tokenizer=None, results=()) -> Path:
+def export(
+    checkpoint,
+    output,
+    *,
+    dtype=None,
+    tokenizer=None,
+    results=(),
+    license: str | None = None,
+    trained_on: str | None = None,
+    max_shard_size: str = SHARD_SIZE,
+) -> Path:
     """Write the model in `checkpoint` to the new folder `output` and return its path.
 
-    dtype: of the weights, None keeps it. tokenizer: a folder or Hub id, None takes the checkpoint's.
-    results: JSON files of `ssm-lm eval` whose numbers the card is to show.
+    dtype: of the weights, None keeps it. tokenizer: a folder or Hub id, None takes the checkpoint's, which a classifier
+    may be without. results: JSON files of `ssm-lm eval` whose numbers the card is to show. license, trained_on: what
+    the card says about the weights and their data. max_shard_size: of a file of weights, such as "5GB".
     Raises UserError for a bad source and for an output that holds something, which is left as it is.
     """
     output = Path(output).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: exists and is not an empty folder; choose another")
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise UserError(f"--license {license}: give an identifier of the Hub, such as apache-2.0 or cc-by-4.0")
+    if not re.fullmatch(r"[1-9]\d*[KMG]I?B", max_shard_size.upper()):
+        raise UserError(f"--max-shard-size {max_shard_size}: give a size such as 500MB or 5GB")
     results = [card.read_results(Path(file)) for file in results]
-    model = load_model(checkpoint, dtype)
+    model = load_model(checkpoint, dtype, kinds=(CAUSAL_LM, CLASSIFIER))
     vocabulary = tokenizer or checkpoint
-    tokenizer = load_tokenizer(vocabulary, needs_model=tokenizer is None)
-    check_vocabulary_fits(tokenizer, model, vocabulary)
+    if type(model).__name__ == CLASSIFIER and tokenizer is None and not has_tokenizer(checkpoint):
+        tokenizer = None  # its input is numbers, or ids of its own
+    else:
+        tokenizer = load_tokenizer(vocabulary, needs_model=tokenizer is None)
+        check_vocabulary_fits(tokenizer, model, vocabulary)
+    readme = card.write_card(model, output.resolve().name, results, license=license, trained_on=trained_on)
 
     try:
         with new_folder(output) as partial:
-            write(model, tokenizer, partial, card.write_card(model, output.resolve().name, results))
+            write(model, tokenizer, partial, readme, max_shard_size)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({one_line(error)}); choose another place") from error
     return output
 
 
-def write(model, tokenizer, folder: Path, readme: str) -> None:
-    """Write every file of the exported model into `folder`."""
+def write(model, tokenizer, folder: Path, readme: str, max_shard_size: str = SHARD_SIZE) -> None:
+    """Write every file of the exported model into `folder`. tokenizer: None for a classifier without one."""
     model.config.auto_map = dict(AUTO_MAP)
-    for key in ("is_local", "local_files_only"):  # how it was loaded here
-        tokenizer.init_kwargs.pop(key, None)
     with quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            for key in ("is_local", "local_files_only"):  # how it was loaded here
+                tokenizer.init_kwargs.pop(key, None)
+            tokenizer.save_pretrained(folder)
     for file in code_files():
         shutil.copyfile(file, folder / file.name)
-    (folder / "README.md").write_text(readme, encoding="utf-8")
+    (folder / card.CARD).write_text(readme, encoding="utf-8")
 
 
 def code_files() -> list[Path]:
-    """The model's own code: every module of ssm_lm.modeling, which is written to work as a flat folder."""
-    return sorted(file for file in Path(modeling.__file__).parent.glob("*.py") if file.name != "__init__.py")
+    """The model's own code: the modules that AUTO_MAP names, and what they import of their neighbours, and so on."""
+    entries = {Path(modeling.__file__).with_name(f"{name.split('.')[0]}.py") for name in AUTO_MAP.values()}
+    return sorted(entries | {Path(file) for entry in entries for file in get_relative_import_files(entry)})

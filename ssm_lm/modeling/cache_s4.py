@@ -3,29 +3,112 @@
 `DynamicCache(config=...)` and `StaticCache(config=...)` build one of these for every entry of `config.layer_types`, so
 that generate(), beam search, prefill in chunks and offloading work on states as they do on keys and values. Memory
 does not grow with the length.
+
+A state cannot be taken back, but it can be computed again. After `activate_past_recording` a layer keeps a snapshot of
+each state and what has driven it since, so that `crop` brings the states to where they were some tokens ago: assisted
+decoding needs that for the tokens that were drafted in vain.
 """
+
+import weakref
+from collections import defaultdict
 
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+
+
+class Reference:
+    """A state space that a cache needs and does not own: a copy of the cache shares it, a pickle leaves it out."""
+
+    def __init__(self, ssm=None):
+        self.get = (lambda: None) if ssm is None else weakref.ref(ssm)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return Reference, ()
+
+
+class Record:
+    """One state as it was, and what has driven it since: enough to bring it to any token in between.
+
+    snapshot: the state (B, H, N) before the first recorded token. inputs[i]: (B, L_i, H), one entry a forward.
+    begins[i]: (B, L_i) bool, tokens before which the state became zero (the first of a document), or None.
+    """
+
+    def __init__(self, snapshot: torch.Tensor):
+        self.snapshot = snapshot
+        self.inputs: list[torch.Tensor] = []
+        self.begins: list[torch.Tensor | None] = []
+        self.ssm = Reference()
+
+    def __len__(self) -> int:
+        return sum(inputs.shape[1] for inputs in self.inputs)
+
+    def append(self, ssm, inputs, begins) -> None:
+        self.ssm = Reference(ssm)
+        self.inputs.append(inputs)
+        self.begins.append(begins)
+
+    def state_after(self, length: int, memo: dict | None) -> torch.Tensor:
+        """The state after the first `length` tokens: step by step with the state space's memo, as one scan without."""
+        ssm, state = self.ssm.get(), self.snapshot
+        if ssm is None:
+            raise ValueError("the model of this cache is gone: a cache that was read from a file needs a forward first")
+        for inputs, begins in zip(self.inputs, self.begins, strict=True):
+            part = min(length, inputs.shape[1])
+            if part:
+                state = ssm.advance(inputs[:, :part], state, memo, None if begins is None else begins[:, :part])
+            length -= part
+        return state
+
+    def keep_last(self, length: int) -> None:
+        """Move the snapshot forward, so that the last `length` tokens are left."""
+        surplus = len(self) - length
+        self.snapshot = self.state_after(surplus, memo=None)
+        inputs = torch.cat(self.inputs, 1)[:, surplus:].clone()  # no view, which would keep all of them
+        if any(begins is not None for begins in self.begins):
+            pairs = zip(self.begins, self.inputs, strict=True)
+            begins = [b if b is not None else x.new_zeros(x.shape[:2], dtype=torch.bool) for b, x in pairs]
+            self.begins = [torch.cat(begins, 1)[:, surplus:].clone()]
+        else:
+            self.begins = [None]
+        self.inputs = [inputs]
+
+    def map(self, change) -> None:
+        """Apply `change` to every tensor; their first dimension is the batch."""
+        self.snapshot = change(self.snapshot)
+        self.inputs = [change(inputs) for inputs in self.inputs]
+        self.begins = [None if begins is None else change(begins) for begins in self.begins]
 
 
 class S4CacheLayer(CacheLayerMixin):
     """states[i]: (B, H, N) float32, the state of the layer's i-th state space; empty before the first forward.
 
     memos[i]: what that state space derived from its parameters for single steps (see `StateSpace.forward`). It is
-    right for as long as the parameters stay the same, which is also how long a state makes sense.
+    right for as long as the parameters stay the same, which is also how long a state makes sense. It is no part of
+    what the cache holds: what looks into a cache for its tensors (torch.export does) finds states and lengths.
+
+    records[i]: while the past is recorded, state i as it was at the last crop and what has driven it since, else None.
+    A record that grows to more than `max_recorded` tokens goes back to the last `min_recorded` of them, so at least
+    these can be cropped, and memory stays bounded: max_recorded x hidden_size numbers a row and state space.
     """
+
+    __slots__ = ("memos",)  # outside of __dict__, where transformers' exporters look
 
     _layer_type = "s4"  # registers the class with DynamicCache
     is_compileable = True
-    is_croppable = False
+    is_croppable = True
     is_sliding = False
     supports_early_init = False
+    min_recorded, max_recorded = 128, 256
 
     def __init__(self, **kwargs):
         super().__init__()
         self.states: list[torch.Tensor] = []
-        self.memos: list[dict] = []
+        self.memos: dict[int, dict] = defaultdict(dict)
+        self.records: list[Record | None] = []
+        self.record_past = False
         self.cumulative_length = 0
 
     # ---- what the model calls
@@ -35,18 +118,45 @@ class S4CacheLayer(CacheLayerMixin):
         return self.states[index] if index < len(self.states) else None
 
     def get_memo(self, index: int) -> dict:
-        return self.memos[index]
+        if not hasattr(self, "memos"):  # a cache that an exporter took apart and put together again
+            self.memos = defaultdict(dict)
+        return self.memos.get(index, {}) if torch.compiler.is_compiling() else self.memos[index]
 
-    def update_state(self, index: int, state: torch.Tensor, num_new_tokens: int) -> None:
-        """Put the state after `num_new_tokens` more tokens in the place of the old one."""
+    def update_state(
+        self, index: int, state: torch.Tensor, num_new_tokens: int, ssm=None, inputs=None, documents=None
+    ) -> None:
+        """Put the state after `num_new_tokens` more tokens in the place of the old one.
+
+        ssm, inputs (B, num_new_tokens, H), documents: the state space, what drove it and the documents in it, for the
+        record. They are needed while the past is recorded.
+        """
         if index == len(self.states):
             self.lazy_initialization(state)
+        if self.record_past:
+            self._record(index, ssm, inputs, documents)
+        self._put(index, state)
+        if index == 0:  # every state of the layer sees the same tokens
+            self._advance(num_new_tokens)
+
+    def _put(self, index, state):
         if torch.is_grad_enabled():
             self.states[index] = state  # keeps its graph: the caller may go back through several forwards, or detach
         elif state is not self.states[index]:  # the step kernel has advanced it in place
             self.states[index].copy_(state)  # stays at its address, for compiled and captured decoding
-        if index == 0:  # every state of the layer sees the same tokens
-            self._advance(num_new_tokens)
+
+    def _record(self, index, ssm, inputs, documents):
+        if self.records[index] is None:
+            self.records[index] = Record(self.states[index].clone())
+        record = self.records[index]
+        if not torch.is_grad_enabled():
+            ssm.discrete_from(self.get_memo(index))  # now: between forwards the parameters may be offloaded
+        begins = None
+        if documents is not None:
+            inputs = inputs.masked_fill((documents.seq_idx < 0)[..., None], 0)
+            begins = documents.begins
+        record.append(ssm, inputs, begins)
+        if len(record) > self.max_recorded:
+            record.keep_last(self.min_recorded)
 
     def _advance(self, num_new_tokens: int) -> None:
         self.cumulative_length += num_new_tokens
@@ -60,7 +170,7 @@ class S4CacheLayer(CacheLayerMixin):
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(state)
         self.states.append(state)
-        self.memos.append({})
+        self.records.append(None)
         self.is_initialized = True
 
     def update(self, key_states, value_states=None, *args, **kwargs):
@@ -75,32 +185,68 @@ class S4CacheLayer(CacheLayerMixin):
     def get_max_length(self):
         return -1
 
+    def activate_past_recording(self):
+        """From now on, keep what is needed to `crop` the last tokens. `reset` ends it."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Bring the states to where they were -tokens_to_remove (0 or more) tokens ago, and record from there.
+
+        ValueError for a positive number, as in transformers, and for more tokens than are recorded: those since the
+        last crop, at least `min_recorded` of them.
+        """
+        removed = -tokens_to_remove
+        if removed < 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
+        recorded = len(self.records[0]) if self.records and self.records[0] is not None else 0
+        if removed > recorded:
+            why = "since the last crop" if self.record_past else "without activate_past_recording"
+            raise ValueError(f"cannot crop {removed} tokens: {recorded} are recorded {why}")
+        if removed:
+            for index, record in enumerate(self.records):
+                # under autograd the memo would keep the graph of another forward
+                memo = {} if torch.is_grad_enabled() else self.get_memo(index)
+                self._put(index, record.state_after(recorded - removed, memo))
+            self._advance(-removed)
+        self.records = [None] * len(self.records)
+
     def reset(self):
         for state in self.states:
             state.zero_()
-        self.memos = [{} for _ in self.states]
+        self.memos = defaultdict(dict)
+        self.records = [None] * len(self.states)
+        self.record_past = False
         self.cumulative_length = 0
 
+    def _map(self, change):
+        self.states = [change(state) for state in self.states]
+        for record in self.records:
+            if record is not None:
+                record.map(change)
+
     def reorder_cache(self, beam_idx):
-        self.states = [state.index_select(0, beam_idx.to(state.device)) for state in self.states]
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats):
-        self.states = [state.repeat_interleave(repeats, dim=0) for state in self.states]
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices):
-        self.states = [state[indices] for state in self.states]
+        self._map(lambda tensor: tensor[indices])
 
     def offload(self):
-        self.states = [state.to("cpu", non_blocking=True) for state in self.states]
+        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self):
-        self.states = [state.to(self.device, non_blocking=True) for state in self.states]
+        self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
 
 class S4StaticCacheLayer(S4CacheLayer):
-    """For compiled decoding: the length is a tensor that is advanced in place, so its value is no guard."""
+    """For compiled decoding: the length is a tensor that is advanced in place, so its value is no guard. It records no
+    past, for a record changes its shape with every token; transformers refuses assisted decoding with it, too.
+    """
 
     _layer_type = None  # leaves the dynamic registration alone
+    is_croppable = False
 
     def __init__(self, max_cache_len=None, **kwargs):
         super().__init__()
@@ -111,6 +257,9 @@ class S4StaticCacheLayer(S4CacheLayer):
         self.cumulative_length = self.cumulative_length.to(key_states.device)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
+
+    def activate_past_recording(self):
+        raise ValueError("a static cache records no past: use a DynamicCache where tokens are to be cropped")
 
     def _advance(self, num_new_tokens):
         self.cumulative_length.add_(num_new_tokens)

@@ -201,7 +201,9 @@ class _ChunkScan(torch.autograd.Function):
             reverse = _ChunkScan._reverse
         gradients = reverse(u, starts, keep, grad_y, grad_state, *(x.detach() for x in operators))
         grad_u, grad_initial, grad_operators = gradients
-        if ctx.make_operators is not ChunkOperators and any(needed):
+        if not any(needed):  # all of them frozen, as under an adapter
+            grad_operators = [None] * len(needed)
+        elif ctx.make_operators is not ChunkOperators:
             pairs = [(x, g) for x, g in zip(operators, grad_operators, strict=True) if x.requires_grad]
             wanted = [p for p in parameters if p.requires_grad]
             found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))

@@ -7,6 +7,8 @@ SSM:  f = GLU(Linear(dropout(act(state space(x)))))          FFN:  f = Linear(dr
 Packed documents: with `seq_idx`, or with position_ids that start again at 0, the states do too; see documents.py.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -31,6 +34,7 @@ from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, tied_keys
 from .cache_s4 import S4CacheLayer  # noqa: F401  (importing it registers the "s4" cache layer)
 from .chunked import gradient_in_rows
 from .configuration_s4 import S4Config
+from .decoding_s4 import STRATEGIES
 from .documents import Documents, find_documents, from_position_ids
 from .losses import LanguageModelHead, average, causal_targets
 from .ssm import LAYERS, StateSpace
@@ -73,6 +77,8 @@ def make_state_space(config: S4Config) -> StateSpace:
 class S4Mixer(nn.Module):
     """A state space, then a position-wise layer, gated or not, that mixes the channels. (B, L, H) -> (B, L, H)"""
 
+    few_tokens = 32  # see `_is_short`
+
     def __init__(self, config: S4Config, layer_index: int, state_index: int):
         super().__init__()
         self.layer_index, self.state_index = layer_index, state_index  # where the cache holds the state
@@ -91,20 +97,22 @@ class S4Mixer(nn.Module):
             hidden_states = hidden_states * mask.to(hidden_states.dtype)
         cache = None if past_key_values is None else past_key_values.layers[self.layer_index]
         state = None if cache is None else cache.get_state(self.state_index)
-        one_token = hidden_states.shape[1] == 1 and cache is not None
         y, state = self.ssm(
             hidden_states,
-            mode="recurrent" if one_token else self.mode,
+            mode="recurrent" if cache is not None and self._is_short(hidden_states.shape[1]) else self.mode,
             initial_state=state,
             output_final_state=cache is not None,
             memo=cache.get_memo(self.state_index) if state is not None and not torch.is_grad_enabled() else None,
             seq_idx=documents,
             activation=self.activation,
             # a cache that records the past still needs the old state
-            in_place=not torch.is_grad_enabled() and not getattr(cache, "record_past", False),
+            in_place=cache is not None and not torch.is_grad_enabled() and not cache.record_past,
         )
         if cache is not None:
-            cache.update_state(self.state_index, state, hidden_states.shape[1])
+            recorded = {"ssm": self.ssm, "inputs": hidden_states, "documents": documents} if cache.record_past else {}
+            cache.update_state(self.state_index, state, hidden_states.shape[1], **recorded)
+            if not torch.is_grad_enabled():  # now, for a compiled step does not keep what it derives
+                self.ssm.prepare_steps(cache.get_memo(self.state_index), hidden_states)
         in_rows = self.ssm.has_rows(y)
         y = self.dropout(y)
         if in_rows:  # the order of memory in which the chunk scan's kernel works
@@ -113,6 +121,14 @@ class S4Mixer(nn.Module):
         if self.glu == "half":
             return y * torch.sigmoid(projected)
         return nn.functional.glu(projected, dim=-1) if self.glu == "glu" else projected
+
+    def _is_short(self, length: int) -> bool:
+        """Whether tokens go through a cache one by one. That is exact to the bit with decoding, so that tokens that
+        were drafted are judged as they would have been chosen; and for few tokens it takes less time than the scan,
+        whose operators cost as much as hundreds of steps. Training and compiled graphs scan.
+        """
+        unroll = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return length <= (self.few_tokens if unroll else 1)
 
 
 class S4FeedForward(nn.Module):
@@ -173,7 +189,7 @@ class S4PreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     # substrings of parameter names: everything in a state space stays float32 when a checkpoint loads in half precision
     _keep_in_fp32_modules_strict = ["ssm"]
-    _is_stateful = True
+    _is_stateful = False  # transformers: whether a state could not be cropped; see S4CacheLayer.crop
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": S4Block}
 
@@ -187,6 +203,14 @@ class S4PreTrainedModel(PreTrainedModel):
                 init.copy_(parameter, value.to(parameter.dtype))
         elif isinstance(module, (AdaptiveEmbedding, AdaptiveSoftmax)):
             module.init_parameters(init)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay must leave alone: those of the state spaces. It would pull log dt
+        and Lambda towards 0, which is no neutral value for them. transformers' Trainer decays everything but biases and
+        norms: there, override get_decay_parameter_names with what it returned less these.
+        """
+        spaces = [(path, module) for path, module in self.named_modules() if isinstance(module, StateSpace)]
+        return {f"{path}.{name}" for path, module in spaces for name, _ in module.named_parameters()}
 
     def set_input_embeddings(self, value):
         if self.config.adaptive_cutoffs is not None and not isinstance(value, AdaptiveEmbedding):
@@ -325,6 +349,26 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
             config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
 
+    @property
+    def strategies(self) -> dict:
+        """Further decoding methods for `generate(custom_generate=...)`, by name; see decoding_s4.py."""
+        return dict(STRATEGIES)
+
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
+        """A callable that takes a streamer or a tokenizer gets it; transformers would drop both, and whoever reads from
+        the streamer would wait for ever.
+        """
+        given = {"streamer": streamer, "tokenizer": kwargs.get("tokenizer")}
+        extracted = super()._extract_generation_mode_kwargs(
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
+        if callable(custom_generate):
+            known = inspect.signature(custom_generate).parameters
+            extracted |= {name: value for name, value in given.items() if value is not None and name in known}
+            if streamer is not None and "streamer" not in known:
+                raise ValueError("this custom_generate cannot stream: leave the streamer out")
+        return extracted
+
     def _get_static_cache_init_shape(self):
         return None  # there are no heads to size a static cache by: its layers wait for their first state
 
@@ -439,3 +483,12 @@ def pool(hidden_states: torch.Tensor, mask: torch.Tensor | None, pooling: str) -
     accumulate = torch.promote_types(hidden_states.dtype, torch.float32)
     total = hidden_states.masked_fill(~mask[..., None], 0).sum(1, dtype=accumulate)
     return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
+
+
+# transformers decides by these names which models shift their labels, and the Trainer smooths unshifted ones without
+for table, cls in (
+    (modeling_auto.MODEL_MAPPING_NAMES, S4Model),
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, S4ForCausalLM),
+    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, S4ForSequenceClassification),
+):
+    table.setdefault(S4Config.model_type, cls.__name__)

@@ -37,17 +37,18 @@ def fft_convolution(u: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     return torch.fft.irfft(spectrum, n=size)[..., :L].transpose(1, 2)
 
 
+# elements of (H, block of nodes, N/2): large enough for a matmul, small enough to stay in a CPU's cache
+CAUCHY_BLOCK_ELEMENTS = 1 << 19
+
+
 class _Cauchy(torch.autograd.Function):
     """Sums over n of alpha D and beta D, D = 1 / ((i s - Lambda)(i s - conj Lambda)); see `cauchy`. Works through the
     nodes, (H, L), in blocks, in real arithmetic, and recomputes D in the backward.
     """
 
-    # elements of (H, block of nodes, N/2): large enough for a matmul, small enough to stay in a CPU's cache
-    block_elements = 1 << 19
-
     @staticmethod
     def _blocks(nodes, Lambda_im):
-        size = max(1, _Cauchy.block_elements // max(1, Lambda_im.numel()))
+        size = max(1, CAUCHY_BLOCK_ELEMENTS // max(1, Lambda_im.numel()))
         return [slice(start, min(start + size, nodes.shape[1])) for start in range(0, nodes.shape[1], size)]
 
     @staticmethod

@@ -278,6 +278,36 @@ class StateSpace(nn.Module):
         y, state = self(u[:, None], mode="recurrent", initial_state=state)
         return y[:, 0], state
 
+    def advance(
+        self, u: torch.Tensor, state: torch.Tensor, memo: dict | None = None, begins: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The state after u (B, L, H), L at least 1, without the output.
+
+        memo: as in `forward`; with one, token by token, exactly as the recurrent mode does and, where it holds the
+        discretised system, without a look at the parameters; without one, as a chunk scan.
+        begins: (B, L) bool, tokens before which the state is set to zero; always token by token.
+        """
+        with torch.autocast(u.device.type, enabled=False):
+            x, state = u.to(self.log_dt.dtype), state.to(self.log_dt.dtype)
+            if memo is None and begins is None:
+                final = self._scan(self._drive(x), self._scan_state(state), reverse=False, has_output=False)[1]
+                return self._layer_state(final)
+            discrete = self.discrete_from(memo)
+            for t, token in enumerate(x.unbind(1)):
+                if begins is not None:
+                    state = torch.where(begins[:, t, None, None], 0, state)
+                _, state = self._advance(discrete, token, state)
+            return state
+
+    def discrete_from(self, memo: dict | None, reverse: bool = False) -> tuple:
+        """The discretised system, from `memo` or kept there."""
+        if memo is not None and "discrete" in memo:
+            return memo["discrete"]
+        discrete = self.discretize(reverse)
+        if memo is not None and not torch.compiler.is_compiling():
+            memo["discrete"] = discrete  # what a compiled graph puts out is not for keeping, and would recompile it
+        return discrete
+
     def _state_or_zero(self, state, batch_size, device):
         return self.zero_state(batch_size, device) if state is None else state
 
@@ -308,9 +338,7 @@ class StateSpace(nn.Module):
 
     def _run_steps(self, u, state, documents, memo, activation, in_place):
         """The recurrent mode by the step kernel: the state stays at its address; y has D u and activation."""
-        memo = {} if memo is None else memo
-        if "step" not in memo:
-            memo["step"] = self._step_system(self.discretize())
+        system = self._step_system_from({} if memo is None else memo)
         if state is None:
             state = self.zero_state(u.shape[0], u.device)
         elif not (in_place and state.dtype == torch.float32 and state.is_contiguous()):
@@ -322,9 +350,20 @@ class StateSpace(nn.Module):
         for t, token in enumerate(u.unbind(1)):
             if documents is not None:
                 state.masked_fill_(documents.begins[:, t, None, None], 0)
-            outputs.append(self._step_kernel(token, state, memo["step"], fused or "identity"))
+            outputs.append(self._step_kernel(token, state, system, fused or "identity"))
         y = outputs[0][:, None] if len(outputs) == 1 else torch.stack(outputs, 1)
         return y if fused else activation(y), state
+
+    def prepare_steps(self, memo: dict, u: torch.Tensor) -> None:
+        """Keep in `memo` what single steps on inputs like u (B, L, H) derive from the parameters."""
+        self.discrete_from(memo)
+        if self._steps_on_kernel(u, None):
+            self._step_system_from(memo)
+
+    def _step_system_from(self, memo: dict) -> tuple[torch.Tensor, ...]:
+        if "step" not in memo:
+            memo["step"] = self._step_system(self.discrete_from(memo))
+        return memo["step"]
 
     def _step_system(self, discrete: tuple) -> tuple[torch.Tensor, ...]:
         """What `discretize` returns as the tensors of `_step_kernel`."""
@@ -335,15 +374,13 @@ class StateSpace(nn.Module):
         raise NotImplementedError
 
     def _run_recurrent(self, x, state, documents, memo, reverse):
-        memo = {} if memo is None else memo
-        if "discrete" not in memo:
-            memo["discrete"] = self.discretize(reverse)
+        discrete = self.discrete_from(memo, reverse)
         state = self._state_or_zero(state, x.shape[0], x.device)
         outputs = []
         for t, u in enumerate(x.unbind(1)):
             if documents is not None:
                 state = torch.where(documents.begins[:, t, None, None], 0, state)
-            y, state = self._advance(memo["discrete"], u, state)
+            y, state = self._advance(discrete, u, state)
             outputs.append(y)
         return torch.stack(outputs, 1), state
 

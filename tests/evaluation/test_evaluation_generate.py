@@ -93,6 +93,53 @@ def test_beams_and_several_texts(saved, capsys):
     assert out == "\n".join(saved[1].decode(sequence) + "\n" for sequence in several)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("greedy",),
+        ("prompt-lookup", "--num-draft-tokens", "4"),
+        ("prompt-lookup",),
+        ("token-recycling",),
+        ("token-recycling", "--num-draft-tokens", "3"),
+        ("assisted", "--num-draft-tokens", "3"),
+        ("assisted",),
+    ],
+    ids=" ".join,
+)
+def test_strategies_that_draft_write_the_greedy_text(saved, capsys, flags):
+    options = ("--prompt", "the cat sat on the cat", "--max-new-tokens", "20")
+    draft = ("--draft", saved[2]) if flags[0] == "assisted" else ()
+    greedy = generated(capsys, saved[2], *options, "--greedy")
+    assert generated(capsys, saved[2], *options, "--strategy", *flags, *draft) == greedy
+
+
+def test_other_strategies(saved, capsys):
+    model, tokenizer, folder = saved
+    options = ("--prompt", "the cat", "--max-new-tokens", "12")
+    out = generated(capsys, folder, *options, "--strategy", "contrastive", "--penalty-alpha", "0.9", "--top-k", "5")
+    own = {"custom_generate": model.strategies["contrastive"], "penalty_alpha": 0.9, "top_k": 5}
+    assert out.split() == tokenizer.decode(expected(saved, "the cat", 12, **own)[0]).split()
+    groups = ("--num-beam-groups", "2", "--diversity-penalty", "0.7", "--num-return-sequences", "2")
+    out = generated(capsys, folder, *options, "--strategy", "diverse-beam", "--num-beams", "4", *groups)
+    own = {"custom_generate": model.strategies["diverse-beam"], "num_beam_groups": 2, "diversity_penalty": 0.7}
+    beams = expected(saved, "the cat", 12, num_beams=4, num_return_sequences=2, **own)
+    assert out == tokenizer.decode(beams[0]) + "\n\n" + tokenizer.decode(beams[1]) + "\n"
+    for strategy, others in (("sample", ()), ("beam", ("--num-beams", "3"))):  # names of what was there before
+        drawn = ("--seed", "3", "--top-k", "9", *others)
+        named = generated(capsys, folder, *options, "--strategy", strategy, *drawn)
+        assert named == generated(capsys, folder, *options, *drawn)
+    drawn = ("--strategy", "prompt-lookup", "--temperature", "0.9", "--seed", "1")
+    assert generated(capsys, folder, *options, *drawn) == generated(capsys, folder, *options, *drawn)
+
+
+def test_a_draft_with_another_vocabulary(saved, capsys, tmp_path):
+    S4ForCausalLM(S4Config(vocab_size=30, hidden_size=16, num_hidden_layers=1)).save_pretrained(tmp_path)
+    arguments = ("--prompt", "a", "--strategy", "assisted", "--draft", str(tmp_path))
+    error = generated(capsys, saved[2], *arguments, expect=2)
+    assert "another vocabulary" in error
+    assert error.count("\n") == 1
+
+
 def test_empty_prompt_and_prompt_file(saved, capsys, tmp_path):
     out = generated(capsys, saved[2], "--prompt", "", "--greedy", "--max-new-tokens", "5")
     assert out.strip()
@@ -132,6 +179,20 @@ def test_the_end_of_the_text(tmp_path, capsys):
         (("--prompt", "a", "--greedy", "--top-k", "5"), "--top-k has no meaning"),
         (("--prompt", "a", "--greedy", "--num-return-sequences", "2"), "--num-return-sequences 2"),
         (("--prompt", "a", "--num-beams", "2", "--num-return-sequences", "3"), "--num-return-sequences 3"),
+        (("--prompt", "a", "--strategy", "greedy", "--top-k", "5"), "--top-k has no meaning"),
+        (("--prompt", "a", "--strategy", "sample", "--greedy"), "--strategy sample has no meaning"),
+        (("--prompt", "a", "--strategy", "beam"), "needs --num-beams 2"),
+        (("--prompt", "a", "--strategy", "diverse-beam", "--num-beams", "4", "--num-beam-groups", "3"), "not divide"),
+        (("--prompt", "a", "--strategy", "diverse-beam", "--num-beams", "4", "--diversity-penalty", "0"), "above 0"),
+        (("--prompt", "a", "--strategy", "diverse-beam", "--num-beams", "4", "--top-p", "0.9"), "--top-p: has no"),
+        (("--prompt", "a", "--strategy", "contrastive", "--penalty-alpha", "2"), "--penalty-alpha 2"),
+        (("--prompt", "a", "--strategy", "contrastive", "--temperature", "2"), "--temperature: has no meaning"),
+        (("--prompt", "a", "--strategy", "token-recycling", "--num-beams", "2"), "--num-beams 2: has no meaning"),
+        (("--prompt", "a", "--strategy", "prompt-lookup", "--num-return-sequences", "2"), "makes one text"),
+        (("--prompt", "a", "--strategy", "prompt-lookup", "--num-draft-tokens", "0"), "--num-draft-tokens 0"),
+        (("--prompt", "a", "--strategy", "assisted"), "needs --draft"),
+        (("--prompt", "a", "--draft", "x"), "belongs to assisted"),
+        (("--prompt", "a", "--penalty-alpha", "0.5"), "belongs to contrastive"),
     ],
 )
 def test_bad_arguments(capsys, tmp_path, arguments, message):

@@ -165,6 +165,14 @@ def check(path):
     options = dict(max_new_tokens=16, pad_token_id=0, attention_mask=torch.ones_like(expected["ids"]))
     assert torch.equal(model.generate(expected["ids"], do_sample=False, **options), expected["greedy"]), "greedy"
     assert torch.equal(model.generate(expected["ids"], num_beams=3, **options), expected["beams"]), "beams"
+    one, options["attention_mask"] = expected["ids"][:1], options["attention_mask"][:1]
+    for how in (
+        {"custom_generate": model.strategies["token-recycling"]},
+        {"custom_generate": model.strategies["contrastive"], "penalty_alpha": 0.0},
+        {"prompt_lookup_num_tokens": 4},
+        {"assistant_model": model},
+    ):
+        assert torch.equal(model.generate(one, do_sample=False, **how, **options), expected["greedy"][:1]), how
     return model
 
 model = check(folder)

@@ -1,0 +1,46 @@
+"""What the decoding strategies share: the settings that they refuse, and their output."""
+
+from transformers.generation import GenerateDecoderOnlyOutput
+
+
+def check_settings(name: str, generation_config, model_kwargs: dict) -> None:
+    """ValueError for settings of generate() that the strategy `name` could only ignore."""
+    if generation_config.do_sample:
+        raise ValueError(f"{name} draws nothing: do_sample must be False")
+    if not model_kwargs.get("use_cache") or model_kwargs.get("past_key_values") is None:
+        raise ValueError(f"{name} needs a cache: use_cache must be True")
+    for option in ("output_attentions", "output_hidden_states"):
+        if getattr(generation_config, option):
+            raise ValueError(f"{name} has no {option}: leave it out")
+
+
+def check_one_beam(name: str, generation_config) -> None:
+    """ValueError for beams and for several sequences of one prompt."""
+    for option in ("num_beams", "num_return_sequences"):
+        value = getattr(generation_config, option)
+        if value > 1:
+            raise ValueError(f"{name} follows one sequence: {option} must be 1, not {value}")
+
+
+class Collected:
+    """Scores and logits of the chosen tokens, where the caller of generate() wants them, and the output."""
+
+    def __init__(self, generation_config):
+        self.as_dict = generation_config.return_dict_in_generate
+        self.scores = () if self.as_dict and generation_config.output_scores else None
+        self.logits = () if self.as_dict and generation_config.output_logits else None
+
+    def add(self, scores, logits) -> None:
+        """One token's, (B, V) each."""
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+
+    def output(self, sequences, cache):
+        """What generate() returns: the sequences, or an object that holds them."""
+        if not self.as_dict:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences, scores=self.scores, logits=self.logits, past_key_values=cache
+        )
