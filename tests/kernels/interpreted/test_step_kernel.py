@@ -237,3 +237,11 @@ def test_the_states_of_a_cache_stay_at_their_address():
     after = [state for layer in cache.layers for state in layer.states]
     assert [state.data_ptr() for state in after] == addresses
     assert not any(map(torch.equal, before, after))
+
+
+def test_drafts_that_are_taken_back():
+    """A cache that records its past needs the states that a step in place would overwrite."""
+    model = build("s4", mode="recurrent")
+    use(model, "triton")
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    assert torch.equal(decode(model, ids, prompt_lookup_num_tokens=2).sequences, decode(model, ids).sequences)
