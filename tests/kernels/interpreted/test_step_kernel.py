@@ -239,9 +239,16 @@ def test_the_states_of_a_cache_stay_at_their_address():
     assert not any(map(torch.equal, before, after))
 
 
-def test_drafts_that_are_taken_back():
-    """A cache that records its past needs the states that a step in place would overwrite."""
+@torch.no_grad()
+def test_a_past_that_is_recorded_can_be_cropped():
+    """The record needs the states that a step in place would overwrite."""
     model = build("s4", mode="recurrent")
     use(model, "triton")
-    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
-    assert torch.equal(decode(model, ids, prompt_lookup_num_tokens=2).sequences, decode(model, ids).sequences)
+    cache = model(torch.tensor([[5, 6, 7]])).past_key_values
+    expected = [state.clone() for layer in cache.layers for state in layer.states]
+    for layer in cache.layers:
+        layer.activate_past_recording()
+    model(torch.tensor([[8, 9]]), past_key_values=cache)
+    cache.crop(-2)
+    for layer_state, state in zip([x for layer in cache.layers for x in layer.states], expected, strict=True):
+        assert_close(layer_state, state, 1e-6)
