@@ -135,10 +135,10 @@ class _ChunkScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, make_operators, has_output, kernels, u, initial_state, keep, *parameters):
+    def forward(ctx, make_operators, has_output, kernels, activation, u, initial_state, keep, *parameters):
         operators = make_operators(*parameters)
         in_kernel = kernels is not None and runs_in_kernel(u, operators, kernels)
-        run = _ChunkScan._run_kernel if in_kernel else _ChunkScan._run
+        run = partial(_ChunkScan._run_kernel, activation) if in_kernel else _ChunkScan._run
         saved = any(ctx.needs_input_grad)
         y, final, sequence, starts = run(u, operators, initial_state, keep, has_output, saved)
         ctx.save_for_backward(sequence, starts, keep, *parameters)
@@ -147,11 +147,11 @@ class _ChunkScan(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    def _run_kernel(u, operators, initial_state, keep, has_output, saved):
+    def _run_kernel(activation, u, operators, initial_state, keep, has_output, saved):
         from .triton_chunk_scan import scan, to_rows
 
         rows = to_rows(u)
-        y, final, starts = scan(rows, *operators, initial_state, keep, has_output, saved)
+        y, final, starts = scan(rows, *operators, initial_state, keep, has_output, saved, activation)
         return y.permute(1, 2, 0) if has_output else None, final, rows, starts
 
     @staticmethod
@@ -188,7 +188,7 @@ class _ChunkScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_state):
         u, starts, keep, *parameters = ctx.saved_tensors
-        needed = ctx.needs_input_grad[6:]
+        needed = ctx.needs_input_grad[7:]
         if ctx.make_operators is ChunkOperators:
             operators = ChunkOperators(*parameters)
         else:
@@ -206,7 +206,7 @@ class _ChunkScan(torch.autograd.Function):
             wanted = [p for p in parameters if p.requires_grad]
             found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
             grad_operators = [next(found) if needs else None for needs in needed]
-        return (None, None, None, grad_u, None if ctx.from_zero else grad_initial, None, *grad_operators)
+        return (None, None, None, None, grad_u, None if ctx.from_zero else grad_initial, None, *grad_operators)
 
     @staticmethod
     def _reverse_kernel(from_zero, rows, starts, keep, grad_y, grad_state, *operators):
@@ -307,6 +307,7 @@ def chunk_scan(
     parameters: tuple[torch.Tensor, ...] = (),
     has_output: bool = True,
     kernels: str | None = "auto",
+    activation: str = "identity",
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Run an LTI state space over u in chunks: O(L), matmuls within a chunk and one small recurrence between them.
 
@@ -316,17 +317,19 @@ def chunk_scan(
     and from nothing else that needs a gradient, and are made a second time in the backward instead of being kept.
     keep: (B, chunks) bool; where it is False, the chunk starts from a zero state: a new document.
     kernels: whether the Triton kernel runs; see `use_kernel`. None: it does not, whatever the environment says.
+    activation: "gelu" or "silu", what the kernel does to y before it is rounded; for calls that need no gradient, and
+    not for the twin.
     Returns y (B, L, p H), None without has_output, and the final state (B, H, N). Both are differentiable.
     """
     if isinstance(operators, ChunkOperators):
         if kernels is not None and runs_in_kernel(u, operators, kernels):
             from .triton_chunk_scan import fused_chunk_scan
 
-            return fused_chunk_scan(u, operators, initial_state, keep, has_output)
+            return fused_chunk_scan(u, operators, initial_state, keep, has_output, activation)
         return plain_chunk_scan(u, operators, initial_state, keep, has_output)
-    return _ChunkScan.apply(operators, has_output, kernels, u, initial_state, keep, *parameters)
+    return _ChunkScan.apply(operators, has_output, kernels, activation, u, initial_state, keep, *parameters)
 
 
 def plain_chunk_scan(u, operators: ChunkOperators, initial_state=None, keep=None, has_output=True):
     """`chunk_scan` in plain PyTorch, whatever the device: the kernel's twin."""
-    return _ChunkScan.apply(ChunkOperators, has_output, None, u, initial_state, keep, *operators)
+    return _ChunkScan.apply(ChunkOperators, has_output, None, "identity", u, initial_state, keep, *operators)

@@ -86,7 +86,7 @@ KERNELS: dict[str, Callable[[], Callable[[torch.device], list[Case]]]] = {
 _causes: dict[tuple[str, str], str | None] = {}  # (operation, device) -> why its kernel is not used there, None: it is
 _errors: dict[tuple[str, str], float] = {}  # -> the self-check's largest difference, in units of its tolerance
 _warned: set[tuple[str, str]] = set()
-_lock = threading.RLock()
+_thread = threading.local()
 
 
 def qualified(name: str) -> str:
@@ -119,6 +119,8 @@ def _decide(op: str, device: str, unsupported: str | None, setting: str) -> bool
     if setting not in SETTINGS:
         raise ValueError(f"kernels (or SSM_LM_KERNELS) is one of {', '.join(SETTINGS)}, not {setting!r}")
     on_gpu = device.startswith("cuda")  # HIP devices too
+    if getattr(_thread, "checks", False):
+        return False  # within a self-check, whatever a twin is made of is one too
     if setting == "torch" or device == "meta" or (setting == "auto" and not on_gpu):
         return False
     cause = unsupported or _cause(op, device)
@@ -126,10 +128,9 @@ def _decide(op: str, device: str, unsupported: str | None, setting: str) -> bool
         return True
     if setting == "triton":
         raise RuntimeError(f"kernels: triton is forced, but the kernel {op} cannot run on {device}: {cause}")
-    with _lock:
-        if (op, cause) not in _warned:
-            _warned.add((op, cause))
-            warnings.warn(f"{op} runs in plain PyTorch on {device}, without its Triton kernel: {cause}", stacklevel=3)
+    if (op, cause) not in _warned:
+        _warned.add((op, cause))
+        warnings.warn(f"{op} runs in plain PyTorch on {device}, without its Triton kernel: {cause}", stacklevel=3)
     return False
 
 
@@ -144,13 +145,11 @@ def _forced_by_environment() -> bool:
 
 def _cause(op: str, device: str) -> str | None:
     """Why the kernel of `op` cannot run on the device, None where it can. Found once a device."""
-    if (op, device) not in _causes:
-        with _lock:
-            if (op, device) not in _causes:
-                cause = _find_cause(op, device)
-                if cause is _CAPTURING:
-                    return cause
-                _causes[op, device] = cause
+    if (op, device) not in _causes:  # threads that find this at the same time check twice, to the same end
+        cause = _find_cause(op, device)
+        if cause is _CAPTURING:
+            return cause
+        _causes[op, device] = cause
     return _causes[op, device]
 
 
@@ -166,7 +165,7 @@ def _find_cause(op: str, device: str) -> str | None:
         return f"Triton cannot be imported ({type(error).__name__}: {_one_line(error)})"
     if knobs.runtime.interpret:
         return None if device == "cpu" else "TRITON_INTERPRET is set"
-    if not device.startswith("cuda"):
+    if not device.startswith("cuda") or not torch.cuda.is_available():
         return "there is no GPU, and TRITON_INTERPRET is not set"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
@@ -189,6 +188,7 @@ def self_check(cases: Callable[[torch.device], list[Case]], device: torch.device
     found: list[tuple[str | None, float]] = []
 
     def run():
+        _thread.checks = True
         try:
             found.append(_compare(cases(device)))
         except Exception as error:  # of the compiler, of the launch
@@ -245,12 +245,15 @@ def _one_line(error: BaseException) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", or "interpreter" for CPU tensors."""
-    if device.type != "cuda":
+    """ "sm_90", "gfx942", or "interpreter" where there is no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return "interpreter"
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+architecture._dynamo_marked_constant = True
 
 
 def family(architecture: str) -> str:

@@ -257,6 +257,10 @@ class StateSpace(nn.Module):
             x = u if in_kernel and u.dtype == torch.bfloat16 else u.to(self.log_dt.dtype)
             if documents is not None:
                 x = x.masked_fill((documents.seq_idx < 0)[..., None], 0)
+            alone = documents is None and not self.bidirectional and not torch.is_grad_enabled()
+            if in_kernel and alone and type(activation) in FUSED_ACTIVATIONS:
+                y, state = self._scan(x, state, reverse=False, activation=FUSED_ACTIVATIONS[type(activation)])
+                return y, state if output_final_state else None
             y, state = self._run(mode, x, state, documents, memo, output_final_state)
             if self.bidirectional:
                 if documents is not None:
@@ -400,9 +404,9 @@ class StateSpace(nn.Module):
         """Whether the output y (B, L, H) is a view of the kernel's rows; see `gradient_in_rows`."""
         return not y.is_contiguous() and y.permute(2, 0, 1).is_contiguous() and self._in_kernel(y)
 
-    def _scan(self, signal, state, reverse, has_output=True, skip=True):
+    def _scan(self, signal, state, reverse, has_output=True, skip=True, activation="identity"):
         """The chunk scan over any length: whole chunks, then what is left as one chunk of its own length. The kernel
-        takes any length at once, unless it goes on from a state.
+        takes any length at once, unless it goes on from a state, and applies an activation.
         """
         L = signal.shape[1]
         T = min(self.chunk_size, L)
@@ -410,13 +414,14 @@ class StateSpace(nn.Module):
         if self._in_kernel(signal):
             T = min(T, LONGEST_CHUNK[signal.dtype])
             whole = L if state is None else L // T * T
-        y, state = self._scan_chunks(signal[:, :whole], T, state, reverse, None, has_output, skip)
+        y, state = self._scan_chunks(signal[:, :whole], T, state, reverse, None, has_output, skip, activation)
         if whole < L:
-            rest, state = self._scan_chunks(signal[:, whole:], L - whole, state, reverse, None, has_output, skip)
+            rest = signal[:, whole:]
+            rest, state = self._scan_chunks(rest, L - whole, state, reverse, None, has_output, skip, activation)
             y = torch.cat([y, rest], 1) if has_output else None
         return y, state
 
-    def _scan_chunks(self, signal, T, state, reverse, keep=None, has_output=True, skip=True):
+    def _scan_chunks(self, signal, T, state, reverse, keep=None, has_output=True, skip=True, activation="identity"):
         kernels = self.kernels if self._in_kernel(signal) else None
         if kernels is not None and T > LONGEST_CHUNK[signal.dtype]:
             # chunks of documents, for a kernel of shorter ones: a state is reset at the first part of a chunk alone
@@ -427,13 +432,16 @@ class StateSpace(nn.Module):
             T = shorter
         maker = _OperatorMaker(self, T, reverse, skip and not reverse)
         if torch.compiler.is_compiling():
-            return chunk_scan(signal, maker(), state, keep, has_output=has_output, kernels=kernels)
+            operators = maker()
+            return chunk_scan(
+                signal, operators, state, keep, has_output=has_output, kernels=kernels, activation=activation
+            )
         names, parameters = zip(*maker.named_parameters(), strict=True)
 
         def make(*values):
             return functional_call(maker, dict(zip(names, values, strict=True)), ())
 
-        return chunk_scan(signal, make, state, keep, parameters, has_output, kernels)
+        return chunk_scan(signal, make, state, keep, parameters, has_output, kernels, activation)
 
     def extra_repr(self) -> str:
         return (

@@ -29,6 +29,7 @@ import torch
 
 from .chunked import LONGEST_CHUNK, ChunkOperators, largest_state, plain_chunk_scan, toeplitz_adjoint
 from .kernels_s4 import Case, architecture, family, on_device, qualified, tuned
+from .triton_step import activate
 
 try:
     import triton
@@ -73,6 +74,7 @@ def scan_kernel(
     REVERSE: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TP: tl.constexpr,
     NP: tl.constexpr,
     M: tl.constexpr,
@@ -146,7 +148,7 @@ def scan_kernel(
             out = tl.dot(low0, out0, out, input_precision=PRECISION)
             if not DENSE:
                 out = tl.dot(low1, out1, out, input_precision=PRECISION)
-            tl.store(y + row * L + token[None, :], out.to(low), mask=x_in)
+            tl.store(y + row * L + token[None, :], activate(out, ACTIVATION).to(low), mask=x_in)
         if DENSE:
             s0 = tl.dot(s0, power, input_precision=CARRY_PRECISION)
             s0 = tl.dot(X, into0, s0, input_precision=PRECISION)
@@ -229,11 +231,13 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def scan_configurations(family: str, dtype: torch.dtype, N: int) -> tuple[Launch, ...]:
+def scan_configurations(family: str, dtype: torch.dtype, N: int, activation: str = "identity") -> tuple[Launch, ...]:
     """What `scan_kernel` may be launched with, the default first."""
     if family == "cuda":  # more stages or fewer warps spill, or do not fit the shared memory of an A100
+        if dtype == torch.bfloat16 and N <= 64 and activation == "identity":
+            return Launch(16, 4, 4), Launch(16, 4, 2)
         if dtype == torch.bfloat16:
-            return (Launch(16, 4, 4), Launch(16, 4, 2)) if N <= 64 else (Launch(16, 8, 2),)
+            return (Launch(16, 4, 2) if N <= 64 else Launch(16, 8, 2),)
         return (Launch(16, 4, 2) if N <= 64 else Launch(16, 8, 1),)
     return (Launch(16, {"blackwell": 2, "hip": 4}.get(family, 4), {"hip": 2}.get(family, 1)),)
 
@@ -273,7 +277,7 @@ def _chunks(L: int, T: int, from_zero: bool) -> tuple[int, int]:
     return chunks, chunks * T - L if from_zero else 0
 
 
-def launch_scan(x, y, operators, first, last, states, keep, pad, reverse):
+def launch_scan(x, y, operators, first, last, states, keep, pad, reverse, activation="identity"):
     """Run `scan_kernel`. x, y (H, B, L), y None for no output; the rest as there. All contiguous, on one device."""
     H, B, L = x.shape
     taps, _, inject, carry = operators
@@ -304,6 +308,7 @@ def launch_scan(x, y, operators, first, last, states, keep, pad, reverse):
             REVERSE=reverse,
             DENSE=dense,
             HAS_OUTPUT=y is not None,
+            ACTIVATION=activation,
             TP=TP,
             NP=NP,
             M=launch.rows,
@@ -314,8 +319,10 @@ def launch_scan(x, y, operators, first, last, states, keep, pad, reverse):
         )
 
     with on_device(x.device):
-        problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'}"
-        run(tuned("chunk_scan", problem, scan_configurations(kind, x.dtype, N), run, x.device))
+        # programs and chunks to the next power of two: what fills a card, and what is waited for
+        size = f"{(H * triton.cdiv(B, 16)).bit_length()} {C.bit_length()}"
+        problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'} {activation} size {size}"
+        run(tuned("chunk_scan", problem, scan_configurations(kind, x.dtype, N, activation), run, x.device))
 
 
 def launch_gram(grad_y, driven, u, starts, gram, T, pad):
@@ -373,9 +380,11 @@ def scan(
     keep: torch.Tensor | None,
     has_output: bool,
     save: bool,
+    activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (H, B, L) -> y (H, B, L), the final state (B, H, N), and with `save` the states (H, B, C, N) at the chunks'
-    starts, for the backward. What is not asked for is empty.
+    starts, for the backward. What is not asked for is empty. activation: one of triton_step.ACTIVATIONS, applied to y
+    in float32; the backward is that of "identity".
     """
     operators = [operator.float().contiguous() for operator in (taps, emit, inject, carry)]
     (H, B, L), N = x.shape, inject.shape[1]
@@ -394,12 +403,13 @@ def scan(
         _bytes(keep),
         pad,
         reverse=False,
+        activation=activation,
     )
     return y, final, starts
 
 
 @scan.register_fake
-def _(x, taps, emit, inject, carry, initial_state, keep, has_output, save):
+def _(x, taps, emit, inject, carry, initial_state, keep, has_output, save, activation):
     (H, B, L), N = x.shape, inject.shape[1]
     y = x.new_empty(x.shape if has_output else 0)
     starts = x.new_empty((H, B, -(-L // taps.shape[-1]), N) if save else 0)
@@ -461,7 +471,9 @@ def operator_gradients(gram: torch.Tensor, taps: torch.Tensor, carry: torch.Tens
 
 
 def _setup_context(ctx, inputs, output):
-    x, taps, emit, inject, carry, initial_state, keep, _, _ = inputs
+    x, taps, emit, inject, carry, initial_state, keep, _, _, activation = inputs
+    if activation != "identity":
+        raise ValueError(f"the chunk scan has no gradient through its activation {activation}: apply it outside")
     ctx.save_for_backward(x, output[2], keep, taps, emit, inject, carry)
     ctx.from_zero = initial_state is None
     ctx.set_materialize_grads(False)
@@ -473,7 +485,7 @@ def _backward(ctx, grad_y, grad_final, _):
         grad_y = None if x.numel() else grad_y.view_as(x)
     grad_x, grad_initial, gram = scan_backward(grad_y, grad_final, x, starts, keep, *operators, ctx.from_zero)
     gradients = operator_gradients(gram, operators[0], operators[3])
-    return grad_x, *gradients, None if ctx.from_zero else grad_initial, None, None, None
+    return grad_x, *gradients, None if ctx.from_zero else grad_initial, None, None, None, None
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
@@ -494,11 +506,11 @@ def from_rows(rows: torch.Tensor) -> torch.Tensor:
     return transpose(rows.flatten(1)).view(B, L, H)
 
 
-def fused_chunk_scan(u, operators, initial_state=None, keep=None, has_output=True):
+def fused_chunk_scan(u, operators, initial_state=None, keep=None, has_output=True, activation="identity"):
     """`chunk_scan` by the kernels, for the operators themselves; differentiable. The output is a view of rows."""
     tensors = [u, *operators] if initial_state is None else [u, *operators, initial_state]
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    y, final, _ = scan(to_rows(u), *operators, initial_state, keep, has_output, save)
+    y, final, _ = scan(to_rows(u), *operators, initial_state, keep, has_output, save, activation)
     return y.permute(1, 2, 0) if has_output else None, final
 
 
@@ -515,6 +527,8 @@ def compile_cases(target: str) -> list[dict]:
             default, *others = scan_configurations(kind, dtype, 64)
             cases += [_scan_case(kind, dtype, dense, 64, default, way) for way in ("forward", "training", "reverse")]
             cases += [_scan_case(kind, dtype, dense, 64, other, "training") for other in others]
+            (fused,) = scan_configurations(kind, dtype, 64, "gelu")
+            cases.append(_scan_case(kind, dtype, dense, 64, fused, "gelu"))
             if largest_state(target, dtype, dense) > 64:
                 for large in scan_configurations(kind, dtype, 128):
                     cases.append(_scan_case(kind, dtype, dense, 128, large, "reverse"))
@@ -527,9 +541,9 @@ _TYPES = {torch.bfloat16: ("bf16", 2, 1), torch.float32: ("fp32", 4, 6)}
 
 
 def _scan_case(kind, dtype, dense, N, launch, way):
-    """forward: no gradient needed; training: states are saved; reverse: the backward's scan."""
+    """forward: no gradient needed; gelu: with that; training: states are saved; reverse: the backward's scan."""
     name, size, products = _TYPES[dtype]
-    T, elements, trains = LONGEST_CHUNK[dtype], _B * _L * _H, way != "forward"
+    T, elements, trains = LONGEST_CHUNK[dtype], _B * _L * _H, way in ("training", "reverse")
     operators = 4 * _H * (T + 2 * T * N + (N * N if dense else N))
     rows = -(-_B // launch.rows) * launch.rows / _B  # with the empty ones
     carried = 2 * N * N / T * (3 if dtype == torch.bfloat16 else 6) if dense else 0
@@ -549,6 +563,7 @@ def _scan_case(kind, dtype, dense, N, launch, way):
             "REVERSE": way == "reverse",
             "DENSE": dense,
             "HAS_OUTPUT": True,
+            "ACTIVATION": "gelu" if way == "gelu" else "identity",
             "TP": T,
             "NP": N if dense else N // 2,
             "M": launch.rows,
@@ -559,7 +574,7 @@ def _scan_case(kind, dtype, dense, N, launch, way):
         "tensor_cores": True,
         "work": {
             "bytes": elements * size * (2 + N / T * trains) + operators,
-            "flops": elements * (0 if dense else 4 * N / T),
+            "flops": elements * ((0 if dense else 4 * N / T) + (30 if way == "gelu" else 0)),  # 30 or so
             "tensor_flops": elements * rows * ((2 * T + 4 * N) * products + carried),
             "tensor_dtype": "bf16",
         },

@@ -128,6 +128,7 @@ def test_self_check_sees_nothing_of_the_callers_modes():
     def kernel():
         assert torch.is_grad_enabled()
         assert not torch.is_autocast_enabled("cpu")
+        assert not decide(setting="triton")  # a part of a twin is a twin
         return [torch.ones(2)]
 
     case = Case("x", kernel, lambda: [torch.ones(2)], 0.1)

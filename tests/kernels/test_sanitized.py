@@ -45,6 +45,7 @@ def test_no_kernel_leaves_its_tensors_or_races(name):
 def test_what_is_wrong_is_found():
     report = sanitize("broken")
     assert "tl.load(x + i)" in str(report["bounds"].pop("unmasked_load_kernel"))
+    assert "tl.store(y + i, 0.0)" in str(report["bounds"].pop("unmasked_last_program_kernel"))
     assert not any(report["bounds"].values())
     for kernel, message in {
         "overlapping_store_kernel": "two programs store",

@@ -58,6 +58,7 @@ def test_against_the_twin(case, dtype, dense):
     compare_with_twin(kernel, twin, problem(**case, dense=dense, dtype=dtype), TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @given(
     B=st.integers(1, 3),
     L=st.integers(1, 50),
@@ -68,7 +69,7 @@ def test_against_the_twin(case, dtype, dense):
     state=st.booleans(),
     resets=st.booleans(),
 )
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 def test_any_shape(B, L, H, N, T, dense, state, resets):
     if state or resets:
         L = -(-L // T) * T
@@ -105,6 +106,17 @@ def test_gradient_of_the_output_alone():
     compare_with_twin(lambda *x: kernel(*x)[0], lambda *x: twin(*x)[0], inputs, 1e-5)
 
 
+@pytest.mark.parametrize(("name", "function"), [("gelu", F.gelu), ("silu", F.silu)])
+def test_activation_without_gradient(name, function):
+    inputs = [x if x is None else x.detach() for x in problem(2, 37, 2, 6, 16, True)]
+    y, final = fused_chunk_scan(inputs[0], ChunkOperators(*inputs[1:5]), activation=name)
+    expected, expected_final = twin(*(x if x is None else x.double() for x in inputs))
+    assert_close(y, function(expected), 1e-5)
+    assert_close(final, expected_final, 1e-5)
+    with pytest.raises(ValueError, match="no gradient through its activation"):
+        fused_chunk_scan(inputs[0].requires_grad_(), ChunkOperators(*inputs[1:5]), activation=name)
+
+
 def test_output_is_a_view_of_rows_and_rows_are_not_copied():
     u, *rest = problem(2, 16, 3, 4, 8, False)
     y, _ = kernel(u, *rest)
@@ -128,16 +140,17 @@ def test_operators_made_again_in_the_backward(monkeypatch):
         assert_close(ours, expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
 def test_opcheck(dense):
     u, *operators, state, keep = problem(2, 32, 2, 6, 16, dense, state=True, resets=True)
     rows = u.detach().permute(2, 0, 1).contiguous().requires_grad_()
-    torch.library.opcheck(triton_chunk_scan.scan, (rows, *operators, state, keep, True, True))
+    torch.library.opcheck(triton_chunk_scan.scan, (rows, *operators, state, keep, True, True, "identity"))
     ragged = rows.detach()[..., 5:].clone().requires_grad_()
-    torch.library.opcheck(triton_chunk_scan.scan, (ragged, *operators, None, None, True, True))
+    torch.library.opcheck(triton_chunk_scan.scan, (ragged, *operators, None, None, True, True, "identity"))
     torch.library.opcheck(triton_chunk_scan.transpose, (rows.detach()[0].clone().requires_grad_(),))
     plain = [x.detach() for x in (rows, *operators, state)]
-    _, final, starts = triton_chunk_scan.scan(*plain, keep, True, True)
+    _, final, starts = triton_chunk_scan.scan(*plain, keep, True, True, "identity")
     torch.library.opcheck(
         triton_chunk_scan.scan_backward, (plain[0], final, plain[0], starts, keep, *plain[1:5], False)
     )
@@ -146,6 +159,7 @@ def test_opcheck(dense):
 # ---- the self-check, in the interpreter instead of on a GPU
 
 
+@pytest.mark.slow
 def test_self_check_passes():
     cause, worst = kernels_s4.self_check(triton_chunk_scan.self_check_cases, torch.device("cpu"))
     assert cause is None

@@ -11,12 +11,12 @@ from ssm_lm.modeling.ssm import S4, S4D
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The scans that ran in the kernel: (dtype, reverse)."""
+    """The scans that ran in the kernel: (dtype, reverse, activation)."""
     seen, right = [], triton_chunk_scan.launch_scan
 
-    def counted(x, *rest, reverse):
-        seen.append((x.dtype, reverse))
-        right(x, *rest, reverse=reverse)
+    def counted(x, *rest, reverse, activation="identity"):
+        seen.append((x.dtype, reverse, activation))
+        right(x, *rest, reverse=reverse, activation=activation)
 
     monkeypatch.setattr(triton_chunk_scan, "launch_scan", counted)
     return seen
@@ -48,7 +48,7 @@ def test_model(ssm, launches, monkeypatch):
     monkeypatch.setenv("SSM_LM_KERNELS", "triton")
     ours = run(model.train(), tokens)
     if ssm != "s5":
-        assert {reverse for _, reverse in launches} == {False, True}
+        assert {launch[1:] for launch in launches} == {(False, "identity"), (True, "identity"), (False, "gelu")}
     assert_close(ours[0], logits, 1e-5)
     for (name, _), actual, expected in zip(model.named_parameters(), ours[1], gradients, strict=True):
         assert_close(actual, expected, 2e-5, name)
@@ -63,7 +63,7 @@ def test_model_in_bfloat16(launches):
         model = build("s4", kernels=kernels).to(torch.bfloat16)
         loss = model(tokens, labels=tokens).loss
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    assert {dtype for dtype, _ in launches} == {torch.bfloat16}
+    assert {dtype for dtype, *_ in launches} == {torch.bfloat16}
     for (name, _), actual, expected in zip(
         [("loss", None), *model.named_parameters()], results[1], results[0], strict=True
     ):
@@ -92,6 +92,7 @@ def test_layer_with_state_and_documents(layer_class, documents, launches):
         assert_close(actual, expected, 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ssm", ["s4", "s4d"])
 def test_compiled_model(ssm, launches):
     """torch.compile traces through the operators with fake tensors, in one graph, forward and backward."""
