@@ -14,6 +14,7 @@ CPU tensors needs Triton's interpreter (TRITON_INTERPRET=1 before the first impo
 """
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -316,10 +317,9 @@ _tuned: dict[Path, dict[str, str]] = {}
 
 
 def _tuning_file(device: torch.device) -> Path:
-    import triton
-
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    name = f"{torch.cuda.get_device_name(device)} {architecture(device)} triton {triton.__version__}"
+    version = importlib.metadata.version("triton")
+    name = f"{torch.cuda.get_device_name(device)} {architecture(device)} triton {version}"
     return Path(cache).expanduser() / "ssm_lm" / "kernels" / (re.sub(r"[^\w.]+", "-", name) + ".json")
 
 
