@@ -77,6 +77,9 @@ class S4D(SingleInputSingleOutput):
         state = torch.cat([state[..., :half] + drive, state[..., half:]], -1)
         return (state * discrete.row).sum(-1), state
 
+    def _step_system(self, discrete):
+        return (torch.stack([discrete.Lambda_bar, discrete.row]),)
+
     def operators(self, length: int, reverse: bool = False) -> ChunkOperators:
         discrete = self.discretize(reverse)
         dtype = self.log_dt.dtype
@@ -92,4 +95,4 @@ class S4D(SingleInputSingleOutput):
 
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
         discrete = self.discretize(reverse)
-        return vandermonde(discrete.CB_re, discrete.CB_im, discrete.log_re, discrete.log_im, length)
+        return vandermonde(discrete.CB_re, discrete.CB_im, discrete.log_re, discrete.log_im, length, self.kernels)
