@@ -7,7 +7,7 @@ kernels --compile-only  the fused kernels compiled for GPUs that need not be the
 import argparse
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,6 +161,9 @@ def print_times(rows: list[dict]) -> None:
 def write_rows(file: Path, rows: list[dict]) -> None:
     """A list of rows as JSON, one a line, so that a change of one is a change of one line. Raises OSError."""
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.absolute().parent, delete=False) as partial:
-        partial.write(f"[\n{lines}\n]\n")
-    os.replace(partial.name, file)
+    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
+    try:
+        partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
