@@ -21,6 +21,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -316,10 +317,8 @@ _tuned: dict[Path, dict[str, str]] = {}
 
 
 def _tuning_file(device: torch.device) -> Path:
-    import triton
-
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    name = f"{torch.cuda.get_device_name(device)} {architecture(device)} triton {triton.__version__}"
+    name = f"{torch.cuda.get_device_name(device)} {architecture(device)} triton {version('triton')}"
     return Path(cache).expanduser() / "ssm_lm" / "kernels" / (re.sub(r"[^\w.]+", "-", name) + ".json")
 
 

@@ -23,7 +23,9 @@ def check(inputs):
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize(("H", "n_ssm", "N", "L"), [(2, 1, 64, 35), (2, 1, 28, 48), (6, 3, 10, 16), (2, 2, 2, 1), (1, 1, 4, 521)])
+@pytest.mark.parametrize(
+    ("H", "n_ssm", "N", "L"), [(2, 1, 64, 35), (2, 1, 28, 48), (6, 3, 10, 16), (2, 2, 2, 1), (1, 1, 4, 521)]
+)
 def test_forward_and_backward(H, n_ssm, N, L, rank):
     check(example(H, n_ssm, N, rank, L))
 
