@@ -14,7 +14,6 @@ CPU tensors needs Triton's interpreter (TRITON_INTERPRET=1 before the first impo
 """
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import re
@@ -22,6 +21,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -318,8 +318,7 @@ _tuned: dict[Path, dict[str, str]] = {}
 
 def _tuning_file(device: torch.device) -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    version = importlib.metadata.version("triton")
-    name = f"{torch.cuda.get_device_name(device)} {architecture(device)} triton {version}"
+    name = f"{torch.cuda.get_device_name(device)} {architecture(device)} triton {version('triton')}"
     return Path(cache).expanduser() / "ssm_lm" / "kernels" / (re.sub(r"[^\w.]+", "-", name) + ".json")
 
 
