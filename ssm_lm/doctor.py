@@ -64,6 +64,7 @@ def examine(network: bool = False) -> dict[str, dict]:
         "packages": packages(),
         "deepspeed": deepspeed_readiness(),
         "hub": hub(network),
+        "kernels": kernels(),
         "self-check": self_check(),
     }
 
@@ -155,6 +156,13 @@ def hub(network: bool) -> dict:
         except (OSError, ValueError) as error:
             report["reachable"] = f"no: {getattr(error, 'reason', error)}"
     return report
+
+
+def kernels() -> dict[str, str]:
+    """Operation -> whether its Triton kernel runs here, and why. On a GPU this runs the kernels' own self-checks."""
+    from .modeling.ops import kernel_status
+
+    return kernel_status()
 
 
 def self_check() -> dict:

@@ -141,7 +141,7 @@ class S4CacheLayer(CacheLayerMixin):
     def _put(self, index, state):
         if torch.is_grad_enabled():
             self.states[index] = state  # keeps its graph: the caller may go back through several forwards, or detach
-        else:
+        elif state is not self.states[index]:  # the step kernel has advanced it in place
             self.states[index].copy_(state)  # stays at its address, for compiled and captured decoding
 
     def _record(self, index, ssm, inputs, documents):

@@ -6,10 +6,13 @@ Everything runs in the dtype of its inputs, float32 or float64.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from .kernels_s4 import architecture, family, use_kernel
 
 
 class ChunkOperators(NamedTuple):
@@ -65,6 +68,27 @@ def apply_diagonal(diagonal: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
 SEGMENT_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 
+class _GradientInRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        from .triton_chunk_scan import to_rows
+
+        return to_rows(gradient).permute(1, 2, 0)
+
+
+def gradient_in_rows(y: torch.Tensor) -> torch.Tensor:
+    """y (B, L, H), a view of rows (H, B, L) as the kernel returns it -> the same, whose gradient is one too.
+
+    Put before a matrix product, which takes rows as they are and sends a contiguous gradient back: what is elementwise
+    between the kernel and here then meets one order of memory in both directions, and the kernel needs no transpose.
+    """
+    return _GradientInRows.apply(y)
+
+
 class _Layout(NamedTuple):
     """How a sequence (B, L, p H) is cut: into chunks of T, `segment` of them at a time."""
 
@@ -111,14 +135,33 @@ class _ChunkScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, make_operators, has_output, u, initial_state, keep, *parameters):
-        taps, emit, inject, carry = make_operators(*parameters)
+    def forward(ctx, make_operators, has_output, kernels, activation, u, initial_state, keep, *parameters):
+        operators = make_operators(*parameters)
+        in_kernel = kernels is not None and runs_in_kernel(u, operators, kernels)
+        run = partial(_ChunkScan._run_kernel, activation) if in_kernel else _ChunkScan._run
+        saved = any(ctx.needs_input_grad)
+        y, final, sequence, starts = run(u, operators, initial_state, keep, has_output, saved)
+        ctx.save_for_backward(sequence, starts, keep, *parameters)
+        ctx.make_operators, ctx.in_kernel, ctx.from_zero = make_operators, in_kernel, initial_state is None
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    def _run_kernel(activation, u, operators, initial_state, keep, has_output, saved):
+        from .triton_chunk_scan import scan, to_rows
+
+        rows = to_rows(u)
+        y, final, starts = scan(rows, *operators, initial_state, keep, has_output, saved, activation)
+        return y.permute(1, 2, 0) if has_output else None, final, rows, starts
+
+    @staticmethod
+    def _run(u, operators, initial_state, keep, has_output, saved):
+        taps, emit, inject, carry = operators
         layout = _layout(u, taps)
         dense = carry.dim() == 3
         H, B, N = layout.H, layout.B, inject.shape[1]
         carry_t = carry.transpose(-1, -2) if dense else carry.unsqueeze(1)
         inject_t, emit_t, within_t = (x.transpose(1, 2) for x in (inject, emit, toeplitz(taps)))
-        saved = any(ctx.needs_input_grad)
         starts = u.new_empty(H, layout.chunks if saved else layout.segment, B, N)
         state = u.new_zeros(H, B, N) if initial_state is None else initial_state.transpose(0, 1)
         y = torch.empty_like(u, memory_format=torch.contiguous_format) if has_output else None
@@ -139,23 +182,24 @@ class _ChunkScan(torch.autograd.Function):
                 out = rows @ within_t
                 out.baddbmm_(at.reshape(H, -1, N), emit_t)
                 layout.paste(y, start, stop, out)
-        ctx.save_for_backward(u, starts, keep, *parameters)
-        ctx.make_operators, ctx.from_zero = make_operators, initial_state is None
-        ctx.set_materialize_grads(False)
-        return y, state.transpose(0, 1)
+        return y, state.transpose(0, 1), u, starts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_state):
         u, starts, keep, *parameters = ctx.saved_tensors
-        needed = ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[7:]
         if ctx.make_operators is ChunkOperators:
             operators = ChunkOperators(*parameters)
         else:
             with torch.enable_grad(), torch.autocast(u.device.type, enabled=False):
                 parameters = [p.detach().requires_grad_(needs) for p, needs in zip(parameters, needed, strict=True)]
                 operators = ctx.make_operators(*parameters)
-        gradients = _ChunkScan._reverse(u, starts, keep, grad_y, grad_state, *(x.detach() for x in operators))
+        if ctx.in_kernel:
+            reverse = partial(_ChunkScan._reverse_kernel, ctx.from_zero)
+        else:
+            reverse = _ChunkScan._reverse
+        gradients = reverse(u, starts, keep, grad_y, grad_state, *(x.detach() for x in operators))
         grad_u, grad_initial, grad_operators = gradients
         if not any(needed):  # all of them frozen, as under an adapter
             grad_operators = [None] * len(needed)
@@ -164,7 +208,15 @@ class _ChunkScan(torch.autograd.Function):
             wanted = [p for p in parameters if p.requires_grad]
             found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
             grad_operators = [next(found) if needs else None for needs in needed]
-        return (None, None, grad_u, None if ctx.from_zero else grad_initial, None, *grad_operators)
+        return (None, None, None, None, grad_u, None if ctx.from_zero else grad_initial, None, *grad_operators)
+
+    @staticmethod
+    def _reverse_kernel(from_zero, rows, starts, keep, grad_y, grad_state, *operators):
+        from .triton_chunk_scan import from_rows, operator_gradients, scan_backward, to_rows
+
+        grad_y = None if grad_y is None else to_rows(grad_y)
+        grad_u, grad_initial, gram = scan_backward(grad_y, grad_state, rows, starts, keep, *operators, from_zero)
+        return from_rows(grad_u), grad_initial, operator_gradients(gram, operators[0], operators[3])
 
     @staticmethod
     def _reverse(u, starts, keep, grad_y, grad_state, taps, emit, inject, carry):
@@ -211,6 +263,44 @@ class _ChunkScan(torch.autograd.Function):
         return grad_u, g.transpose(0, 1), (toeplitz_adjoint(grad_within, taps), grad_emit, grad_inject, grad_carry)
 
 
+# what the kernels take: tokens in a chunk, and states, beyond which a program's operators leave its registers
+LONGEST_CHUNK = {torch.bfloat16: 64, torch.float32: 32}
+LARGEST_STATE = 128
+
+
+def runs_in_kernel(u: torch.Tensor, operators: ChunkOperators, setting: str = "auto") -> bool:
+    """Whether `chunk_scan` of u (B, L, p H) by these operators runs in the Triton kernel; see `use_kernel`."""
+    taps, _, inject, carry = operators
+    unsupported = unsupported_by_kernel(u, u.dtype, inject.shape[1], carry.dim() == 3)
+    if taps.dim() == 3:
+        unsupported = "its signals are complex"
+    elif unsupported is None and taps.shape[-1] > LONGEST_CHUNK[u.dtype]:
+        unsupported = f"its chunks have {taps.shape[-1]} tokens, more than {LONGEST_CHUNK[u.dtype]}"
+    return use_kernel("chunk_scan", u, unsupported=unsupported, setting=setting)
+
+
+def unsupported_by_kernel(u: torch.Tensor, dtype: torch.dtype, N: int, dense: bool) -> str | None:
+    """What the kernel cannot do of a scan of real signals u, taken as `dtype`, with N states a channel, or None."""
+    if dtype not in LONGEST_CHUNK:
+        return f"its numbers are {dtype}, not bfloat16 or float32"
+    largest = largest_state(architecture(u.device), dtype, dense)
+    return f"its state has {N} numbers a channel, more than {largest}" if N > largest else None
+
+
+def largest_state(architecture: str, dtype: torch.dtype, dense: bool) -> int:
+    """How many states a channel the kernel takes, by the shared memory of a card and the registers of two warps.
+
+    Above 64, Blackwell's two warps spill for all but a diagonal carry in bfloat16, and a dense carry in float32 takes
+    the 163 KiB of shared memory that of all others A100, H100 and their like have.
+    """
+    kind = family(architecture)
+    if (dtype == torch.bfloat16 and not dense) or kind in ("hip", "interpreter"):
+        return LARGEST_STATE
+    if kind == "blackwell" or (dense and architecture not in ("sm_80", "sm_90")):
+        return 64
+    return LARGEST_STATE
+
+
 def chunk_scan(
     u: torch.Tensor,
     operators: ChunkOperators | Callable[..., ChunkOperators],
@@ -218,15 +308,30 @@ def chunk_scan(
     keep: torch.Tensor | None = None,
     parameters: tuple[torch.Tensor, ...] = (),
     has_output: bool = True,
+    kernels: str | None = "auto",
+    activation: str = "identity",
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Run an LTI state space over u in chunks: O(L), matmuls within a chunk and one small recurrence between them.
 
-    u: (B, L, p H) with L a multiple of the operators' T; initial_state: (B, H, N), None for zero.
+    u: (B, L, p H) with L a multiple of the operators' T; initial_state: (B, H, N), None for zero. The kernel takes
+    any L from a zero state, u in bfloat16 beside float32 operators, and returns y as a view of (H, B, L).
     operators: the four operators, or a function of `parameters` that makes them. They come from the function alone
     and from nothing else that needs a gradient, and are made a second time in the backward instead of being kept.
     keep: (B, chunks) bool; where it is False, the chunk starts from a zero state: a new document.
+    kernels: whether the Triton kernel runs; see `use_kernel`. None: it does not, whatever the environment says.
+    activation: "gelu" or "silu", what the kernel does to y before it is rounded; for calls that need no gradient, and
+    not for the twin.
     Returns y (B, L, p H), None without has_output, and the final state (B, H, N). Both are differentiable.
     """
     if isinstance(operators, ChunkOperators):
-        parameters, operators = tuple(operators), ChunkOperators
-    return _ChunkScan.apply(operators, has_output, u, initial_state, keep, *parameters)
+        if kernels is not None and runs_in_kernel(u, operators, kernels):
+            from .triton_chunk_scan import fused_chunk_scan
+
+            return fused_chunk_scan(u, operators, initial_state, keep, has_output, activation)
+        return plain_chunk_scan(u, operators, initial_state, keep, has_output)
+    return _ChunkScan.apply(operators, has_output, kernels, activation, u, initial_state, keep, *parameters)
+
+
+def plain_chunk_scan(u, operators: ChunkOperators, initial_state=None, keep=None, has_output=True):
+    """`chunk_scan` in plain PyTorch, whatever the device: the kernel's twin."""
+    return _ChunkScan.apply(ChunkOperators, has_output, None, "identity", u, initial_state, keep, *operators)

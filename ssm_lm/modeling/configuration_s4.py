@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .adaptive import check_adaptive
+from .kernels_s4 import SETTINGS
 from .ssm import DISCRETIZATIONS, INITIALIZATIONS, MODES
 
 # what one layer is made of; num_hidden_layers counts these
@@ -37,6 +38,8 @@ class S4Config(PreTrainedConfig):
     bidirectional: every state space reads the sequence from both ends. For classification only.
     mode: "chunk", "fft", "recurrent", for s5 also "associative"; or "auto", the fastest for the length at hand.
     chunk_size: tokens in a chunk of the chunk scan.
+    kernels: "auto", the Triton kernels where they can run, which is on a GPU; "triton", an error where they cannot;
+        "torch", never. The environment variable SSM_LM_KERNELS goes before it.
     intermediate_size: width of the FFN; None: 4 * hidden_size.
     hidden_act: activation after an SSM and inside an FFN.
     glu: what mixes the channels after an SSM: "glu", a linear layer to twice the width and a GLU, as in S4; "half",
@@ -80,6 +83,7 @@ class S4Config(PreTrainedConfig):
     bidirectional: bool = False
     mode: str = "auto"
     chunk_size: int = 64
+    kernels: str = "auto"
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
     glu: str = "glu"
@@ -133,6 +137,7 @@ class S4Config(PreTrainedConfig):
         one_of("arch", ARCHITECTURES)
         one_of("ssm", INITIALIZATIONS)
         one_of("mode", MODES)
+        one_of("kernels", SETTINGS)
         one_of("ssm_init", INITIALIZATIONS[self.ssm])
         one_of("discretization", DISCRETIZATIONS[self.ssm])
         one_of("glu", GATES)

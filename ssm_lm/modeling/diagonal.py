@@ -83,6 +83,9 @@ class S4D(SingleInputSingleOutput):
         exponent = torch.tensor(length, device=discrete.log_re.device)
         return torch.cat(powers(discrete.log_re, discrete.log_im, exponent), -1).to(self.log_dt.dtype)
 
+    def _step_system(self, discrete):
+        return (torch.stack([discrete.Lambda_bar, discrete.row]),)
+
     def operators(self, length: int, reverse: bool = False) -> ChunkOperators:
         discrete = self.discretize(reverse)
         dtype = self.log_dt.dtype
@@ -98,4 +101,4 @@ class S4D(SingleInputSingleOutput):
 
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
         discrete = self.discretize(reverse)
-        return vandermonde(discrete.CB_re, discrete.CB_im, discrete.log_re, discrete.log_im, length)
+        return vandermonde(discrete.CB_re, discrete.CB_im, discrete.log_re, discrete.log_im, length, self.kernels)

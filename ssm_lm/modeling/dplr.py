@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .hippo import INITIALIZATIONS
-from .ops import ChunkOperators, apply_diagonal, cauchy
+from .ops import ChunkOperators, apply_diagonal, cauchy_products
 from .state_space import SingleInputSingleOutput, complex_product, real_form
 
 
@@ -38,6 +38,7 @@ class S4(SingleInputSingleOutput):
     """
 
     name = "s4"
+    has_dense_carry = True
 
     @property
     def rank(self) -> int:
@@ -89,6 +90,11 @@ class S4(SingleInputSingleOutput):
         low_rank = torch.einsum("hnr,bhr->bhn", F, torch.einsum("hnr,bhn->bhr", G, state))
         state = apply_diagonal(E, state) - low_rank + B_bar * u[..., None]
         return (state * C_row).sum(-1), state
+
+    def _step_system(self, discrete):
+        E, F, G, B_bar, C_row = discrete
+        pairs = [x[..., r] for r in range(self.rank) for x in (F, G)]
+        return (torch.stack([E, C_row, B_bar, *pairs]),)
 
     def _dense(self, discrete: DiscreteDPLR) -> torch.Tensor:
         """A_bar, (H, N, N)."""
@@ -147,23 +153,23 @@ class S4(SingleInputSingleOutput):
         and Woodbury turns the inverse into Cauchy products. t is computed in float64 (powers of a float32 root of
         unity lose two digits at L = 8192); at Nyquist, where t is infinite, K^ = dt C~ B / 2.
         """
-        dt, a, b = self._dt_Lambda()
+        dt = self.log_dt.exp()
         C_tilde = self._truncated_C(length, reverse)
-        C = (C_tilde[..., : self.state_size // 2] / 2, -C_tilde[..., self.state_size // 2 :] / 2)
-        B = self._per_channel(self.B).chunk(2, -1)
-        P = self._per_channel(self.P).chunk(2, -1)
-        P_conj = (P[0], -P[1])
-
-        # rows [C~; P^*] times columns [B, P]: (1 + rank)^2 Cauchy products at once
-        left = [torch.cat([c[None], p]) for c, p in zip(C, P_conj, strict=True)]
-        right = [torch.cat([c[None], p]) for c, p in zip(B, P, strict=True)]
-        pairs = complex_product([x[:, None] for x in left], [x[None] for x in right])
-        v_re, v_im = (x.flatten(0, 1).transpose(0, 1) for x in pairs)  # (H, (1+rank)^2, N/2)
-
+        C_re, C_im = C_tilde[..., : self.state_size // 2] / 2, -C_tilde[..., self.state_size // 2 :] / 2
         k = torch.arange((length + 1) // 2, device=dt.device)  # without Nyquist
         t = torch.tan(torch.pi * k.double() / length).to(dt.dtype)
-        r = torch.complex(*cauchy(v_re, v_im, 2 * t, a, b))
-        r = r.view(self.hidden_size, 1 + self.rank, 1 + self.rank, -1)
+        # rows [C~; P^*] times columns [B, P]
+        r = cauchy_products(
+            torch.cat([C_re, C_im], -1),
+            self.B,
+            self.P,
+            -self.Lambda_log_re.exp(),
+            self.Lambda_im,
+            dt,
+            2 * t,
+            kernels=self.kernels,
+        )
+        dt = dt[:, None]
         r00, r01, r10, r11 = r[:, 0, 0], r[:, 0, 1:], r[:, 1:, 0], r[:, 1:, 1:]
         if self.rank == 1:
             correction = dt * (r01 * r10)[:, 0] / (1 + dt * r11[:, 0, 0])
@@ -174,7 +180,8 @@ class S4(SingleInputSingleOutput):
         spectrum = torch.complex(torch.ones_like(t), t) * dt * (r00 - correction)
         if length % 2 == 0:
             # sum over the conjugate pairs: 2 Re
-            nyquist = dt * (C[0] * B[0] - C[1] * B[1]).sum(-1, keepdim=True)
+            B_re, B_im = self._per_channel(self.B).chunk(2, -1)
+            nyquist = dt * (C_re * B_re - C_im * B_im).sum(-1, keepdim=True)
             spectrum = torch.cat([spectrum, nyquist.to(spectrum.dtype)], -1)
         return torch.fft.irfft(spectrum, n=length)
 

@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, tied_keys
 from .cache_s4 import S4CacheLayer  # noqa: F401  (importing it registers the "s4" cache layer)
+from .chunked import gradient_in_rows
 from .configuration_s4 import S4Config
 from .decoding_s4 import STRATEGIES
 from .documents import Documents, find_documents, from_position_ids
@@ -83,6 +84,7 @@ class S4Mixer(nn.Module):
         self.layer_index, self.state_index = layer_index, state_index  # where the cache holds the state
         self.mode = config.mode
         self.ssm = make_state_space(config)
+        self.ssm.kernels = config.kernels
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = make_dropout(config)
         self.glu = config.glu
@@ -102,17 +104,23 @@ class S4Mixer(nn.Module):
             output_final_state=cache is not None,
             memo=cache.get_memo(self.state_index) if state is not None and not torch.is_grad_enabled() else None,
             seq_idx=documents,
+            activation=self.activation,
+            # a cache that records the past still needs the old state
+            in_place=cache is not None and not torch.is_grad_enabled() and not cache.record_past,
         )
         if cache is not None:
             recorded = {"ssm": self.ssm, "inputs": hidden_states, "documents": documents} if cache.record_past else {}
             cache.update_state(self.state_index, state, hidden_states.shape[1], **recorded)
             if not torch.is_grad_enabled():  # now, for a compiled step does not keep what it derives
-                self.ssm.discrete_from(cache.get_memo(self.state_index))
-        y = self.dropout(self.activation(y))
+                self.ssm.prepare_steps(cache.get_memo(self.state_index), hidden_states)
+        in_rows = self.ssm.has_rows(y)
+        y = self.dropout(y)
+        if in_rows:  # the order of memory in which the chunk scan's kernel works
+            y = gradient_in_rows(y)
+        projected = self.out_proj(y.flatten(0, 1)).view(*y.shape[:2], -1) if in_rows else self.out_proj(y)
         if self.glu == "half":
-            return y * torch.sigmoid(self.out_proj(y))
-        y = self.out_proj(y)
-        return nn.functional.glu(y, dim=-1) if self.glu == "glu" else y
+            return y * torch.sigmoid(projected)
+        return nn.functional.glu(projected, dim=-1) if self.glu == "glu" else projected
 
     def _is_short(self, length: int) -> bool:
         """Whether tokens go through a cache one by one. That is exact to the bit with decoding, so that tokens that

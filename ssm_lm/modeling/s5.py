@@ -15,7 +15,7 @@ import torch
 
 from .diagonal import discretize_diagonal
 from .hippo import INITIALIZATIONS
-from .ops import ChunkOperators, apply_diagonal, associative_scan, powers
+from .ops import ChunkOperators, apply_diagonal, associative_scan, powers, use_kernel
 from .state_space import MIN_DECAY, StateSpace, complex_product, real_form
 
 
@@ -118,11 +118,34 @@ class S5(StateSpace):
         state = apply_diagonal(discrete.Lambda_bar, state) + (u @ discrete.B_bar)[:, None]
         return state[:, 0] @ discrete.C_row, state
 
+    def _step_system(self, discrete):
+        return discrete.Lambda_bar, discrete.B_bar.T.contiguous(), discrete.C_row.T.contiguous()
+
+    def _step_kernel(self, u, state, system, activation):
+        from .triton_step import mimo_step_
+
+        return mimo_step_(u, state, *system, self.D, activation)
+
+    def _run_chunk(self, x, state, documents, reverse):
+        """On a GPU, the scan of its own kernel, which knows documents without moving them apart."""
+        unsupported = None if x.dtype == torch.float32 else f"parameters of {x.dtype}"
+        if not use_kernel("s5_scan", x, self.log_dt, unsupported=unsupported, setting=self.kernels):
+            return super()._run_chunk(x, state, documents, reverse)
+        from .triton_s5_scan import s5_scan
+
+        log, _ = self._discrete_Lambda()
+        begins = None if documents is None else documents.begins
+        signal, final = s5_scan(self._drive(x), *log, None if state is None else state[:, 0], begins)
+        return self._read(signal, x, skipped=True, reverse=reverse), final[:, None]
+
     # ---- what is scanned: B_bar u, P/2 complex signals as [real | imaginary], which become the states themselves
 
     @property
     def state_shape(self):
         return 1, self.state_size
+
+    def _in_kernel(self, u):
+        return False  # its signals are complex, which is another kernel
 
     def _drive(self, x):
         return x @ self._B_bar()

@@ -16,16 +16,30 @@ exponent and the digits.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from transformers.activations import GELUActivation, LinearActivation, SiLUActivation
 
-from .chunked import ChunkOperators, chunk_scan
+from .chunked import LONGEST_CHUNK, ChunkOperators, chunk_scan, unsupported_by_kernel
 from .documents import Documents, find_documents, move_apart, move_together
 from .hippo import INITIALIZATIONS
-from .ops import apply_diagonal, fft_convolution
+from .ops import apply_diagonal, fft_convolution, use_kernel
 
 MODES = ("auto", "chunk", "fft", "recurrent", "associative")
 DISCRETIZATIONS = {"s4": ("bilinear",), "s4d": ("zoh", "bilinear"), "s5": ("zoh", "bilinear")}  # [0]: the default
+
+# activations that the step kernel applies itself, by the names of triton_step.ACTIVATIONS
+FUSED_ACTIVATIONS = {
+    type(None): "identity",
+    nn.Identity: "identity",
+    LinearActivation: "identity",
+    GELUActivation: "gelu",
+    SiLUActivation: "silu",
+    nn.SiLU: "silu",
+}
+
+MAX_STEP_STATE = 1024  # of a channel, for the step kernel, in which one program holds it
 
 # upstream's floor under |Re Lambda|; it keeps an initialisation on the imaginary axis strictly stable
 MIN_DECAY = 1e-4
@@ -52,6 +66,8 @@ class StateSpace(nn.Module):
     # below this length the FFT convolution, with its kernel, takes less time than the chunk scan (forward and
     # backward, measured on a CPU); 0: never, a DPLR kernel costs more than the scan at every length
     fft_is_faster_below = 0
+    kernels = "auto"  # as in S4Config.kernels: whether Triton kernels run
+    has_dense_carry = False  # of the chunk scan; True where A-bar is no diagonal
 
     def __init__(
         self,
@@ -194,6 +210,8 @@ class StateSpace(nn.Module):
         output_final_state: bool = True,
         memo: dict | None = None,
         seq_idx: torch.Tensor | Documents | None = None,
+        activation: nn.Module | None = None,
+        in_place: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the layer over a sequence.
 
@@ -207,6 +225,9 @@ class StateSpace(nn.Module):
         seq_idx: (B, L) integers, the document of each token, or what `find_documents` made of them: the state is zero
         at the start of every run of equal numbers, except that the row's first run goes on from an initial state. A
         negative number is padding: its input counts as zero, and the state after it is zero.
+        activation: applied to y; some of them a kernel applies on its way out, see FUSED_ACTIVATIONS.
+        in_place: the caller does without its initial_state, and the step kernel may write the final one in its place,
+        which is then the tensor returned.
         A bidirectional layer takes no initial state and returns None for the final one.
         Raises ValueError for another mode or shape.
         """
@@ -225,23 +246,35 @@ class StateSpace(nn.Module):
         output_final_state = output_final_state and not self.bidirectional
 
         with torch.autocast(u.device.type, enabled=False):
-            x = u.to(self.log_dt.dtype)
-            state = None if initial_state is None else initial_state.to(x.dtype)
+            state = None if initial_state is None else initial_state.to(self.log_dt.dtype)
             if B == 0 or L == 0:
-                return u * self.D.to(u.dtype), self._state_or_zero(state, B, x.device) if output_final_state else None
-            if mode == "auto":
+                y, state = u * self.D.to(u.dtype), self._state_or_zero(state, B, u.device)
+                return _activated(y, activation), state if output_final_state else None
+            in_kernel = (mode == "chunk" or (mode == "auto" and L > 1)) and self._in_kernel(u)
+            if in_kernel:
+                mode = "chunk"
+            elif mode == "auto":
                 mode = self._fastest_mode(L, needs_state=state is not None or output_final_state)
             documents = seq_idx
             if torch.is_tensor(seq_idx):
                 documents = find_documents(seq_idx, self.chunk_size)
+            if mode == "recurrent" and self._steps_on_kernel(u, initial_state):
+                y, state = self._run_steps(u, initial_state, documents, memo, activation, in_place)
+                return y, state if output_final_state else None
+            # the chunk scan's kernel reads bfloat16 as it is; operators and states stay float32 there too
+            x = u if in_kernel and u.dtype == torch.bfloat16 else u.to(self.log_dt.dtype)
             if documents is not None:
                 x = x.masked_fill((documents.seq_idx < 0)[..., None], 0)
+            alone = documents is None and not self.bidirectional and not torch.is_grad_enabled()
+            if in_kernel and alone and type(activation) in FUSED_ACTIVATIONS:
+                y, state = self._scan(x, state, reverse=False, activation=FUSED_ACTIVATIONS[type(activation)])
+                return y, state if output_final_state else None
             y, state = self._run(mode, x, state, documents, memo, output_final_state)
             if self.bidirectional:
                 if documents is not None:
                     documents = find_documents(documents.seq_idx.flip(1), self.chunk_size)
                 y = y + self._run(mode, x.flip(1), None, documents, None, False, reverse=True)[0].flip(1)
-        return y.to(u.dtype), state if output_final_state else None
+        return _activated(y.to(u.dtype), activation), state if output_final_state else None
 
     def _fastest_mode(self, length: int, needs_state: bool) -> str:
         if length == 1:
@@ -295,6 +328,58 @@ class StateSpace(nn.Module):
             return self._run_chunk(x, state, documents, reverse)
         whole = self._associative if mode == "associative" else self._fft
         return self._run_whole(whole, x, state, documents, output_final_state, reverse)
+
+    def _steps_on_kernel(self, u, state) -> bool:
+        """Whether the step kernel does the recurrent mode: where no gradient is needed, and no second direction."""
+        if self.bidirectional or torch.is_grad_enabled():
+            return False
+        unsupported = None
+        if self.log_dt.dtype != torch.float32 or u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            unsupported = f"inputs of {u.dtype}, parameters of {self.log_dt.dtype}"
+        elif not self._state_fits_step_kernel():
+            unsupported = f"state_size {self.state_size}"
+        tensors = (u, self.log_dt) if state is None else (u, self.log_dt, state)
+        return use_kernel("step", *tensors, unsupported=unsupported, setting=self.kernels)
+
+    def _state_fits_step_kernel(self) -> bool:
+        return True
+
+    def _run_steps(self, u, state, documents, memo, activation, in_place):
+        """The recurrent mode by the step kernel: the state stays at its address; y has D u and activation."""
+        system = self._step_system_from({} if memo is None else memo)
+        if state is None:
+            state = self.zero_state(u.shape[0], u.device)
+        elif not (in_place and state.dtype == torch.float32 and state.is_contiguous()):
+            state = state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if documents is not None:
+            u = u.masked_fill((documents.seq_idx < 0)[..., None], 0)
+        fused = FUSED_ACTIVATIONS.get(type(activation))
+        outputs = []
+        for t, token in enumerate(u.unbind(1)):
+            if documents is not None:
+                state.masked_fill_(documents.begins[:, t, None, None], 0)
+            outputs.append(self._step_kernel(token, state, system, fused or "identity"))
+        y = outputs[0][:, None] if len(outputs) == 1 else torch.stack(outputs, 1)
+        return y if fused else activation(y), state
+
+    def prepare_steps(self, memo: dict, u: torch.Tensor) -> None:
+        """Keep in `memo` what single steps on inputs like u (B, L, H) derive from the parameters."""
+        self.discrete_from(memo)
+        if self._steps_on_kernel(u, None):
+            self._step_system_from(memo)
+
+    def _step_system_from(self, memo: dict) -> tuple[torch.Tensor, ...]:
+        if "step" not in memo:
+            memo["step"] = self._step_system(self.discrete_from(memo))
+        return memo["step"]
+
+    def _step_system(self, discrete: tuple) -> tuple[torch.Tensor, ...]:
+        """What `discretize` returns as the tensors of `_step_kernel`."""
+        raise NotImplementedError
+
+    def _step_kernel(self, u, state, system, activation: str) -> torch.Tensor:
+        """u (B, H) -> y; the state advances in place."""
+        raise NotImplementedError
 
     def _run_recurrent(self, x, state, documents, memo, reverse):
         discrete = self.discrete_from(memo, reverse)
@@ -352,33 +437,66 @@ class StateSpace(nn.Module):
             final = final + torch.where(documents.continues[:, -1, None, None], left, 0)
         return signal, final
 
-    def _scan(self, signal, state, reverse, has_output=True, skip=True):
-        """The chunk scan over any length: whole chunks, then what is left as one chunk of its own length."""
+    def _in_kernel(self, u: torch.Tensor) -> bool:
+        """Whether the Triton kernel scans u (B, L, H), as bfloat16 or in the dtype of the parameters."""
+        dtype = self.log_dt.dtype
+        if u.dtype == torch.bfloat16 and dtype == torch.float32:
+            dtype = u.dtype
+        unsupported = unsupported_by_kernel(u, dtype, self.state_size, self.has_dense_carry)
+        return use_kernel("chunk_scan", u, unsupported=unsupported, setting=self.kernels)
+
+    def has_rows(self, y: torch.Tensor) -> bool:
+        """Whether the output y (B, L, H) is a view of the kernel's rows; see `gradient_in_rows`."""
+        return not y.is_contiguous() and y.permute(2, 0, 1).is_contiguous() and self._in_kernel(y)
+
+    def _scan(self, signal, state, reverse, has_output=True, skip=True, activation="identity"):
+        """The chunk scan over any length: whole chunks, then what is left as one chunk of its own length. The kernel
+        takes any length at once, unless it goes on from a state, and applies an activation.
+        """
         L = signal.shape[1]
         T = min(self.chunk_size, L)
         whole = L // T * T
-        y, state = self._scan_chunks(signal[:, :whole], T, state, reverse, None, has_output, skip)
+        if self._in_kernel(signal):
+            T = min(T, LONGEST_CHUNK[signal.dtype])
+            whole = L if state is None else L // T * T
+        y, state = self._scan_chunks(signal[:, :whole], T, state, reverse, None, has_output, skip, activation)
         if whole < L:
-            rest, state = self._scan_chunks(signal[:, whole:], L - whole, state, reverse, None, has_output, skip)
+            rest = signal[:, whole:]
+            rest, state = self._scan_chunks(rest, L - whole, state, reverse, None, has_output, skip, activation)
             y = torch.cat([y, rest], 1) if has_output else None
         return y, state
 
-    def _scan_chunks(self, signal, T, state, reverse, keep=None, has_output=True, skip=True):
+    def _scan_chunks(self, signal, T, state, reverse, keep=None, has_output=True, skip=True, activation="identity"):
+        kernels = self.kernels if self._in_kernel(signal) else None
+        if kernels is not None and T > LONGEST_CHUNK[signal.dtype]:
+            # chunks of documents, for a kernel of shorter ones: a state is reset at the first part of a chunk alone
+            longest = LONGEST_CHUNK[signal.dtype]
+            shorter = next(t for t in range(longest, 0, -1) if T % t == 0)
+            if keep is not None:
+                keep = F.pad(keep[..., None], (0, T // shorter - 1), value=True).flatten(1)
+            T = shorter
         maker = _OperatorMaker(self, T, reverse, skip and not reverse)
         if torch.compiler.is_compiling():
-            return chunk_scan(signal, maker(), state, keep, has_output=has_output)
+            operators = maker()
+            return chunk_scan(
+                signal, operators, state, keep, has_output=has_output, kernels=kernels, activation=activation
+            )
         names, parameters = zip(*maker.named_parameters(), strict=True)
 
         def make(*values):
             return functional_call(maker, dict(zip(names, values, strict=True)), ())
 
-        return chunk_scan(signal, make, state, keep, parameters, has_output)
+        return chunk_scan(signal, make, state, keep, parameters, has_output, kernels, activation)
 
     def extra_repr(self) -> str:
         return (
             f"hidden_size={self.hidden_size}, state_size={self.state_size}, init={self.init}, "
             f"discretization={self.discretization}, chunk_size={self.chunk_size}, bidirectional={self.bidirectional}"
         )
+
+
+def _activated(y: torch.Tensor, activation: nn.Module | None) -> torch.Tensor:
+    return y if activation is None else activation(y)
 
 
 class _OperatorMaker(nn.Module):
@@ -466,6 +584,14 @@ class SingleInputSingleOutput(StateSpace):
         if self.n_ssm == 1:
             return shared.expand(*shared.shape[:-2], self.hidden_size, -1)
         return shared.repeat(*[1] * (shared.dim() - 2), self.hidden_size // self.n_ssm, 1)
+
+    def _state_fits_step_kernel(self):
+        return self.state_size <= MAX_STEP_STATE
+
+    def _step_kernel(self, u, state, system, activation):
+        from .triton_step import siso_step_
+
+        return siso_step_(u, state, *system, self.D, activation)
 
     def _fft(self, signal, reverse):
         return fft_convolution(signal, self.kernel(signal.shape[1], reverse))

@@ -142,10 +142,14 @@ def named_timeouts(args):
         os._exit(1)  # what is left of the process group would wait for that rank once more
 
 
-def release_memory() -> None:
-    """Let go of what a trainer held: engines and models hang in cycles of references."""
+def release_trainer() -> None:
+    """Let go of what a trainer held, for another one in the same process: engines and models hang in cycles of
+    references, and accelerate knows one DeepSpeed config at a time.
+    """
     import torch
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

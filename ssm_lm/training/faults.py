@@ -142,6 +142,8 @@ class Faults(TrainerCallback):
         elif self._stop and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+        elif self._reason:
+            control.should_save = False  # the last checkpoint stays one from before the trouble, to go back to
         self._loss, self._norm, self._reason, self._judged = None, None, None, False
 
     # ---- checkpoints

@@ -20,7 +20,7 @@ from .environment import (
     named_timeouts,
     on_cpu,
     prepare_process,
-    release_memory,
+    release_trainer,
     set_threads,
     world_size,
 )
@@ -144,7 +144,7 @@ def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
                     flush=True,
                 )
             del trainer, model
-            release_memory()
+            release_trainer()
 
     if trainer.faults.stopped:
         if is_main_process():

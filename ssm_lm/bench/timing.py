@@ -1,0 +1,154 @@
+"""Times of the kernels on a GPU, beside an FFT convolution and, where it is installed, the SSD of mamba-ssm."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from ..modeling.ssm import LAYERS
+from . import roofline
+
+WARM_UP, REPEATS = 3, 20
+
+
+def measure(function: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> tuple[float, float | None]:
+    """(median seconds of a call, peak MiB of the device's memory, None on a CPU), after a few calls to warm up."""
+    for _ in range(WARM_UP):
+        function()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    return statistics.median(seconds), peak
+
+
+class Contender(NamedTuple):
+    """One of a group that does the same work: the first of a group is ours.
+
+    function: runs it and returns a tensor; leaves: what its backward is taken to, none for inference alone.
+    """
+
+    group: str
+    model: str
+    parameters: int
+    length: int
+    function: Callable[[], torch.Tensor]
+    leaves: list[torch.Tensor]
+
+
+def contenders(u: torch.Tensor, state: int) -> Iterator[Contender]:
+    """Sequences by the kernels, by FFT and by mamba-ssm; kernels of convolutions; steps. u (B, L, H)."""
+    _, length, hidden = u.shape
+    layers = {
+        # A, B and P are shared by the channels as in the WikiText-103 model; S5's state is one for all channels
+        name: (layer_class(hidden) if name == "s5" else layer_class(hidden, state_size=state, n_ssm=1)).to(u.device)
+        for name, layer_class in LAYERS.items()
+    }
+    for name, layer in layers.items():
+        count, leaves = sum(p.numel() for p in layer.parameters()), [u, *layer.parameters()]
+        for mode in ("chunk",) if name == "s5" else ("chunk", "fft"):
+            model = f"{name} kernels" if mode == "chunk" else f"{name} torch.fft"
+            yield Contender("sequence", model, count, length, partial(_sequence, layer, u, mode), leaves)
+    yield from mamba_ssd(u, state)
+    for name, layer in layers.items():
+        count, leaves = sum(p.numel() for p in layer.parameters()), list(layer.parameters())
+        for setting, by in (("auto", "kernels"), ("torch", "PyTorch")):
+            if name != "s5":
+                tap = partial(_with, layer, setting, partial(layer.kernel, length))
+                yield Contender(f"{name} taps", f"{name} taps, {by}", count, length, tap, leaves)
+            memo, zero = {}, layer.zero_state(len(u), u.device)
+            step = partial(layer, u[:, :1].detach(), mode="recurrent", initial_state=zero, memo=memo)
+            step = partial(_with, layer, setting, lambda step=step: step()[0])
+            yield Contender(f"{name} step", f"{name} step, {by}", count, 1, step, [])
+
+
+def _sequence(layer, u, mode):
+    return layer(u, mode=mode, output_final_state=False)[0]
+
+
+def _with(layer, setting, function):
+    """With the layer's kernels chosen by `setting`, as in S4Config."""
+    before, layer.kernels = layer.kernels, setting
+    try:
+        return function()
+    finally:
+        layer.kernels = before
+
+
+def mamba_ssd(u: torch.Tensor, state: int) -> Iterator[Contender]:
+    """The scan of mamba-ssm at the same width and order, heads of 64 channels; nothing where it is not installed."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        return
+    B, L, hidden = u.shape
+    heads = max(1, hidden // 64)
+    A = -torch.rand(heads, device=u.device) - 0.1
+    dt, matrix = u.new_full((B, L, heads), 0.01), u.new_full((B, L, 1, state), 0.1)
+
+    def scan():
+        return mamba_chunk_scan_combined(u.view(B, L, heads, -1), dt, A, matrix, matrix, chunk_size=256)
+
+    yield Contender("sequence", "mamba-ssm ssd", A.numel(), L, scan, [u])
+
+
+def rows(
+    device: torch.device,
+    batch: int = roofline.BATCH,
+    length: int = roofline.LENGTH,
+    hidden: int = roofline.HIDDEN,
+    state: int = roofline.STATE,
+    dtype: torch.dtype = torch.bfloat16,
+    repeats: int = REPEATS,
+) -> list[dict]:
+    """One row a contender, forward, and one with its backward; ratio_to_ours is to the first of its group."""
+    u = torch.randn(batch, length, hidden, device=device).to(dtype).requires_grad_()
+    found, ours = [], {}
+    for contender in contenders(u, state):
+        calls = {"forward": partial(_forward, contender)}
+        if contender.leaves:
+            calls["forward and backward"] = partial(_both, contender)
+        for direction, call in calls.items():
+            seconds, peak = measure(call, device, repeats)
+            # the kernel of a convolution serves the whole batch at once
+            tokens = (1 if contender.group.endswith("taps") else batch) * contender.length
+            found.append(
+                {
+                    "task": "kernels",
+                    "model": f"{contender.model}, {direction}",
+                    "parameters": contender.parameters,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "batch": batch,
+                    "length": contender.length,
+                    "seconds": seconds,
+                    "tokens_per_second": tokens / seconds,
+                    "peak_mib": peak,
+                    "ratio_to_ours": seconds / ours.setdefault((contender.group, direction), seconds),
+                }
+            )
+    return found
+
+
+def _forward(contender: Contender) -> None:
+    with torch.no_grad():
+        contender.function()
+
+
+def _both(contender: Contender) -> None:
+    loss = contender.function().float().square().mean()
+    torch.autograd.grad(loss, contender.leaves, allow_unused=True)

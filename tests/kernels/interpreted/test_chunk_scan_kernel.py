@@ -1,0 +1,192 @@
+"""The chunk scan's kernel against its twin in float64, and as an operator of torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import assert_close, compare_with_twin, gapped
+
+from ssm_lm.modeling import kernels_s4, triton_chunk_scan
+from ssm_lm.modeling.chunked import ChunkOperators, chunk_scan, plain_chunk_scan
+from ssm_lm.modeling.triton_chunk_scan import fused_chunk_scan
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def problem(B, L, H, N, T, dense, dtype=torch.float32, state=False, resets=False):
+    """u, the four operators, initial state, keep: what both scans take. The operators keep the state near 1."""
+
+    def random(*shape, scale=1.0):
+        return (torch.randn(*shape) * scale).requires_grad_()
+
+    carry = random(H, N, N, scale=0.5 / N**0.5) if dense else random(H, N, scale=0.4)
+    operators = random(H, T), random(H, T, N, scale=N**-0.5), random(H, N, T, scale=T**-0.5), carry
+    keep = None
+    if resets:
+        keep = torch.rand(B, L // T) < 0.6
+    u = torch.randn(B, L, H).to(dtype).requires_grad_()
+    return u, *operators, random(B, H, N) if state else None, keep
+
+
+def kernel(u, taps, emit, inject, carry, state, keep, has_output=True):
+    return fused_chunk_scan(u, ChunkOperators(taps, emit, inject, carry), state, keep, has_output)
+
+
+def twin(u, taps, emit, inject, carry, state, keep, has_output=True):
+    padding = -u.shape[1] % taps.shape[-1]  # zeros before the first token change nothing in a zero state
+    u = F.pad(u, (0, 0, padding, 0))
+    y, final = plain_chunk_scan(u, ChunkOperators(taps, emit, inject, carry), state, keep, has_output)
+    return y[:, padding:] if has_output else None, final
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(B=2, L=48, H=2, N=16, T=16),
+        dict(B=3, L=37, H=3, N=24, T=16),  # a ragged start, N no power of two
+        dict(B=18, L=32, H=1, N=16, T=16, state=True, resets=True),  # more than one tile of the batch
+        dict(B=1, L=40, H=1, N=10, T=20, state=True),  # T no power of two
+        dict(B=2, L=1, H=5, N=2, T=1),  # one token
+        dict(B=2, L=10, H=1, N=128, T=32),  # less than a chunk, the largest state
+    ],
+    ids=["plain", "ragged", "state-and-resets", "odd-chunk", "one-token", "large-state"],
+)
+def test_against_the_twin(case, dtype, dense):
+    compare_with_twin(kernel, twin, problem(**case, dense=dense, dtype=dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.slow
+@given(
+    B=st.integers(1, 3),
+    L=st.integers(1, 50),
+    H=st.integers(1, 3),
+    N=st.integers(1, 12).map(lambda half: 2 * half),
+    T=st.integers(1, 20),
+    dense=st.booleans(),
+    state=st.booleans(),
+    resets=st.booleans(),
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_any_shape(B, L, H, N, T, dense, state, resets):
+    if state or resets:
+        L = -(-L // T) * T
+    compare_with_twin(kernel, twin, problem(B, L, H, N, T, dense, state=state, resets=resets), 1e-5)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+def test_strides(dense):
+    inputs = problem(2, 32, 2, 16, 16, dense, state=True, resets=True)
+    compare_with_twin(kernel, twin, [x if x.dtype == torch.bool else gapped(x) for x in inputs], 1e-5)
+
+
+def test_empty():
+    for B, H in ((0, 2), (2, 0)):
+        u, *rest = problem(B, 16, H, 4, 8, True)
+        y, final = kernel(u, *rest)
+        assert y.shape == (B, 16, H)
+        assert final.shape == (B, H, 4)
+        gradients = torch.autograd.grad(y.sum() + final.sum(), [u, *rest[:4]])
+        assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_state_without_output():
+    compare_with_twin(
+        lambda *x: kernel(*x, has_output=False)[1],
+        lambda *x: twin(*x, has_output=False)[1],
+        problem(2, 32, 2, 6, 16, True, state=True),
+        1e-5,
+    )
+
+
+def test_gradient_of_the_output_alone():
+    inputs = problem(2, 32, 2, 6, 16, False, state=True)
+    compare_with_twin(lambda *x: kernel(*x)[0], lambda *x: twin(*x)[0], inputs, 1e-5)
+
+
+@pytest.mark.parametrize(("name", "function"), [("gelu", F.gelu), ("silu", F.silu)])
+def test_activation_without_gradient(name, function):
+    inputs = [x if x is None else x.detach() for x in problem(2, 37, 2, 6, 16, True)]
+    y, final = fused_chunk_scan(inputs[0], ChunkOperators(*inputs[1:5]), activation=name)
+    expected, expected_final = twin(*(x if x is None else x.double() for x in inputs))
+    assert_close(y, function(expected), 1e-5)
+    assert_close(final, expected_final, 1e-5)
+    with pytest.raises(ValueError, match="no gradient through its activation"):
+        fused_chunk_scan(inputs[0].requires_grad_(), ChunkOperators(*inputs[1:5]), activation=name)
+
+
+def test_output_is_a_view_of_rows_and_rows_are_not_copied():
+    u, *rest = problem(2, 16, 3, 4, 8, False)
+    y, _ = kernel(u, *rest)
+    rows = triton_chunk_scan.to_rows(y)
+    assert rows.shape == (3, 2, 16)
+    assert rows.data_ptr() == y.data_ptr()
+    torch.testing.assert_close(triton_chunk_scan.from_rows(rows), y.contiguous(), rtol=0, atol=0)
+
+
+def test_operators_made_again_in_the_backward(monkeypatch):
+    monkeypatch.setenv("SSM_LM_KERNELS", "triton")
+    u, *operators, state, _ = problem(2, 32, 2, 6, 16, True, state=True)
+
+    def run(scan):
+        y, final = scan()
+        return [y, final, *torch.autograd.grad([y.square().sum() + final.sum()], [u, *operators, state])]
+
+    made = run(lambda: chunk_scan(u, lambda *x: ChunkOperators(*(2 * o for o in x)), state, None, tuple(operators)))
+    given = run(lambda: plain_chunk_scan(u, ChunkOperators(*(2 * o for o in operators)), state))
+    for ours, expected in zip(made, given, strict=True):
+        assert_close(ours, expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+def test_opcheck(dense):
+    u, *operators, state, keep = problem(2, 32, 2, 6, 16, dense, state=True, resets=True)
+    rows = u.detach().permute(2, 0, 1).contiguous().requires_grad_()
+    torch.library.opcheck(triton_chunk_scan.scan, (rows, *operators, state, keep, True, True, "identity"))
+    ragged = rows.detach()[..., 5:].clone().requires_grad_()
+    torch.library.opcheck(triton_chunk_scan.scan, (ragged, *operators, None, None, True, True, "identity"))
+    torch.library.opcheck(triton_chunk_scan.transpose, (rows.detach()[0].clone().requires_grad_(),))
+    plain = [x.detach() for x in (rows, *operators, state)]
+    _, final, starts = triton_chunk_scan.scan(*plain, keep, True, True, "identity")
+    torch.library.opcheck(
+        triton_chunk_scan.scan_backward, (plain[0], final, plain[0], starts, keep, *plain[1:5], False)
+    )
+
+
+# ---- the self-check, in the interpreter instead of on a GPU
+
+
+@pytest.mark.slow
+def test_self_check_passes():
+    cause, worst = kernels_s4.self_check(triton_chunk_scan.self_check_cases, torch.device("cpu"))
+    assert cause is None
+    assert 0 < worst < 1
+
+
+@pytest.mark.parametrize(("fault", "word"), [(1.05, "differs by 0.05"), (None, "not the same")])
+def test_self_check_refuses_a_broken_kernel(monkeypatch, fault, word):
+    right = triton_chunk_scan.launch_scan
+
+    def wrong(x, y, *rest, **kwargs):
+        right(x, y, *rest, **kwargs)
+        if fault is None:
+            y[..., 0] += torch.rand(()).to(y.dtype)  # another number every time
+        else:
+            y *= fault
+
+    monkeypatch.setattr(triton_chunk_scan, "launch_scan", wrong)
+    cause, worst = kernels_s4.self_check(triton_chunk_scan.self_check_cases, torch.device("cpu"))
+    assert word in cause
+    assert worst == float("inf")
+
+
+def test_self_check_reports_a_kernel_that_raises(monkeypatch):
+    def raises(*args, **kwargs):
+        raise RuntimeError("PassManager::run\nfailed")
+
+    monkeypatch.setattr(triton_chunk_scan, "launch_gram", raises)
+    cause, _ = kernels_s4.self_check(triton_chunk_scan.self_check_cases, torch.device("cpu"))
+    assert cause == "its self-check failed (RuntimeError: PassManager::run failed)"

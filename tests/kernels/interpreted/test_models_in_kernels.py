@@ -1,0 +1,110 @@
+"""Whole models with every kernel that there is, in the interpreter, against the same models in plain PyTorch."""
+
+import pytest
+import torch
+from kernel_checks import assert_close
+
+from ssm_lm import S4Config, S4ForCausalLM
+from ssm_lm.modeling import triton_chunk_scan
+from ssm_lm.modeling.ssm import S4, S4D
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The scans that ran in the kernel: (dtype, reverse, activation)."""
+    seen, right = [], triton_chunk_scan.launch_scan
+
+    def counted(x, *rest, reverse, activation="identity"):
+        seen.append((x.dtype, reverse, activation))
+        right(x, *rest, reverse=reverse, activation=activation)
+
+    monkeypatch.setattr(triton_chunk_scan, "launch_scan", counted)
+    return seen
+
+
+def build(ssm, **keys):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=19, hidden_size=6, num_hidden_layers=1, state_size=8, chunk_size=8, intermediate_size=8)
+    return S4ForCausalLM(S4Config(**sizes, ssm=ssm, **keys))
+
+
+def run(model, tokens):
+    """Logits, gradients, and what it generates with its probabilities."""
+    output = model(tokens, labels=tokens)
+    gradients = torch.autograd.grad(output.loss, list(model.parameters()))
+    model.eval()
+    generated = model.generate(
+        tokens[:, :11], max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_scores=True
+    )
+    return output.logits, gradients, generated.sequences, torch.stack(generated.scores)
+
+
+@pytest.mark.parametrize("ssm", ["s4", "s4d", "s5"])
+def test_model(ssm, launches, monkeypatch):
+    model, tokens = build(ssm), torch.randint(0, 19, (2, 21))
+    monkeypatch.setenv("SSM_LM_KERNELS", "torch")
+    logits, gradients, sequences, scores = run(model, tokens)
+    assert not launches
+    monkeypatch.setenv("SSM_LM_KERNELS", "triton")
+    ours = run(model.train(), tokens)
+    if ssm != "s5":
+        assert {launch[1:] for launch in launches} == {(False, "identity"), (True, "identity"), (False, "gelu")}
+    assert_close(ours[0], logits, 1e-5)
+    for (name, _), actual, expected in zip(model.named_parameters(), ours[1], gradients, strict=True):
+        assert_close(actual, expected, 2e-5, name)
+    assert (ours[2] == sequences).all()
+    assert_close(ours[3], scores, 1e-5)
+
+
+def test_model_in_bfloat16(launches):
+    """The kernel reads and writes bfloat16, where the PyTorch path casts: they agree as bfloat16 does."""
+    tokens, results = torch.randint(0, 19, (2, 21)), []
+    for kernels in ("torch", "triton"):
+        model = build("s4", kernels=kernels).to(torch.bfloat16)
+        loss = model(tokens, labels=tokens).loss
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert {dtype for dtype, *_ in launches} == {torch.bfloat16}
+    for (name, _), actual, expected in zip(
+        [("loss", None), *model.named_parameters()], results[1], results[0], strict=True
+    ):
+        assert_close(actual, expected, 6e-2, name)
+
+
+@pytest.mark.parametrize("layer_class", [S4, S4D])
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+def test_layer_with_state_and_documents(layer_class, documents, launches):
+    """A length that is no whole number of chunks, chunks longer than a float32 kernel takes, and a state to go on
+    from.
+    """
+    torch.manual_seed(0)
+    layer = layer_class(3, 6, chunk_size=48)
+    u, state = torch.randn(2, 101, 3, requires_grad=True), torch.randn(2, 3, 6, requires_grad=True)
+    seq_idx = torch.tensor([0] * 30 + [1] * 60 + [-1] * 11).expand(2, -1) if documents else None
+    results = []
+    for kernels in ("torch", "triton"):
+        layer.kernels = kernels
+        y, final = layer(u, mode="chunk", initial_state=state, seq_idx=seq_idx)
+        inputs = [u, state, *layer.parameters()]
+        gradients = torch.autograd.grad(y.square().sum() + final.square().sum(), inputs)
+        results.append([y, final, *gradients])
+    assert launches
+    for actual, expected in zip(*reversed(results), strict=True):
+        assert_close(actual, expected, 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ssm", ["s4", "s4d"])
+def test_compiled_model(ssm, launches):
+    """torch.compile traces through the operators with fake tensors, in one graph, forward and backward."""
+    model, tokens = build(ssm, kernels="triton"), torch.randint(0, 19, (2, 16))
+    expected = model(tokens).logits
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    launches.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits = compiled(tokens).logits
+    assert_close(logits, expected, 1e-5)
+    for actual, wanted in zip(
+        torch.autograd.grad(logits.square().sum(), list(model.parameters())), gradients, strict=True
+    ):
+        assert_close(actual, wanted, 1e-5)
+    assert len(launches) == 4  # two state spaces, there and back

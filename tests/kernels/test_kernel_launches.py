@@ -1,0 +1,108 @@
+"""The launchers' own launches, compiled and not run: with the arguments, the options and the specialisation that a GPU
+would see (an integer that is 1 becomes a constant, one divisible by 16 a promise).
+"""
+
+import importlib
+import importlib.util
+
+import pytest
+import torch
+
+from ssm_lm.bench import compile
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+MODULES = compile.kernel_modules()
+
+
+class Driver:
+    """Enough of a driver to compile for a target: nothing is launched."""
+
+    def __init__(self, target: str):
+        self.target = compile.parse_target(target)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return str(self.target)  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """A function that sets the target and returns the list into which every launch puts its compiled kernel."""
+
+    def start(target: str) -> list:
+        kernels, run = [], JITFunction.run
+
+        def compile_only(self, *args, grid, warmup, **options):
+            kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+
+        monkeypatch.setattr(JITFunction, "run", compile_only)
+        for name in MODULES:  # CPU tensors have no architecture of their own
+            module = importlib.import_module(f"ssm_lm.modeling.{name}")
+            if hasattr(module, "architecture"):
+                monkeypatch.setattr(module, "architecture", lambda device: target)
+        driver.set_active(Driver(target))
+        return kernels
+
+    yield start
+    driver.set_active(None)  # the default one, which is looked for when it is needed
+
+
+def check(kernels: list, at_least: int) -> None:
+    assert len(kernels) >= at_least
+    for kernel in {kernel.hash: kernel for kernel in kernels}.values():
+        found = compile.resources(kernel)
+        assert found.spills == found.stack == 0, kernel.metadata.name
+        assert found.shared <= found.shared_limit
+        assert not found.tcgen05
+
+
+@pytest.mark.parametrize("n_ssm", [1, 2])
+def test_cauchy(launched, n_ssm):
+    """Shared by all channels as in the WikiText-103 model, where n_ssm and the number of splits are constants."""
+    from ssm_lm.modeling.triton_cauchy import cauchy_products_kernel, example
+
+    kernels = launched("sm_90")
+    inputs = [x.requires_grad_() for x in example(1024, n_ssm, 64, 1, 4)[:-1]] + example(1024, n_ssm, 64, 1, 4)[-1:]
+    torch.view_as_real(cauchy_products_kernel(*inputs)).sum().backward()
+    check(kernels, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("name", MODULES)
+def test_self_checks(launched, name, target):
+    """All that the first use on a GPU launches."""
+    cases = importlib.import_module(f"ssm_lm.modeling.{name}").self_check_cases
+    kernels = launched(target)
+    for case in cases(torch.device("cpu")):
+        case.kernel()
+    check(kernels, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cauchy", "vandermonde"])
+def test_smallest_sizes(launched, name):
+    """Every size that can be 1 is: H, L, N/2, n_ssm."""
+    module = importlib.import_module(f"ssm_lm.modeling.triton_{name}")
+    kernels = launched("sm_90")
+    if name == "cauchy":
+        for rank in (1, 2):
+            inputs = [x.requires_grad_() for x in module.example(1, 1, 2, rank, 1)[:-1]]
+            torch.view_as_real(module.cauchy_products_kernel(*inputs, torch.ones(1))).sum().backward()
+    else:
+        inputs = [x.requires_grad_() for x in module.example(1, 2)]
+        module.vandermonde_kernel(*inputs, 1).sum().backward()
+    check(kernels, 2)
