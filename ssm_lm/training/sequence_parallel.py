@@ -91,22 +91,19 @@ class SequenceParallel:
 
 
 def _forward_of(parallel: SequenceParallel):
-    def forward(
-        layer: StateSpace, u, mode="auto", initial_state=None, output_final_state=True, memo=None, seq_idx=None
-    ):
+    def forward(layer: StateSpace, u, mode="auto", initial_state=None, output_final_state=True, **options):
         plain = type(layer).forward
-        if not layer.training:
-            return plain(layer, u, mode, initial_state, output_final_state, memo, seq_idx)
-        if layer.bidirectional or initial_state is not None or seq_idx is not None:
-            raise ValueError(
-                "sequence parallelism is for causal state spaces over one document, from a zero state: not for "
-                "bidirectional ones, seq_idx or an initial_state"
-            )
-        zero = layer.zero_state(len(u), u.device)
-        # nothing but u is kept of this scan: its states at the chunks' starts would be as large as u
-        left = checkpoint(layer.advance, u, zero, use_reentrant=False, preserve_rng_state=False)
-        start = parallel.start_state(layer, left, u.shape[1])
-        return plain(layer, u, mode, start, output_final_state, memo, None)
+        if layer.training:
+            if layer.bidirectional or initial_state is not None or options.get("seq_idx") is not None:
+                raise ValueError(
+                    "sequence parallelism is for causal state spaces over one document, from a zero state: not for "
+                    "bidirectional ones, seq_idx or an initial_state"
+                )
+            zero = layer.zero_state(len(u), u.device)
+            # nothing but u is kept of this scan: its states at the chunks' starts would be as large as u
+            left = checkpoint(layer.advance, u, zero, use_reentrant=False, preserve_rng_state=False)
+            initial_state = parallel.start_state(layer, left, u.shape[1])
+        return plain(layer, u, mode, initial_state, output_final_state, **options)
 
     return forward
 

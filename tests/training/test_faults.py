@@ -95,10 +95,10 @@ def test_after_several_the_run_goes_back_and_passes_over_their_batches(write_con
 
     # the run that never saw those batches
     clean = write_config("clean", **settings)
-    run(train_command(clean, "--max_steps", "1", "--save_strategy", "no"))
+    run(train_command(clean, *options, "--max_steps", "1", "--save_strategy", "no", ranks=ranks))
     record = tmp_path / "clean" / "run.json"
     record.write_text(json.dumps({"identity": json.loads(record.read_text())["identity"], "passed_over": [6, 7, 8]}))
-    run(train_command(clean))
+    run(train_command(clean, *options, ranks=ranks))
     assert losses(tmp_path / "spoilt") == pytest.approx(losses(tmp_path / "clean"), rel=1e-5)
 
 
