@@ -172,7 +172,7 @@ def accumulation(values: dict, where: str) -> int:
     total = values.get("train_batch_size_total")
     if total is None:
         return values.get("gradient_accumulation_steps", 1)
-    if "gradient_accumulation_steps" in values:
+    if values.get("gradient_accumulation_steps", 1) != 1:
         raise UserError(
             f"{where}: gradient_accumulation_steps follows from train_batch_size_total; leave one of them out"
         )
