@@ -22,6 +22,7 @@ VERBS = {
     "export": ("ssm_lm.hub.export", "write a folder that AutoModelForCausalLM loads without ssm_lm"),
     "push": ("ssm_lm.hub.push", "publish an exported folder on the Hub, private by default"),
     "convert": ("ssm_lm.hub.convert", "turn a checkpoint of state-spaces/s4 into a folder that loads here"),
+    "estimate": ("ssm_lm.estimate.run", "parameters, FLOPs, memory and days of a run, before it takes a GPU"),
     "bench": ("ssm_lm.bench.run", "time the fused kernels, or compile them for any GPU and count"),
     "doctor": ("ssm_lm.doctor", "say what this machine has: torch, GPU, Triton, DeepSpeed"),
 }

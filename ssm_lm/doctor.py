@@ -1,6 +1,7 @@
 """`ssm-lm doctor`: what this machine has for training and running models, and whether the layers compute right on it.
 
-Nothing is built, downloaded or written; the Hub is asked for only with --network.
+Nothing is built, downloaded or written; the Hub is asked for only with --network. Under a launcher (torchrun,
+deepspeed, srun) `--network` measures the network between the ranks instead: see network.py.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .network import HOW_TO_RUN, test_job
+
 TOLERANCE = 1e-4  # between the modes of a layer, in float32, relative to the largest output
 GIB = 1 << 30
 
@@ -29,12 +32,22 @@ GIB = 1 << 30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--network", action="store_true", help="also try to reach the Hub, for two seconds")
+    parser.add_argument(
+        "--network",
+        action="store_true",
+        help="under a launcher: test the network between its ranks; else: also try to reach the Hub, for two seconds",
+    )
+    parser.add_argument("--timeout", type=float, default=60, help="seconds that the network test waits at most (60)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the report; exit code 1 when the self-check fails, else 0, whatever is missing."""
+    """Print the report; exit code 1 when the self-check or the network test fails, else 0, whatever is missing."""
+    if args.network and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        test_job(args.timeout, args.json)
+        return
     report = examine(args.network)
+    if args.network:
+        report["network"] = {"ranks": HOW_TO_RUN}
     if args.json:
         print(json.dumps(report, indent=2))
     else:

@@ -48,7 +48,7 @@ def test_every_key_of_the_deepspeed_configs_is_explained():
             for name in value if isinstance(value, dict) else [key]:
                 assert f"{name}`" in text, name
         stages.append(config["zero_optimization"]["stage"])
-    assert stages == [0, 1, 2, 3]
+    assert sorted(set(stages)) == [0, 1, 2, 3]
 
 
 def test_the_wikitext_103_recipe(monkeypatch):

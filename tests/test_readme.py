@@ -48,6 +48,9 @@ def test_commands_for_elsewhere_are_well_formed():
             words = shlex.split(line)
             if words[0] == "ssm-lm":
                 words = words[1:]
+            elif words[0].startswith("launch/"):  # its options come before the config, and tests/launch/ checks them
+                assert (REPO / words[0]).is_file(), line
+                words = ["train", *words[next(i for i, word in enumerate(words) if word.endswith(".yaml")) :]]
             else:
                 assert words[0] in ("torchrun", "deepspeed"), line
                 words = words[words.index("ssm_lm") + 1 :]

@@ -177,6 +177,10 @@ class AdaptiveSoftmax(_Clusters):
             parts.append(log_softmax(tail) + head[..., frequent + i - 1, None])
         return torch.cat(parts, -1)
 
+    def fixed_shape(self, hidden_states) -> bool:
+        """Whether every tail looks at every token; see `summed_loss`."""
+        return hidden_states.device.type != "cpu" or torch.compiler.is_compiling()
+
     def summed_loss(self, hidden_states: torch.Tensor, targets: torch.Tensor, chunk_size: int | None = None):
         """The summed negative log-likelihood: hidden_states (n, H), targets (n) int64, -100 for none -> scalar.
 
@@ -193,10 +197,9 @@ class AdaptiveSoftmax(_Clusters):
         weight = torch.cat([self.weight_0, self.cluster_weight])
         bias = torch.cat([self.bias_0, self.cluster_bias])
         total = linear_cross_entropy(self._projected(hidden_states, 0), weight, head_targets, bias, chunk_size)
-        fixed_shape = hidden_states.device.type != "cpu" or torch.compiler.is_compiling()
         for i, (low, high) in enumerate(self.bounds[1:], start=1):
             own = (targets >= low) & (targets < high)
-            if fixed_shape:
+            if self.fixed_shape(hidden_states):
                 rows, ids = hidden_states, torch.where(own, targets - low, IGNORED)
             else:
                 rows, ids = hidden_states[own], targets[own] - low

@@ -77,6 +77,12 @@ class S4D(SingleInputSingleOutput):
         state = torch.cat([state[..., :half] + drive, state[..., half:]], -1)
         return (state * discrete.row).sum(-1), state
 
+    def transition(self, length):
+        """(H, N)"""
+        discrete = self.discretize()
+        exponent = torch.tensor(length, device=discrete.log_re.device)
+        return torch.cat(powers(discrete.log_re, discrete.log_im, exponent), -1).to(self.log_dt.dtype)
+
     def _step_system(self, discrete):
         return (torch.stack([discrete.Lambda_bar, discrete.row]),)
 

@@ -102,6 +102,20 @@ class S4(SingleInputSingleOutput):
         rotation = torch.cat([torch.cat([e_re, -e_im], -1), torch.cat([e_im, e_re], -1)], -2)
         return rotation - discrete.F @ discrete.G.transpose(1, 2)
 
+    def transition(self, length):
+        """(H, N, N), from the binary digits of the length, which is at least 1."""
+        square, product = self._dense(self.discretize()), None
+        while length:
+            if length & 1:
+                product = square if product is None else square @ product
+            length >>= 1
+            if length:
+                square = square @ square
+        return product
+
+    def carry_over(self, transition, state):
+        return torch.einsum("hnm,bhm->bhn", transition, state)
+
     def operators(self, length: int, reverse: bool = False) -> ChunkOperators:
         """Krylov columns A^j B and rows C A^(j+1) by doubling: log2(T) squarings of the dense real A_bar.
 

@@ -99,6 +99,11 @@ class S5(StateSpace):
         Lambda_bar = torch.cat(powers(*log, one), -1).to(self.log_dt.dtype)
         return DiscreteMIMO(*log, Lambda_bar, self._B_bar(), self._C_row(reverse))
 
+    def transition(self, length):
+        """(P,)"""
+        log, _ = self._discrete_Lambda()
+        return torch.cat(powers(*log, torch.tensor(length, device=self.log_dt.device)), -1).to(self.log_dt.dtype)
+
     def _B_bar(self) -> torch.Tensor:
         """(H, P)"""
         factor = [part.to(self.B.dtype) for part in self._discrete_Lambda()[1]]

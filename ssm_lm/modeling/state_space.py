@@ -24,7 +24,7 @@ from transformers.activations import GELUActivation, LinearActivation, SiLUActiv
 from .chunked import LONGEST_CHUNK, ChunkOperators, chunk_scan, unsupported_by_kernel
 from .documents import Documents, find_documents, move_apart, move_together
 from .hippo import INITIALIZATIONS
-from .ops import fft_convolution, use_kernel
+from .ops import apply_diagonal, fft_convolution, use_kernel
 
 MODES = ("auto", "chunk", "fft", "recurrent", "associative")
 DISCRETIZATIONS = {"s4": ("bilinear",), "s4d": ("zoh", "bilinear"), "s5": ("zoh", "bilinear")}  # [0]: the default
@@ -149,6 +149,14 @@ class StateSpace(nn.Module):
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
         """K (H, L): y = causal convolution of u with K, plus D u."""
         raise NotImplementedError(f"{self.name} mixes the channels: it has no kernel a channel")
+
+    def transition(self, length: int) -> torch.Tensor:
+        """A_bar^length, as `carry_over` takes it: diagonal and complex as [real | imaginary], or dense (H, N, N)."""
+        raise NotImplementedError
+
+    def carry_over(self, transition: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """What is left of a state (B, *state_shape) after the tokens of `transition`, under a zero input."""
+        return apply_diagonal(transition, state)
 
     # ---- from the layer's input to the signals that are scanned, and back. A single-input single-output layer scans
     # ---- its input itself; S5 overrides these five

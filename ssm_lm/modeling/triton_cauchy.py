@@ -17,7 +17,7 @@ channel: channel h reads set h mod n_ssm.
 
 import torch
 
-from .kernels_s4 import Case, qualified
+from .kernels_s4 import Case, on_device, qualified
 from .ops import cauchy_products_twin, cauchy_scale
 
 try:
@@ -376,10 +376,11 @@ def _forward(
     if out.numel():
         (H, L), rank = (len(C), len(nodes)), len(P)
         block, warps = FORWARD[rank]
-        cauchy_forward_kernel[(triton.cdiv(L, block), H)](
-            C, B, P, Lambda_re, Lambda_im, *_scaled(Lambda_re, dt), nodes, out, L, *reversed(Lambda_re.shape),
-            RANK=rank, BLOCK=block, num_warps=warps, num_stages=1,
-        )  # fmt: skip
+        with on_device(C.device):
+            cauchy_forward_kernel[(triton.cdiv(L, block), H)](
+                C, B, P, Lambda_re, Lambda_im, *_scaled(Lambda_re, dt), nodes, out, L, *reversed(Lambda_re.shape),
+                RANK=rank, BLOCK=block, num_warps=warps, num_stages=1,
+            )  # fmt: skip
     return out
 
 
@@ -409,10 +410,11 @@ def _backward(
     splits = max(1, min(triton.cdiv(L, rows), PROGRAMS // max(1, H * blocks)))
     sums = C.new_empty(splits, H, 9 if rank == 1 else 16, half)
     if sums.numel():
-        cauchy_backward_kernel[(splits, H, blocks)](
-            C, B, P, Lambda_re, Lambda_im, *_scaled(Lambda_re, dt), nodes, grad, sums, L, H, half, n_ssm, splits,
-            RANK=rank, ROWS=rows, BLOCK=BLOCK_N, num_warps=warps, num_stages=1,
-        )  # fmt: skip
+        with on_device(C.device):
+            cauchy_backward_kernel[(splits, H, blocks)](
+                C, B, P, Lambda_re, Lambda_im, *_scaled(Lambda_re, dt), nodes, grad, sums, L, H, half, n_ssm, splits,
+                RANK=rank, ROWS=rows, BLOCK=BLOCK_N, num_warps=warps, num_stages=1,
+            )  # fmt: skip
     return _chain(2 * sums.sum(0), C, B, P, Lambda_re, Lambda_im, dt)
 
 

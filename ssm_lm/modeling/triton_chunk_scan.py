@@ -578,7 +578,6 @@ def _scan_case(kind, dtype, dense, N, launch, way):
             "tensor_flops": elements * rows * ((2 * T + 4 * N) * products + carried),
             "tensor_dtype": "bf16",
         },
-        "roofline": 2,
     }
 
 

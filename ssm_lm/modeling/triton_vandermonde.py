@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from .kernels_s4 import Case, qualified
+from .kernels_s4 import Case, on_device, qualified
 from .ops import vandermonde_twin
 
 try:
@@ -159,10 +159,11 @@ def _forward(
     if out.numel():
         H, half = v_re.shape
         rows, columns, warps = FORWARD
-        vandermonde_forward_kernel[(triton.cdiv(length, rows * columns), H)](
-            v_re.contiguous(), v_im.contiguous(), log_re.float().contiguous(), phases(log_im).contiguous(), out,
-            length, half, ROWS=rows, COLUMNS=columns, BLOCK=BLOCK_N, num_warps=warps, num_stages=1,
-        )  # fmt: skip
+        with on_device(v_re.device):
+            vandermonde_forward_kernel[(triton.cdiv(length, rows * columns), H)](
+                v_re.contiguous(), v_im.contiguous(), log_re.float().contiguous(), phases(log_im).contiguous(), out,
+                length, half, ROWS=rows, COLUMNS=columns, BLOCK=BLOCK_N, num_warps=warps, num_stages=1,
+            )  # fmt: skip
     return out
 
 
@@ -182,10 +183,11 @@ def _backward(
     splits = max(1, min(triton.cdiv(L, rows * columns), PROGRAMS // max(1, H * blocks)))
     sums = v_re.new_empty(splits, H, 4, half)
     if sums.numel():
-        vandermonde_backward_kernel[(splits, H, blocks)](
-            grad.contiguous(), log_re.float().contiguous(), phases(log_im).contiguous(), sums, L, H, half, splits,
-            ROWS=rows, COLUMNS=columns, BLOCK=BLOCK_N, num_warps=warps, num_stages=1,
-        )  # fmt: skip
+        with on_device(v_re.device):
+            vandermonde_backward_kernel[(splits, H, blocks)](
+                grad.contiguous(), log_re.float().contiguous(), phases(log_im).contiguous(), sums, L, H, half, splits,
+                ROWS=rows, COLUMNS=columns, BLOCK=BLOCK_N, num_warps=warps, num_stages=1,
+            )  # fmt: skip
     sum_re, sum_im, first_re, first_im = (2 * sums.sum(0)).unbind(1)
     grad_re, grad_im = v_re * first_re - v_im * first_im, -(v_re * first_im + v_im * first_re)
     return sum_re, -sum_im, grad_re.to(log_re.dtype), grad_im.to(log_im.dtype)

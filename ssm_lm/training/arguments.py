@@ -1,5 +1,6 @@
 """What a training config may say: everything of transformers' TrainingArguments, and the keys below."""
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -16,7 +17,19 @@ class S4TrainingArguments(TrainingArguments):
     task: a sequence classification task instead of `data`, as digits or imdb:FOLDER (see data/sequences.py).
     sequence_length: tokens in a training window.
     carry_state: each window continues the one before it in its row, from that one's final state (see carry.py).
+    sequence_parallel_size: consecutive ranks that share a sequence, a slice each (see sequence_parallel.py).
+    train_batch_size_total: sequences an optimizer step sees, over all ranks; gradient_accumulation_steps follows from
+        it and the number of ranks, so that a run may change that number and stay the same run. None: as the keys say.
+    spike_threshold: a step whose loss or gradient norm lies further above the usual, in robust standard deviations of
+        its logarithm, is not taken (see guard.py); 0: only what is not finite is skipped.
+    spike_window: how many steps "the usual" is taken from.
+    max_skipped_steps: after so many skipped steps in a row, training goes back to the last checkpoint and passes over
+        the batches of those steps.
     ssm_learning_rate: learning rate of the state space parameters (dt, Lambda, P, B, C, D); None: learning_rate.
+    profile: steps to trace with torch's profiler, into output_dir/profile; true: 3.
+    peak_tflops: dense matmul peak of a device at the precision of the run, for the MFU; None: known GPUs by name. The
+        environment variable SSM_LM_PEAK_TFLOPS says the same.
+    communication_sample_steps: one step in so many is profiled for its share of communication; 0: none.
     """
 
     model: dict | str | None = None
@@ -25,14 +38,21 @@ class S4TrainingArguments(TrainingArguments):
     task: str | None = None
     sequence_length: int = 1024
     carry_state: bool = False
+    sequence_parallel_size: int = 1
+    train_batch_size_total: int | None = None
+    spike_threshold: float = 10.0
+    spike_window: int = 128
+    max_skipped_steps: int = 8
     ssm_learning_rate: float | None = None
+    profile: bool | int = 0
+    peak_tflops: float | None = None
+    communication_sample_steps: int = 500
 
     # where language models differ from the defaults of TrainingArguments
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.1
     logging_steps: float = 10
-    logging_nan_inf_filter: bool = False  # a loss that is not a number must be seen
     report_to: str | list[str] | None = field(default_factory=lambda: ["tensorboard"])
     save_total_limit: int | None = 2
     prediction_loss_only: bool = True
@@ -42,6 +62,16 @@ class S4TrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.ssm_learning_rate is None:
             self.ssm_learning_rate = self.learning_rate
+        if self.profile is True:
+            self.profile = 3
+        if self.peak_tflops is None and os.environ.get("SSM_LM_PEAK_TFLOPS"):
+            self.peak_tflops = float(os.environ["SSM_LM_PEAK_TFLOPS"])
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled for float16, and a step that overflows is no fault."""
+        autocast = (self.deepspeed or {}).get("torch_autocast", {})
+        return self.fp16 or autocast.get("dtype") == "float16"
 
     @property
     def tokens_per_step(self) -> int:
@@ -50,4 +80,6 @@ class S4TrainingArguments(TrainingArguments):
 
     @property
     def global_batch_size(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        """Sequences that one optimizer step sees; ranks that share a sequence count as one."""
+        replicas = self.world_size // self.sequence_parallel_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * replicas

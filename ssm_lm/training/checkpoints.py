@@ -1,44 +1,127 @@
 """Which run a folder holds, and which of its checkpoints are whole."""
 
 import json
+import os
 import re
+import secrets
+import shutil
+import zipfile
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from ..files import write_json
 from ..hub.load import COMPLETE as COMPLETE_FILE
 
 RUN_FILE = "run.json"
+PARTIAL = ".partial"  # beginning of the names of folders that are being written or deleted
 
 
-def mark_complete(checkpoint: Path, step: int, world_size: int) -> None:
-    """Say that every rank has written its part of the checkpoint. Called by one rank after a barrier."""
-    write_json(checkpoint / COMPLETE_FILE, {"step": step, "world_size": world_size})
+def publish(partial: Path, checkpoint: Path, facts: dict) -> None:
+    """Verify a folder that every rank has written its part into, mark it complete, and give it its name.
+
+    The mark lists every file with its size. The name comes by one rename, after the files have reached the disk: a
+    checkpoint is there whole or not at all. facts: what else the mark says. Raises OSError, or UserError for a file
+    that is not what its name says.
+    """
+    files = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != COMPLETE_FILE)
+    for path in files:
+        verify(path)
+    sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
+    write_json(partial / COMPLETE_FILE, facts | {"files": sizes})
+    for path in [*files, partial / COMPLETE_FILE, partial]:
+        flush_to_disk(path)
+    if checkpoint.exists():  # a run that was resumed before it comes here again
+        remove(checkpoint)
+    os.rename(partial, checkpoint)
+    flush_to_disk(checkpoint.parent)
 
 
-def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that was finished; one that a kill cut short has no mark and is passed over."""
+def verify(path: Path) -> None:
+    """Raise UserError if a file cannot be what its name says: cut short, or empty."""
+    whole = path.stat().st_size > 0
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                pass  # reads the header, and checks that the file is as long as it says
+        except (SafetensorError, OSError):
+            whole = False
+    elif path.suffix in (".pt", ".pth"):
+        whole = zipfile.is_zipfile(path)  # its directory is at the end
+    elif path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            whole = False
+    if not whole:
+        raise UserError(f"{path}: was not written whole; the last complete checkpoint is as it was")
+
+
+def flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, under a name that is none before it loses its first file."""
+    doomed = checkpoint.with_name(f"{PARTIAL}-{checkpoint.name}-{secrets.token_hex(4)}")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_partial(output_dir: Path) -> None:
+    """Delete what a run that was killed left half written or half deleted."""
+    for folder in output_dir.glob(f"{PARTIAL}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def rotate(output_dir: Path, keep: int | None, best: str | None) -> None:
+    """Delete complete checkpoints beyond the newest `keep` (None or 0: keep all), but never the best one."""
+    checkpoints = complete_checkpoints(output_dir)
+    for checkpoint in checkpoints[:-keep] if keep else []:
+        if best is None or checkpoint.name != Path(best).name:
+            remove(checkpoint)
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Those that were finished and still have all their files, the oldest first."""
     found = []
     for folder in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if match and (folder / COMPLETE_FILE).is_file():
+        if match and read_mark(folder) is not None:
             found.append((int(match[1]), folder))
-    return max(found)[1] if found else None
+    return [folder for _, folder in sorted(found)]
 
 
-def check_resumable(checkpoint: Path, world_size: int, sharded: bool) -> None:
-    """Raise UserError unless training can go on from the checkpoint. sharded: every rank wrote a part (DeepSpeed)."""
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    checkpoints = complete_checkpoints(output_dir)
+    return checkpoints[-1] if checkpoints else None
+
+
+def read_mark(checkpoint: Path) -> dict | None:
+    """What `publish` wrote, or None where the checkpoint was not finished or has lost files since."""
     try:
         mark = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
-        ranks = int(mark["world_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        sizes = mark.get("files", {})
+        whole = "world_size" in mark and all((checkpoint / name).stat().st_size == sizes[name] for name in sizes)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+    return mark if whole else None
+
+
+def check_resumable(checkpoint: Path) -> dict:
+    """The mark of a checkpoint. Raises UserError unless it is whole."""
+    mark = read_mark(checkpoint)
+    if mark is None:
         raise UserError(
-            f"{checkpoint}: is no whole checkpoint (its {COMPLETE_FILE} is missing or damaged); name another one"
-        ) from error
-    if sharded and ranks != world_size:
-        raise UserError(
-            f"{checkpoint}: was written by {ranks} ranks, and DeepSpeed resumes with as many, not {world_size}"
+            f"{checkpoint}: is no whole checkpoint (its {COMPLETE_FILE} or a file that it lists is missing or "
+            "damaged); name another one"
         )
+    return mark
 
 
 def claim(output_dir: Path, identity: dict) -> dict:

@@ -1,10 +1,15 @@
 """The process that training runs in: a device, a process group, and DeepSpeed's traps on a machine without a GPU."""
 
 import contextlib
+import datetime
+import gc
 import logging
 import os
 import socket
+import sys
 import warnings
+
+from ..errors import UserError
 
 
 def on_cpu() -> bool:
@@ -47,12 +52,107 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+_pretended_ranks: int | None = None  # of a dry run
+
+
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _pretended_ranks or int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def dry_run():
+    """Within the block this process joins no others, and `world_size()` is what the launcher said nevertheless."""
+    global _pretended_ranks
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    _pretended_ranks = world_size()
+    given = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        _pretended_ranks = None
+        from accelerate import PartialState
+
+        if PartialState._shared_state:  # of the whole process, in which something else may follow
+            PartialState().num_processes = 1
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(given)
 
 
 def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def agree(problem: str | None, facts: dict | None = None) -> None:
+    """Stop every rank in the same way. A collective: all ranks call it.
+
+    problem: what is wrong on this rank, or None. facts: what must be the same on all ranks.
+    Raises UserError on every rank if one has a problem or a fact differs; it names the rank and the key.
+    """
+    import torch.distributed as dist
+
+    everyone = [(problem, facts)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (problem, facts))
+    for rank, (problem, theirs) in enumerate(everyone):
+        if problem:
+            raise UserError(problem if len(everyone) == 1 else f"rank {rank}: {problem}")
+        first = everyone[0][1]
+        for key in sorted({*(first or {}), *(theirs or {})}):
+            mine, other = (first or {}).get(key), (theirs or {}).get(key)
+            if mine != other:
+                raise UserError(
+                    f"rank {rank} was started with {key} {other!r} and rank 0 with {mine!r}; all ranks need the same "
+                    "config and the same data"
+                )
+
+
+def limit_waiting(seconds: float) -> None:
+    """Let no collective of any process group wait longer than this.
+
+    ddp_timeout reaches the group that transformers makes. DeepSpeed makes its own groups beside it, without a
+    timeout, which is torch's default of 30 minutes (10 with NCCL): there a pulled cable is waited for.
+    """
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+@contextlib.contextmanager
+def named_timeouts(args):
+    """Within the block, a collective that failed because another rank is gone or hung says so in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "socket error")
+        said = str(error).lower()
+        if world_size() == 1 or not any(word in said for word in words):
+            raise
+        print(
+            f"ssm-lm: rank {args.process_index}: another rank is gone, or hung for more than ddp_timeout = "
+            f"{args.ddp_timeout} s; start again, and the run goes on from the last complete checkpoint "
+            f"({str(error).splitlines()[0]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # what is left of the process group would wait for that rank once more
+
+
+def release_trainer() -> None:
+    """Let go of what a trainer held, for another one in the same process: engines and models hang in cycles of
+    references, and accelerate knows one DeepSpeed config at a time.
+    """
+    import torch
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def set_threads() -> None:

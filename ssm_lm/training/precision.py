@@ -1,4 +1,4 @@
-"""bf16 under DeepSpeed without rounding the state space parameters."""
+"""bf16 and fp16 under DeepSpeed without rounding the state space parameters."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,12 @@ from ..errors import UserError
 
 
 def deepspeed_config(source: dict | str | None, bf16: bool, fp16: bool) -> dict | None:
-    """A DeepSpeed config in which `bf16: true` means autocast.
+    """A DeepSpeed config in which `bf16: true` and `fp16: true` mean autocast.
 
-    DeepSpeed's own bf16 block casts every parameter, and makes the float32 master copy from the rounded values: dt
-    and Lambda lose two digits for good. Its torch_autocast block keeps parameters, master copies and checkpoints
-    float32 and computes in bfloat16. A block `optimizer` would put all parameters in one group.
+    DeepSpeed's own bf16 and fp16 blocks cast every parameter, and make the float32 master copy from the rounded
+    values: dt and Lambda lose two digits for good. Its torch_autocast block keeps parameters, master copies and
+    checkpoints float32, computes in 16 bits, and scales the loss for float16. A block `optimizer` would put all
+    parameters in one group.
     Raises UserError for a file that cannot be read and for the blocks that break the above.
     """
     if source is None:
@@ -32,7 +33,7 @@ def deepspeed_config(source: dict | str | None, bf16: bool, fp16: bool) -> dict 
         if config.get(block, {}).get("enabled") not in (None, False, "auto"):
             raise UserError(
                 f"{where}: the block {block!r} would cast the state space parameters; remove it and say `bf16: true` "
-                "in the training config"
+                "or `fp16: true` in the training config"
             )
         config.pop(block, None)
     if "optimizer" in config:
@@ -40,8 +41,6 @@ def deepspeed_config(source: dict | str | None, bf16: bool, fp16: bool) -> dict 
             f"{where}: the block 'optimizer' would undo the parameter groups; remove it and set `optim`, "
             "`learning_rate`, `weight_decay` in the training config"
         )
-    if fp16:
-        raise UserError("fp16 under DeepSpeed casts the state space parameters; use `bf16: true`, or deepspeed: null")
-    if bf16:
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if bf16 or fp16:
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16" if bf16 else "float16"}
     return config

@@ -32,12 +32,10 @@ class LanguageModelling:
             raise UserError(f"{where}: the key 'data' is needed")
         self.stream = TokenStream.open(values["data"], "train")
         self.tokenizer = load_tokenizer(str(Path(values["data"]) / "tokenizer"))
-        self.model = None
-        if values.get("init_from"):
-            from ..hub.load import load_model
-
-            self.model = load_model(values["init_from"])
-            self.config = self.model.config
+        self.init_from, self._loaded = values.get("init_from"), None
+        if self.init_from:
+            self._loaded = self._load()
+            self.config = self._loaded.config
         else:
             eos = self.stream.eos_token_id
             tokens = {"vocab_size": self.stream.vocab_size, "eos_token_id": eos, "bos_token_id": eos}
@@ -56,7 +54,15 @@ class LanguageModelling:
         """The model of `init_from`, or a fresh one."""
         from ..modeling.modeling_s4 import S4ForCausalLM
 
-        return S4ForCausalLM(self.config) if self.model is None else self.model
+        if not self.init_from:
+            return S4ForCausalLM(self.config)
+        model, self._loaded = self._loaded or self._load(), None
+        return model
+
+    def _load(self):
+        from ..hub.load import load_model
+
+        return load_model(self.init_from)
 
     def describe(self, args) -> str:
         return (
@@ -64,8 +70,16 @@ class LanguageModelling:
             f"step      {args.global_batch_size} windows of {args.sequence_length} = {args.tokens_per_step:,} tokens"
         )
 
-    def trainer(self, model, args):
-        return LanguageModelTrainer(model, args, self.train_windows, self.eval_windows, processing_class=self.tokenizer)
+    def trainer(self, model, args, signals, passed_over):
+        return LanguageModelTrainer(
+            model,
+            args,
+            self.train_windows,
+            self.eval_windows,
+            passed_over,
+            signals=signals,
+            processing_class=self.tokenizer,
+        )
 
     def finish(self, trainer) -> None:
         """Nothing to add: `ssm-lm eval` measures a language model."""
@@ -90,9 +104,13 @@ class Classification:
     def describe(self, args) -> str:
         return f"data      {self.fingerprint}\nstep      {args.global_batch_size} sequences"
 
-    def trainer(self, model, args):
+    def trainer(self, model, args, signals, passed_over):
+        if passed_over:
+            raise UserError(
+                f"{self.task.name}: steps that cannot be taken are passed over in a language model's stream only"
+            )
         args.prediction_loss_only = False  # a language model's logits are too many to keep; these are few
-        return ClassificationTrainer(model, args, self.task)
+        return ClassificationTrainer(model, args, self.task, signals=signals)
 
     def finish(self, trainer) -> None:
         """Measure the test split, print it and write it to test_results.json."""

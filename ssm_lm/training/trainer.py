@@ -3,17 +3,21 @@
 import inspect
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch.utils.data import Sampler, Subset
-from transformers import Trainer, default_data_collator
+from transformers import default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.sequences import SequenceTask
 from ..data.windows import TokenWindows, WindowSampler
 from .carry import CarriedState, RowSampler
-from .checkpoints import mark_complete
+from .checkpointing import CheckpointedTrainer
+from .faults import Faults
+from .meters import CommunicationSample, Meters, MetricsFile, ProfileTrace
 from .param_groups import check_ssm_precision, parameter_groups
+from .sequence_parallel import RepeatedBatches, SequenceParallel, SlicedWindows
 
 
 class RunSampler(Sampler):
@@ -21,24 +25,35 @@ class RunSampler(Sampler):
 
     To the Trainer a run is one long epoch, so that the sample at a place is a function of (seed, place) alone, whatever
     the number of ranks, and resuming is skipping.
+    batch_size, passed_over: batches, counted from 0 as the run would have seen them, that it does not see.
     """
 
-    def __init__(self, windows: WindowSampler, total: int):
+    def __init__(self, windows: WindowSampler, total: int, batch_size: int = 1, passed_over: tuple[int, ...] = ()):
         self.windows, self.total = windows, total
+        self.batch_size, self.passed_over = batch_size, frozenset(passed_over)
 
     def __len__(self):
         return self.total
 
     def __iter__(self):
-        place, epoch = 0, 0
-        while place < self.total:
+        place, given, epoch = 0, 0, 0
+        while given < self.total:
             self.windows.set_epoch(epoch)
             for start in self.windows:
-                if place == self.total:
+                if given == self.total:
                     return
-                yield start
+                if place // self.batch_size not in self.passed_over:
+                    yield start
+                    given += 1
                 place += 1
             epoch += 1
+
+
+def batch_of_step(step: int, passed_over: Iterable[int]) -> int:
+    """The number of the batch that step `step` sees, both counted from 0."""
+    for batch in sorted(passed_over):
+        step += batch <= step
+    return step
 
 
 class LossProgress(ProgressCallback):
@@ -50,6 +65,7 @@ class LossProgress(ProgressCallback):
         ("learning_rate", "lr {:.2e}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
         ("samples_per_second", "{:,.0f} samples/s"),
+        ("mfu", "MFU {:.1%}"),
         ("eval_loss", "validation loss {:.4f}"),
         ("eval_perplexity", "perplexity {:.2f}"),
         ("eval_accuracy", "accuracy {:.2%}"),
@@ -61,16 +77,27 @@ class LossProgress(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
 
 
-class S4Trainer(Trainer):
-    """What every task shares: parameter groups, marks of whole checkpoints, the precision guard, the meter."""
+class S4Trainer(CheckpointedTrainer):
+    """What every task shares: parameter groups, whole checkpoints, guards, the meter.
 
-    def __init__(self, *args, **kwargs):
+    signals: what has asked the run to end, see `faults.StopSignals`.
+    """
+
+    def __init__(self, *args, signals=None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.faults = Faults(self, signals)
+        self.add_callback(self.faults)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         if not self.args.disable_tqdm:
             self.add_callback(LossProgress())
         self._meter = None
+        self.meters = Meters(self.args, self.model.config, isinstance(self, LanguageModelTrainer))
+        self.add_callback(MetricsFile())
+        if self.args.profile:
+            self.add_callback(ProfileTrace())
+        elif self.args.world_size > 1 and self.args.communication_sample_steps:
+            self.add_callback(CommunicationSample(self.meters))
         self._may_skip_logits = "skip_logits" in inspect.signature(self.model.forward).parameters
 
     # ---- loss
@@ -80,7 +107,10 @@ class S4Trainer(Trainer):
         nobody_looks = self.label_smoother is None and (model.training or self.args.prediction_loss_only)
         if self._may_skip_logits and nobody_looks:
             inputs = {**inputs, "skip_logits": True}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            self.faults.observe_loss(result[0] if return_outputs else result)
+        return result
 
     # ---- optimizer
 
@@ -92,28 +122,37 @@ class S4Trainer(Trainer):
             )
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **kwargs)
+            self.faults.attach(self.optimizer)
         return self.optimizer
 
-    # ---- checkpoints
+    # ---- guards and meters
 
-    def save_state(self, folder: Path) -> None:
-        """What a subclass adds to a checkpoint; called on every rank."""
+    def save_state(self, folder):
+        if self.args.should_save:
+            self.faults.save(folder)
+
+    def load_state(self, folder):
+        self.faults.load(folder)
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        self.save_state(folder)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(folder, self.state.global_step, self.args.world_size)
+        with self.meters.timing("checkpoint"):
+            super()._save_checkpoint(model, trial)
 
-    # ---- guards and meters
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.faults.observe_norm(norm)  # before clipping, without DeepSpeed
+        return norm
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._meter is None:
             check_ssm_precision(model)  # on the engine as it is, not on the config
             self._meter = (time.perf_counter(), self.state.global_step)
+        self.meters.saw(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def get_batch_samples(self, *args, **kwargs):
+        with self.meters.timing("data"):
+            return super().get_batch_samples(*args, **kwargs)
 
     def speed(self, step: int, steps: int, seconds: float) -> dict:
         """Entries of the log, at `step`, about the last `steps` steps, which took `seconds`."""
@@ -123,6 +162,9 @@ class S4Trainer(Trainer):
         now, step = time.perf_counter(), self.state.global_step
         if "loss" in logs and self._meter is not None and step > self._meter[1]:
             logs |= self.speed(step, step - self._meter[1], now - self._meter[0])
+            if self.faults.skipped:
+                logs["skipped_steps"] = self.faults.skipped
+            logs |= self.meters.entries(now - self._meter[0])
             self._meter = (now, step)
         super().log(logs, start_time)
 
@@ -130,6 +172,7 @@ class S4Trainer(Trainer):
         metrics = super().evaluate(*args, **kwargs)
         if self._meter is not None:
             self._meter = (time.perf_counter(), self.state.global_step)  # evaluation is not training time
+            self.meters.reset()
         return metrics
 
 
@@ -140,15 +183,29 @@ class LanguageModelTrainer(S4Trainer):
     `RowSampler` where the state is carried.
     """
 
-    def __init__(self, model, args, train_windows: TokenWindows, eval_windows: TokenWindows | None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args,
+        train_windows: TokenWindows,
+        eval_windows: TokenWindows | None,
+        passed_over: tuple[int, ...] = (),
+        **kwargs,
+    ):
+        self.passed_over = passed_over
         eval_dataset = None
         if eval_windows is not None:
             length = eval_windows.sequence_length
             eval_dataset = Subset(eval_windows, range(0, len(eval_windows.stream.tokens) - length + 1, length))
+        self.windows, train_dataset = train_windows, train_windows
+        if args.sequence_parallel_size > 1:
+            parallel = SequenceParallel(args.sequence_parallel_size)
+            parallel.attach(model)
+            train_dataset = SlicedWindows(train_windows, parallel)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_windows,
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=default_data_collator,  # windows are of one length: there is nothing to pad
             **kwargs,
@@ -161,10 +218,12 @@ class LanguageModelTrainer(S4Trainer):
     def _get_train_sampler(self, train_dataset=None):
         rows = self.args.global_batch_size
         total = self.args.max_steps * rows
-        windows = self.train_dataset
         if self.args.carry_state:
-            return RowSampler(len(windows.stream), windows.sequence_length, rows, total)
-        return RunSampler(WindowSampler(windows, seed=self.args.seed), total)
+            return RowSampler(len(self.windows.stream), self.windows.sequence_length, rows, total)
+        sampler = RunSampler(WindowSampler(self.windows, seed=self.args.seed), total, rows, self.passed_over)
+        if self.args.sequence_parallel_size > 1:
+            return RepeatedBatches(sampler, self.args.per_device_train_batch_size, self.args.sequence_parallel_size)
+        return sampler
 
     def speed(self, step, steps, seconds):
         tokens = self.args.tokens_per_step
@@ -185,14 +244,15 @@ class LanguageModelTrainer(S4Trainer):
     def _carried_file(self, checkpoint) -> Path:
         return Path(checkpoint) / f"carried_state_{self.args.process_index}.safetensors"
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        if self._carried is not None and resume_from_checkpoint is not None:
-            self._carried.load(self._carried_file(resume_from_checkpoint), self.args.device)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
     def save_state(self, folder):
+        super().save_state(folder)
         if self._carried is not None:
             self._carried.save(self._carried_file(folder))
+
+    def load_state(self, folder):
+        super().load_state(folder)
+        if self._carried is not None:
+            self._carried.load(self._carried_file(folder), self.args.device)
 
 
 class ClassificationTrainer(S4Trainer):

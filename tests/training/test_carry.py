@@ -95,8 +95,14 @@ def test_resuming_without_the_states_is_refused(write_config, tmp_path, capsys):
     settings = {"carry_state": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     config = write_config(**settings)
     assert main(["train", config]) == 0
-    (tmp_path / "run" / "checkpoint-4" / "carried_state_0.safetensors").unlink()
-    assert main(["train", config, "--max_steps", "6"]) == 2
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    (checkpoint / "carried_state_0.safetensors").unlink()
+    resume = ["--max_steps", "6", "--resume_from_checkpoint", str(checkpoint)]
+    assert main(["train", config, *resume]) == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
+    # as other ranks would have written it: whole, with the states of others
+    (checkpoint / "complete.json").write_text(json.dumps({"step": 4, "world_size": 1}))
+    assert main(["train", config, *resume]) == 2
     assert "carried_state_0" in capsys.readouterr().err
 
 

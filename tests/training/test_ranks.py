@@ -121,11 +121,12 @@ def test_killed_and_resumed(write_config, tmp_path, carry_state):
         torch.testing.assert_close(ours[key], theirs[key])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_bf16_keeps_the_state_space_in_float32(write_config, tmp_path, two_ranks_plain, stage):
-    config = write_config(max_steps=STEPS, per_device_train_batch_size=4, deepspeed=zero(stage), bf16=True)
-    done = run(train_command(config))
-    assert "bfloat16 (autocast)" in done.stdout
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 2), ("bf16", 3), ("fp16", 0), ("fp16", 2)])
+def test_16_bits_keep_the_state_space_in_float32(write_config, tmp_path, two_ranks_plain, precision, stage):
+    settings = {"max_steps": STEPS, "per_device_train_batch_size": 4, "deepspeed": zero(stage)}
+    done = run(train_command(write_config(**settings, **{precision: True})))
+    assert f"{'bfloat16' if precision == 'bf16' else 'float16'} (autocast)" in done.stdout
+    assert "skipped" not in done.stdout
     weights = load_file(tmp_path / "run" / "model.safetensors")
     state_space = {key: value for key, value in weights.items() if ".ssm." in key}
     assert state_space

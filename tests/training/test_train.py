@@ -31,6 +31,18 @@ def golden_model(ssm):
     return {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "ssm": ssm, "chunk_size": 16}
 
 
+def test_a_dry_run_plans_for_the_ranks_of_the_launcher(write_config, tmp_path, capsys, monkeypatch):
+    config = write_config(max_steps=3)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main(["train", config, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "32 windows of 40 = 1,280 tokens (8 ranks x 4 x 1 accumulated), 3 steps" in out
+    assert not (tmp_path / "run").exists()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert main(["train", config]) == 0  # in the same process, and alone again
+    assert "(1 ranks x 4 x 1 accumulated)" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_left_alone(write_config, tmp_path, capsys):
     config = write_config(max_steps=3)
     assert main(["train", config]) == 0
@@ -89,11 +101,11 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(write_config, tmp_path, 
     assert main(["train", config, "--resume_from_checkpoint", str(tmp_path / "nowhere")]) == 2
     assert "no whole checkpoint" in capsys.readouterr().err
     assert main(["train", config]) == 0
-    mark = tmp_path / "run" / "checkpoint-4" / "complete.json"
-    mark.write_text(json.dumps({"step": 4, "world_size": 8}))
-    zero = str(Path(__file__).parents[2] / "configs" / "deepspeed" / "zero1.json")
-    assert main(["train", config, "--max_steps", "6", "--deepspeed", zero]) == 2
-    assert "written by 8 ranks" in capsys.readouterr().err
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main(["train", config, "--resume_from_checkpoint", str(checkpoint)]) == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
 
 
 def test_a_damaged_data_folder_is_one_line(corpus, write_config, tmp_path, capsys):

@@ -93,7 +93,6 @@ def test_a_bad_override_names_the_key(write_config, capsys):
         ({"lr_scheduler_type": "sawtooth"}, "sawtooth"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, "'bf16' would cast"),
         ({"deepspeed": {"optimizer": {}}}, "parameter groups"),
-        ({"deepspeed": {"zero_optimization": {"stage": 1}}, "fp16": True}, "fp16 under DeepSpeed"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(corpus, tmp_path, config_file, capsys, overrides, message):

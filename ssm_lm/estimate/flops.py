@@ -1,0 +1,247 @@
+"""FLOPs of a training step, by the equations of this architecture.
+
+Symbols: B sequences of L tokens in a forward; H hidden_size, N state_size, I intermediate_size, V vocab_size, T
+chunk_size. A multiply-add counts as two operations. The backward of a matmul is two matmuls of its size, one for each
+factor, so "backward" is twice "forward" but where the text says otherwise.
+
+    a token's matmuls, forward                                                 in every
+    out_proj       2 H g H                g = 2 for glu, else 1                state space sublayer
+    chunk scan     H (2 T + 4 N)          Toeplitz; inject and emit            S4, S4D
+                   + H 2 N^2 / T          the dense carry, once a chunk        S4
+                   P/2 (8 T + 16)         the same on complex signals, N = 2   S5 (P = state_size)
+    B, C           4 H P                  inputs to states, states to outputs  S5
+    FFN            4 H I                                                       FFN sublayer
+    head           2 H V                  adaptive: see `_adaptive_head`       model
+
+    a forward's matmuls whatever B and L: the operators of a chunk, by doubling, `_s4_operators`; for mode fft the
+    kernel: Cauchy products, `_s4_kernel`, or a Vandermonde product, `_s4d_kernel`
+
+What is recomputed in the backward comes apart from these, in `recompute`: the operators of a chunk scan, which are
+made a second time instead of being kept, and under activation checkpointing the whole forward of the blocks.
+
+`other` holds what a state space does beside matmuls: FFTs, at 2.5 n log2 n a real transform of n points, and the
+elementwise recurrence over its states. Not counted, as is usual: norms, activations, dropout, the softmax, the
+optimizer, the powers of a diagonal. They cost memory traffic, not arithmetic.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..modeling.adaptive import cluster_bounds, cluster_widths
+from ..modeling.configuration_s4 import S4Config
+from ..modeling.hippo import INITIALIZATIONS
+from ..modeling.ssm import LAYERS
+
+
+class Part(NamedTuple):
+    """Operations of one forward and backward over B L tokens, all layers together.
+
+    forward, backward, recompute: in matmuls. other: all else, forward and backward. in_float32: state spaces, which
+    stay float32 under autocast.
+    """
+
+    name: str
+    forward: float
+    backward: float
+    recompute: float = 0.0
+    other: float = 0.0
+    in_float32: bool = False
+
+    @property
+    def model(self) -> float:
+        """What the mathematics asks for; the numerator of MFU."""
+        return self.forward + self.backward + self.other
+
+    @property
+    def hardware(self) -> float:
+        """What is executed."""
+        return self.model + self.recompute
+
+
+def training_mode(config: S4Config, length: int, needs_state: bool) -> str:
+    """The mode that a layer of this config runs in: what `auto` resolves to. needs_state: carry_state."""
+    if config.mode != "auto":
+        return config.mode
+    layer = LAYERS[config.ssm]
+    return "fft" if length < layer.fft_is_faster_below and not needs_state else "chunk"
+
+
+def training_flops(
+    config: S4Config,
+    batch_size: int,
+    length: int,
+    *,
+    needs_state: bool = False,
+    checkpointing: bool = False,
+    tail_shares: Sequence[float] | None = None,
+    task: str = "lm",
+) -> list[Part]:
+    """The parts of a forward and backward over (batch_size, length) tokens.
+
+    needs_state: states are carried from window to window. checkpointing: activation checkpointing of the blocks.
+    tail_shares: for an adaptive softmax, the share of the targets in every tail; None: every tail sees every token, as
+    on a GPU. task: "lm", or "classification", whose head is one linear layer a sequence.
+    """
+    mode = training_mode(config, length, needs_state)
+    tokens = batch_size * length
+    H, blocks = config.hidden_size, config.num_hidden_layers
+    ssm_layers = blocks * config.sublayers.count("ssm")
+    ffn_layers = blocks * config.sublayers.count("ffn")
+    directions = 2 if config.bidirectional else 1
+
+    # ---- embedding
+    parts = []
+    if config.input_size is not None:
+        encoder = 2 * tokens * config.input_size * H
+        parts.append(Part("embedding", encoder, encoder))  # the input needs no gradient
+    elif config.adaptive_cutoffs is not None:
+        projected = 2 * tokens * H * sum(_widths(config))  # every cluster's projection sees every token
+        parts.append(Part("embedding", projected, 2 * projected))
+
+    # ---- blocks
+    gated = 2 if config.glu == "glu" else 1
+    out_proj = 2 * tokens * H * gated * H * ssm_layers
+    # under checkpointing the recomputation ends at the last tensor that the backward asks for, which is the input of
+    # the block's last matmul, unless something after it, a dropout or a gate, has a tensor to make again
+    ends_early = not config.dropout
+    skipped = ends_early and config.sublayers[-1] == "ssm" and config.glu == "none"
+    repeated = out_proj * (1 - 1 / config.sublayers.count("ssm")) if skipped else out_proj
+    parts.append(Part("out_proj", out_proj, 2 * out_proj, repeated if checkpointing else 0))
+    for name, forward, backward, recompute, other in _state_space(config, batch_size, length, mode, needs_state):
+        if checkpointing:
+            recompute += forward
+        scaled = (x * ssm_layers * directions for x in (forward, backward, recompute, other))
+        parts.append(Part(name, *scaled, in_float32=True))
+    if ffn_layers:
+        ffn = 4 * tokens * H * config.intermediate_size * ffn_layers
+        repeated = ffn / 2 if ends_early else ffn
+        parts.append(Part("ffn", ffn, 2 * ffn, repeated if checkpointing else 0))
+
+    # ---- head
+    if task == "classification":
+        head = 2 * batch_size * H * config.num_labels
+    elif config.adaptive_cutoffs is None:
+        head = 2 * tokens * H * config.vocab_size
+    else:
+        head = _adaptive_head(config, tokens, tail_shares)
+    parts.append(Part("head", head, 2 * head))
+    return parts
+
+
+def total(parts: Sequence[Part], what: str = "model") -> float:
+    """The sum of `what` ("model" or "hardware") over the parts."""
+    return sum(getattr(part, what) for part in parts)
+
+
+def _widths(config) -> list[int]:
+    return cluster_widths(config.hidden_size, len(config.adaptive_cutoffs) + 1, config.adaptive_div_val)
+
+
+def _adaptive_head(config, tokens, tail_shares) -> float:
+    """Cluster 0: a projection and n_0 + K logits a token. Tail i: a projection to d_i and n_i logits for its tokens."""
+    H = config.hidden_size
+    sizes = [end - first for first, end in cluster_bounds(config.vocab_size, config.adaptive_cutoffs)]
+    widths = _widths(config)
+    tails = len(sizes) - 1
+    flops = 2 * tokens * H * (widths[0] + sizes[0] + tails)
+    shares = [1.0] * tails if tail_shares is None else tail_shares
+    for share, size, width in zip(shares, sizes[1:], widths[1:], strict=True):
+        flops += 2 * tokens * share * width * (H + size)
+    return flops
+
+
+# ---- one state space, one direction: (name, forward, backward, recompute, other)
+
+
+def _state_space(config, B, L, mode, needs_state):
+    H, N = config.hidden_size, config.state_size
+    tokens, s5 = B * L, config.ssm == "s5"
+    rank = len(INITIALIZATIONS["s4"][config.ssm_init](2).P) if config.ssm == "s4" else 0
+    if s5:
+        mixing = 4 * tokens * H * N  # x B_bar, states C
+        yield "B and C", mixing, 2 * mixing, 0, 0
+    if mode == "chunk":
+        scan, scan_other, operators = _chunk_scan(config, B, L, rank)
+        yield "scan", scan, 2 * scan, 0, 3 * scan_other
+        if operators:
+            yield "operators", operators, 2 * operators, operators, 0
+        return
+    kernel, kernel_backward, other = 0, 0, 0
+    if mode == "fft":
+        n = 1 << (2 * L - 1).bit_length()
+        transform = 2.5 * n * math.log2(n)
+        # real transforms forward: input and output; backward: the same two; the kernel's own: one each way. A complex
+        # one (S5) is two real ones
+        other = (4 * B + 2) * transform * (N if s5 else H)
+        if config.ssm == "s4":
+            kernel, kernel_backward = _s4_kernel(H, N, L, rank)
+        elif config.ssm == "s4d":
+            kernel = _s4d_kernel(H, N, L)
+            kernel_backward = 2 * kernel
+        if needs_state:  # one more pass, without output, for the final state
+            scan, _, operators = _chunk_scan(config, B, L, rank)
+            kernel, kernel_backward = kernel + scan + operators, kernel_backward + 2 * scan + 3 * operators
+    elif mode == "recurrent":
+        if config.ssm == "s4":  # G^T h; and F times it, which for rank 1 is no matmul
+            kernel = (2 if rank == 1 else 4 * rank) * tokens * H * N + _discretization(H, N, rank)
+            kernel_backward = 2 * kernel
+        other = 3 * 6 * tokens * N * (1 if s5 else H)  # the state times Lambda, plus the input, times C
+    else:  # associative
+        other = 3 * 4 * tokens * N * max(1, (L - 1).bit_length())  # a complex product and a sum a pass
+    yield "kernel" if mode == "fft" else "scan", kernel, kernel_backward, 0, other
+
+
+def _chunk_scan(config, B, L, rank) -> tuple[float, float, float]:
+    """(matmuls of the scan, its elementwise work, matmuls of the operators), forward."""
+    T = min(config.chunk_size, L)
+    scan = elementwise = operators = 0
+    # whole chunks, then what is left as one chunk of its own length
+    for size, chunks in ((T, L // T), (L % T, 1)):
+        if not size:
+            continue
+        signals, N, p = (
+            (config.state_size // 2, 2, 2) if config.ssm == "s5" else (config.hidden_size, config.state_size, 1)
+        )
+        rows = B * chunks * signals
+        scan += rows * 2 * (p * size) ** 2  # Toeplitz
+        scan += rows * 2 * 2 * p * size * N  # inject, emit
+        if config.ssm == "s4":
+            scan += rows * 2 * N * N  # carry
+            operators += _s4_operators(config.hidden_size, N, size, rank)
+        else:
+            elementwise += rows * 4 * N  # a complex product and a sum
+    return scan, elementwise, operators
+
+
+def _discretization(H, N, rank) -> float:
+    """p^T w p, and the correction of B_bar, in einsum's order; what is a product by a 1 x 1 matrix is no matmul."""
+    flops = 2 * H * N * rank**2 + 2 * H * N * N
+    return flops if rank == 1 else flops + 2 * H * N * rank**2 + 2 * H * N * N * rank
+
+
+def _s4_operators(H, N, T, rank) -> float:
+    """Columns A^j B and rows C A^(j+1), j < T, by doubling: floor(log2 T) squarings of the dense A_bar (N, N)."""
+    squarings = T.bit_length() - 1
+    products = bin(T).count("1") - 1  # A^T from its binary digits
+    flops = _discretization(H, N, rank) + 2 * H * N * N * rank  # A_bar = R(E) - F G^T
+    flops += 2 * H * N * N  # C A
+    flops += (squarings + products) * 2 * H * N**3
+    flops += 2 * (T - 1) * 2 * H * N * N  # the other columns and rows
+    return flops + 2 * H * N * T  # taps
+
+
+def _s4_kernel(H, N, L, rank) -> tuple[float, float]:
+    """Cauchy products at L/2 nodes, (1 + rank)^2 of them, two real sums each; and A_bar^L, by squarings."""
+    nodes, products = (L + 1) // 2, (1 + rank) ** 2
+    cauchy = 2 * 2 * H * nodes * (N // 2) * 2 * products
+    power = _discretization(H, N, rank) + 2 * H * N * N * rank
+    power += (L.bit_length() - 1) * 2 * H * N**3 + bin(L).count("1") * 2 * H * N * N
+    # backward: the weights' gradient, and that of the resolvent, as much each; then sums over the nodes
+    return cauchy + power, 2 * cauchy + H * nodes * N + 2 * power
+
+
+def _s4d_kernel(H, N, L) -> float:
+    """The Vandermonde product of two factors, l = q R + r: (Q, N) times (N, R)."""
+    R = 1 << max(0, (L - 1).bit_length() // 2)
+    return 2 * H * -(-L // R) * R * N

@@ -1,0 +1,109 @@
+"""What a piece of the model allocates and moves, counted by running it on tensors without data.
+
+`FakeTensorMode` carries shapes and dtypes through the real code, forward and backward, and allocates nothing: a layer
+of any size is counted in a moment, and the count follows the code when that changes.
+"""
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# operators that touch no data
+NO_TRAFFIC = (
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "detach",
+    "alias",
+)
+
+
+class StorageCounter(TorchDispatchMode):
+    """Bytes of the storages that are alive, their peak, and the bytes that operators read and wrote.
+
+    Every storage counts from the operator that made it to the moment nothing refers to it. What lives inside one
+    operator (the workspace of a matmul or an FFT) is not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = self.traffic = 0
+        self._known = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        for tensor in made:
+            self.add(tensor)
+        if function.namespace == "aten" and not function.is_view and function._opname not in NO_TRAFFIC:
+            # an expanded tensor is read once
+            self.traffic += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in read + made)
+        return result
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, if it is not counted yet."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            size = storage.nbytes()
+            self._known[key] = weakref.finalize(storage, self._free, key, size)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _free(self, key, size):
+        self._known.pop(key, None)
+        self.live -= size
+
+    def start(self) -> int:
+        """Measure the peak and the traffic from here on; returns what is alive."""
+        self.peak, self.traffic = self.live, 0
+        return self.live
+
+
+class Trace(NamedTuple):
+    """Bytes of one piece of the model, beyond its parameters and its input.
+
+    kept: alive after the forward: what the backward needs, and the output. forward_peak: the most during the forward.
+    backward_peak: the most during the backward, with what was kept and the output's gradient; parameter gradients are
+    in it as they come. gradients: of the parameters, after the backward. forward_traffic, backward_traffic: what the
+    operators read and wrote, each on its own, as PyTorch runs them without fusion.
+    """
+
+    kept: int
+    forward_peak: int
+    backward_peak: int
+    gradients: int
+    forward_traffic: int
+    backward_traffic: int
+
+
+def trace(module: nn.Module, inputs: list[torch.Tensor], autocast: torch.dtype | None, **kwargs) -> Trace:
+    """Count `module(*inputs, **kwargs)`, forward and backward. Call it inside a FakeTensorMode that made all of them.
+
+    autocast: the dtype of an autocast region around the forward, or None.
+    """
+    counter = StorageCounter()
+    for tensor in [*inputs, *kwargs.values(), *module.parameters()]:
+        if isinstance(tensor, torch.Tensor):
+            counter.add(tensor)
+    with counter:
+        before = counter.start()
+        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            output = module(*inputs, **kwargs)
+        kept, forward_peak, forward_traffic = counter.live - before, counter.peak - before, counter.traffic
+        gradient = torch.empty_like(output)
+        counter.start()
+        output.backward(gradient)
+        backward_peak, backward_traffic = counter.peak - before, counter.traffic
+        del output, gradient
+        input_gradients = sum(x.grad.numel() * x.grad.element_size() for x in inputs if x.grad is not None)
+        gradients = counter.live - before - input_gradients
+    return Trace(kept, forward_peak, backward_peak, gradients, forward_traffic, backward_traffic)

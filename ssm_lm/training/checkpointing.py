@@ -1,0 +1,130 @@
+"""The Trainer's side of checkpoints: written beside their place, verified, published; taken up under any engine."""
+
+import errno
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers import trainer as trainer_module
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from ..errors import UserError
+from ..hub.load import one_line
+from .checkpoints import PARTIAL, check_resumable, last_complete_checkpoint, publish, rotate
+from .environment import agree
+from .param_groups import parameter_groups
+from .universal import adam_steps, convert, engine_name, is_native, open_reader, put
+
+
+class CheckpointedTrainer(Trainer):
+    """A Trainer whose checkpoints are there whole or not at all, and go on under another engine or number of ranks."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._partial = None  # where a checkpoint is being written
+        self._reshard = None  # (checkpoint, mark) where one is taken up that another engine or other ranks wrote
+
+    def save_state(self, folder: Path) -> None:
+        """What a subclass adds to a checkpoint; called on every rank."""
+
+    def load_state(self, folder: Path) -> None:
+        """The inverse of `save_state`."""
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
+    def _save_checkpoint(self, model, trial):
+        output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        best = self.state.best_global_step
+        self._partial = output_dir / PARTIAL
+        try:
+            super()._save_checkpoint(model, trial)
+            if best:  # not where it is being written
+                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
+            self.save_state(self._partial / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(self._partial / name / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                facts = {
+                    "step": self.state.global_step,
+                    "world_size": self.args.world_size,
+                    "engine": engine_name(self._zero_stage()),
+                    "optimizer_steps": adam_steps(self._engine_optimizer()),
+                }
+                publish(self._partial / name, output_dir / name, facts)
+                rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise self._cannot_save(name, error) from error
+        finally:
+            self._partial = None
+
+    def _cannot_save(self, name: str, error: Exception) -> Exception:
+        """What to raise for a checkpoint that could not be written: a UserError where the disk is to blame."""
+        if isinstance(error, UserError) or not _is_disk_error(error):
+            return error
+        shutil.rmtree(Path(self.args.output_dir) / PARTIAL / name, ignore_errors=True)
+        last = last_complete_checkpoint(Path(self.args.output_dir))
+        left = "there is no earlier one" if last is None else f"{last} is whole, and the same command goes on from it"
+        said = UserError(f"{name} could not be written to {self.args.output_dir} ({one_line(error)}); {left}")
+        if self.args.local_process_index != 0:
+            print(f"ssm-lm: {said}", file=sys.stderr, flush=True)  # the first rank's disk may be in order
+        return said
+
+    def _zero_stage(self) -> int | None:
+        return self.args.deepspeed["zero_optimization"]["stage"] if self.args.deepspeed else None
+
+    def _engine_optimizer(self):
+        """torch's optimizer or the ZeRO one, without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        self._reshard = None
+        if resume_from_checkpoint is not None:
+            checkpoint = Path(resume_from_checkpoint)
+            mark = check_resumable(checkpoint)
+            self.load_state(checkpoint)
+            if not is_native(checkpoint, mark, engine_name(self._zero_stage()), self.args.world_size):
+                self._reshard = (checkpoint, mark)
+                problem = None
+                if self.args.process_index == 0:
+                    try:
+                        convert(checkpoint, mark)
+                    except OSError as error:
+                        problem = f"{checkpoint} could not be converted ({error.strerror or error})"
+                agree(problem)
+        # what the Trainer would do with a DeepSpeed engine; `_load_optimizer_and_scheduler` comes after it
+        load = trainer_module.deepspeed_load_checkpoint
+        if self._reshard is not None:
+            trainer_module.deepspeed_load_checkpoint = lambda *args, **kwargs: None
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            trainer_module.deepspeed_load_checkpoint = load
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if self._reshard is None or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder, mark = self._reshard
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        groups = parameter_groups(self.model, 0.0, 0.0, 0.0)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        trained = [names[id(parameter)] for group in groups for parameter in group["params"]]
+        optimizer, steps = self._engine_optimizer(), mark.get("optimizer_steps", mark["step"])
+        put(self.model, optimizer, open_reader(folder, mark, trained), steps)
+        for group, rate in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if self.is_deepspeed_enabled:
+            self.deepspeed.global_steps = mark["step"]
+
+
+def _is_disk_error(error: Exception) -> bool:
+    """A full or failing disk, as the operating system says it, or as torch and safetensors pass it on."""
+    words = ("no space left", "disk quota", "read-only file system", "permission denied", "writing", "os error")
+    return (isinstance(error, OSError) and error.errno != errno.ENOENT) or any(
+        word in str(error).lower() for word in words
+    )

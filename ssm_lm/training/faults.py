@@ -1,0 +1,159 @@
+"""Faults that a run survives: steps that must not be taken, and signals that ask it to end.
+
+All ranks decide alike: the loss and the signals are reduced over them once a step, the gradient norm already is.
+"""
+
+import json
+import math
+import signal
+from pathlib import Path
+from types import MethodType
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from ..files import write_json
+from .environment import limit_waiting
+from .guard import StepGuard
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PREEMPTED = 75  # the exit code of a run that was asked to end and can go on: EX_TEMPFAIL of sysexits.h
+GUARD_FILE = "guard.json"
+
+
+class StopSignals:
+    """Within the block, SIGTERM and SIGUSR1 set `received` instead of ending the process."""
+
+    def __init__(self):
+        self.received: str | None = None
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number, frame):
+        self.received = signal.Signals(number).name
+
+
+class Faults(TrainerCallback):
+    """Skips steps, counts them, and ends training early: to roll back, or because a signal asked for it.
+
+    After training: `stopped` is True where a signal ended it, `bad_steps` the steps in a row that ask for a rollback.
+    """
+
+    def __init__(self, trainer, signals: StopSignals | None):
+        args = trainer.args
+        self.trainer, self.signals = trainer, signals or StopSignals()
+        self.guard = StepGuard(args.spike_threshold, args.spike_window)
+        self.most_in_a_row = args.max_skipped_steps
+        self.skipped = 0  # since the process began
+        self.in_a_row: list[int] = []  # numbers of the steps
+        self.stopped, self.bad_steps = False, []
+        self._loss = None  # of the step so far, this rank's share
+        self._norm = None  # of the gradient before clipping, where the engine does not tell
+        self._reason, self._judged, self._stop = None, False, False
+
+    # ---- what the trainer tells
+
+    def observe_loss(self, loss: torch.Tensor) -> None:
+        """One of the losses that make up the step."""
+        loss = loss.detach().double()
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def observe_norm(self, norm) -> None:
+        self._norm = norm
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make `optimizer.step` do nothing in a step that is skipped. Every engine, DeepSpeed's too, calls it last."""
+        take = optimizer.step
+
+        def step(self_, closure=None):
+            self.judge()
+            return None if self._reason else take(closure)
+
+        optimizer.step = MethodType(step, optimizer)
+
+    # ---- the decision
+
+    def judge(self) -> None:
+        """Decide about this step, once: ZeRO 3 calls the optimizer for every group of parameters."""
+        if self._judged:
+            return
+        device = self.trainer.args.device
+        loss = torch.zeros((), dtype=torch.float64) if self._loss is None else self._loss
+        numbers = torch.stack([loss.to(device), torch.tensor(float(self.signals.received is not None)).to(loss)])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(numbers)
+            numbers[0] /= dist.get_world_size()
+        loss, stop = numbers.tolist()
+        self._stop = stop > 0
+        self._reason = self.guard.verdict(loss, self._gradient_norm())
+        self._judged = True
+
+    def _gradient_norm(self) -> float:
+        zero = getattr(self.trainer.model_wrapped, "optimizer", None)  # of a DeepSpeed engine
+        norm = getattr(zero, "_global_grad_norm", None)
+        if norm is None:
+            norm = self._norm
+        if norm is None:
+            gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+        return float(norm)
+
+    # ---- what transformers' Trainer calls
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        limit_waiting(args.ddp_timeout)
+        engine = self.trainer.model_wrapped
+        if hasattr(engine, "clip_fp32_gradients"):  # at ZeRO stage 0 the norm before clipping is seen nowhere else
+            clip = engine.clip_fp32_gradients
+
+            def measure_and_clip():
+                self.observe_norm(
+                    torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+                )
+                clip()
+
+            engine.clip_fp32_gradients = measure_and_clip
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self._judged:  # the engine found the gradient not finite, and did not come to the optimizer
+            self._norm = math.inf
+            self.judge()
+            if args.scales_loss:
+                self._reason = None  # how the scale of fp16 finds its size
+            elif self.trainer.accelerator.optimizer_step_was_skipped:
+                self.trainer.lr_scheduler.step()  # the schedule is a function of the step, taken or not
+        if self._reason:
+            self.skipped += 1
+            self.in_a_row.append(state.global_step - 1)
+            if state.is_world_process_zero:
+                print(f"step {state.global_step}: skipped, {self._reason}", flush=True)
+        else:
+            self.in_a_row = []
+        if len(self.in_a_row) >= self.most_in_a_row:
+            self.bad_steps = self.in_a_row
+            control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
+        elif self._stop and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        elif self._reason:
+            control.should_save = False  # the last checkpoint stays one from before the trouble, to go back to
+        self._loss, self._norm, self._reason, self._judged = None, None, None, False
+
+    # ---- checkpoints
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / GUARD_FILE, self.guard.state() | {"in_a_row": self.in_a_row})
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint's history; one from before there was a guard has none."""
+        if (folder / GUARD_FILE).is_file():
+            state = json.loads((folder / GUARD_FILE).read_text(encoding="utf-8"))
+            self.in_a_row = state.pop("in_a_row")
+            self.guard.load_state(state)

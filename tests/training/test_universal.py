@@ -1,0 +1,76 @@
+"""Checkpoints that go on under another engine, or with another number of ranks: the losses stay the same."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from harness import REPO, losses, run, train_command
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
+# enough layers for several buffers, an odd size for padding, two learning rates for the parameter groups
+MODEL = {"hidden_size": 15, "num_hidden_layers": 1, "state_size": 6, "ssm": "s4", "chunk_size": 16}
+SETTINGS = {"model": MODEL, "max_steps": 12, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 9}
+
+
+def engine_options(engine: str) -> list[str]:
+    return [] if engine == "torch" else ["--deepspeed", str(REPO / f"configs/deepspeed/{engine}.json")]
+
+
+def rewind(source, target, step: int) -> None:
+    """A copy of a finished run as it was after `step`."""
+    shutil.copytree(source, target)
+    for folder in target.glob("checkpoint-*"):
+        if int(folder.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(folder)
+    for name in ("model.safetensors", "trainer_state.json"):
+        (target / name).unlink()
+    run_file = target / "run.json"
+    run_file.write_text(json.dumps({"identity": json.loads(run_file.read_text())["identity"]}))
+
+
+def assert_same_run(ours, theirs):
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
+    weights, reference = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
+    for key in weights.keys() & reference.keys():  # ZeRO 3 writes a tied weight once, the others twice
+        torch.testing.assert_close(weights[key], reference[key], rtol=1e-4, atol=1e-5)
+
+
+def test_every_engine_goes_on_from_the_one_before_it(write_config, tmp_path):
+    """One rank: torch to step 2, ZeRO 0 to step 4, ..., ZeRO 3 to step 10, and torch to the end."""
+    start = write_config("start", **SETTINGS)
+    run(train_command(start))
+    before = tmp_path / "start"
+    for number, engine in enumerate([*ENGINES[1:], "torch"], 1):
+        place = tmp_path / f"{number} {engine}"
+        rewind(before, place, 2 * number)
+        run(train_command(start, "--output_dir", str(place), *engine_options(engine)))
+        assert_same_run(place, tmp_path / "start")
+        mark = json.loads((place / f"checkpoint-{2 * number + 2}" / "complete.json").read_text())
+        assert mark["engine"] == engine
+        before = place
+
+
+@pytest.mark.parametrize(("stage", "others"), [(2, [(1, 0), (2, 3)]), (3, [(1, 2)])])
+def test_two_ranks_and_then_another_number_or_stage(write_config, tmp_path, stage, others):
+    settings = SETTINGS | {"train_batch_size_total": 4, "per_device_train_batch_size": 2}
+    start = write_config("start", **settings)
+    run(train_command(start, *engine_options(f"zero{stage}"), ranks=2))
+    for ranks, other in others:
+        place = tmp_path / f"{ranks} ranks at stage {other}"
+        rewind(tmp_path / "start", place, 4)
+        done = run(train_command(start, "--output_dir", str(place), *engine_options(f"zero{other}"), ranks=ranks))
+        assert "resuming" in done.stdout
+        assert_same_run(place, tmp_path / "start")
+
+
+@pytest.mark.parametrize("config", ["zero2_offload", "zero3_offload"])
+def test_offload_changes_nothing(write_config, tmp_path, config):
+    plain = write_config("plain", **SETTINGS)
+    run(train_command(plain))
+    offloaded = write_config("offloaded", **SETTINGS, deepspeed=str(REPO / f"configs/deepspeed/{config}.json"))
+    run(train_command(offloaded))
+    assert_same_run(tmp_path / "offloaded", tmp_path / "plain")
