@@ -1,7 +1,5 @@
 """`python -m ssm_lm VERB`: the same as `ssm-lm VERB`, for launchers that want a module (torchrun, deepspeed)."""
 
-import sys
+from .cli import entry
 
-from .cli import main
-
-sys.exit(main())
+entry()

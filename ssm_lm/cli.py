@@ -3,10 +3,12 @@
 Each verb lives beside the code that it runs, in a module with two functions, `add_arguments(parser)` and `run(args)`;
 this file only finds it. Modules are imported when their verb is called, so that `ssm-lm --help` does not import torch.
 
-Exit codes: 0 done; 2 the arguments, the config or the input is wrong (one line on stderr); 1 anything else.
+Exit codes: 0 done; 2 the arguments, the config or the input is wrong (one line on stderr); 75 training was asked to end
+by a signal and can go on; 1 anything else.
 """
 
 import argparse
+import atexit
 import importlib
 import os
 import sys
@@ -67,5 +69,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def entry() -> None:
+    """The command as a process: `main`, and its exit code.
+
+    One rank of several leaves without taking the interpreter apart: threads of a collective backend that come back
+    while Python is half gone abort the process, after all is done, and the launcher calls the run failed.
+    """
+    try:
+        code = main()
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

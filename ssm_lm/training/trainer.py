@@ -17,6 +17,7 @@ from .checkpointing import CheckpointedTrainer
 from .faults import Faults
 from .meters import CommunicationSample, Meters, MetricsFile, ProfileTrace
 from .param_groups import check_ssm_precision, parameter_groups
+from .precision import share_master_weights
 from .sequence_parallel import RepeatedBatches, SequenceParallel, SlicedWindows
 
 
@@ -146,6 +147,7 @@ class S4Trainer(CheckpointedTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._meter is None:
             check_ssm_precision(model)  # on the engine as it is, not on the config
+            share_master_weights(model)
             self._meter = (time.perf_counter(), self.state.global_step)
         self.meters.saw(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
