@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..modeling.ssm import LAYERS
+from ..modeling.state_space import Memo
 from . import roofline
 
 WARM_UP, REPEATS = 3, 20
@@ -71,7 +72,7 @@ def contenders(u: torch.Tensor, state: int) -> Iterator[Contender]:
             if name != "s5":
                 tap = partial(_with, layer, setting, partial(layer.kernel, length))
                 yield Contender(f"{name} taps", f"{name} taps, {by}", count, length, tap, leaves)
-            memo, zero = {}, layer.zero_state(len(u), u.device)
+            memo, zero = Memo(), layer.zero_state(len(u), u.device)
             step = partial(layer, u[:, :1].detach(), mode="recurrent", initial_state=zero, memo=memo)
             step = partial(_with, layer, setting, lambda step=step: step()[0])
             yield Contender(f"{name} step", f"{name} step, {by}", count, 1, step, [])

@@ -119,6 +119,7 @@ def export(
 def write(model, tokenizer, folder: Path, readme: str, max_shard_size: str = SHARD_SIZE) -> None:
     """Write every file of the exported model into `folder`. tokenizer: None for a classifier without one."""
     model.config.auto_map = dict(AUTO_MAP)
+    model.config.kernels = "auto"  # what was forced here is about this machine
     with quiet():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:

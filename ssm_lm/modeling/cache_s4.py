@@ -15,6 +15,8 @@ from collections import defaultdict
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
+from .state_space import Memo
+
 
 class Reference:
     """A state space that a cache needs and does not own: a copy of the cache shares it, a pickle leaves it out."""
@@ -50,7 +52,7 @@ class Record:
         self.inputs.append(inputs)
         self.begins.append(begins)
 
-    def state_after(self, length: int, memo: dict | None) -> torch.Tensor:
+    def state_after(self, length: int, memo: Memo | None) -> torch.Tensor:
         """The state after the first `length` tokens: step by step with the state space's memo, as one scan without."""
         ssm, state = self.ssm.get(), self.snapshot
         if ssm is None:
@@ -62,10 +64,14 @@ class Record:
             length -= part
         return state
 
-    def keep_last(self, length: int) -> None:
-        """Move the snapshot forward, so that the last `length` tokens are left."""
+    def keep_last(self, length: int, memo: Memo | None) -> None:
+        """Move the snapshot forward, so that the last `length` tokens are left: by one scan, which is faster over many
+        tokens, or step by step where the parameters have left again (offloaded, or sharded).
+        """
         surplus = len(self) - length
-        self.snapshot = self.state_after(surplus, memo=None)
+        parameter = self.ssm.get().log_dt
+        here = parameter.device == self.snapshot.device and parameter.numel() > 0
+        self.snapshot = self.state_after(surplus, None if here else memo)
         inputs = torch.cat(self.inputs, 1)[:, surplus:].clone()  # no view, which would keep all of them
         if any(begins is not None for begins in self.begins):
             pairs = zip(self.begins, self.inputs, strict=True)
@@ -106,7 +112,7 @@ class S4CacheLayer(CacheLayerMixin):
     def __init__(self, **kwargs):
         super().__init__()
         self.states: list[torch.Tensor] = []
-        self.memos: dict[int, dict] = defaultdict(dict)
+        self.memos: dict[int, Memo] = defaultdict(Memo)
         self.records: list[Record | None] = []
         self.record_past = False
         self.cumulative_length = 0
@@ -117,10 +123,12 @@ class S4CacheLayer(CacheLayerMixin):
         """The state of the layer's state space `index`, or None where there is none yet."""
         return self.states[index] if index < len(self.states) else None
 
-    def get_memo(self, index: int) -> dict:
+    def get_memo(self, index: int) -> Memo:
         if not hasattr(self, "memos"):  # a cache that an exporter took apart and put together again
-            self.memos = defaultdict(dict)
-        return self.memos.get(index, {}) if torch.compiler.is_compiling() else self.memos[index]
+            self.memos = defaultdict(Memo)
+        if torch.compiler.is_compiling():
+            return self.memos[index] if index in self.memos else Memo()
+        return self.memos[index]
 
     def update_state(
         self, index: int, state: torch.Tensor, num_new_tokens: int, ssm=None, inputs=None, documents=None
@@ -148,15 +156,13 @@ class S4CacheLayer(CacheLayerMixin):
         if self.records[index] is None:
             self.records[index] = Record(self.states[index].clone())
         record = self.records[index]
-        if not torch.is_grad_enabled():
-            ssm.discrete_from(self.get_memo(index))  # now: between forwards the parameters may be offloaded
         begins = None
         if documents is not None:
             inputs = inputs.masked_fill((documents.seq_idx < 0)[..., None], 0)
             begins = documents.begins
         record.append(ssm, inputs, begins)
         if len(record) > self.max_recorded:
-            record.keep_last(self.min_recorded)
+            record.keep_last(self.min_recorded, None if torch.is_grad_enabled() else self.get_memo(index))
 
     def _advance(self, num_new_tokens: int) -> None:
         self.cumulative_length += num_new_tokens
@@ -205,7 +211,7 @@ class S4CacheLayer(CacheLayerMixin):
         if removed:
             for index, record in enumerate(self.records):
                 # under autograd the memo would keep the graph of another forward
-                memo = {} if torch.is_grad_enabled() else self.get_memo(index)
+                memo = Memo() if torch.is_grad_enabled() else self.get_memo(index)
                 self._put(index, record.state_after(recorded - removed, memo))
             self._advance(-removed)
         self.records = [None] * len(self.records)
@@ -213,7 +219,7 @@ class S4CacheLayer(CacheLayerMixin):
     def reset(self):
         for state in self.states:
             state.zero_()
-        self.memos = defaultdict(dict)
+        self.memos = defaultdict(Memo)
         self.records = [None] * len(self.states)
         self.record_past = False
         self.cumulative_length = 0
@@ -231,7 +237,7 @@ class S4CacheLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices):
-        self._map(lambda tensor: tensor[indices])
+        self._map(lambda tensor: tensor[indices.to(tensor.device) if torch.is_tensor(indices) else indices])
 
     def offload(self):
         self._map(lambda tensor: tensor.to("cpu", non_blocking=True))

@@ -135,11 +135,11 @@ class _ChunkScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, make_operators, has_output, kernels, activation, u, initial_state, keep, *parameters):
+    def forward(ctx, make_operators, has_output, kernels, activation, save, u, initial_state, keep, *parameters):
         operators = make_operators(*parameters)
         in_kernel = kernels is not None and runs_in_kernel(u, operators, kernels)
         run = partial(_ChunkScan._run_kernel, activation) if in_kernel else _ChunkScan._run
-        saved = any(ctx.needs_input_grad)
+        saved = save and any(ctx.needs_input_grad)  # the latter says nothing of no_grad
         y, final, sequence, starts = run(u, operators, initial_state, keep, has_output, saved)
         ctx.save_for_backward(sequence, starts, keep, *parameters)
         ctx.make_operators, ctx.in_kernel, ctx.from_zero = make_operators, in_kernel, initial_state is None
@@ -188,7 +188,7 @@ class _ChunkScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_state):
         u, starts, keep, *parameters = ctx.saved_tensors
-        needed = ctx.needs_input_grad[7:]
+        needed = ctx.needs_input_grad[8:]
         if ctx.make_operators is ChunkOperators:
             operators = ChunkOperators(*parameters)
         else:
@@ -208,7 +208,7 @@ class _ChunkScan(torch.autograd.Function):
             wanted = [p for p in parameters if p.requires_grad]
             found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
             grad_operators = [next(found) if needs else None for needs in needed]
-        return (None, None, None, None, grad_u, None if ctx.from_zero else grad_initial, None, *grad_operators)
+        return (None, None, None, None, None, grad_u, None if ctx.from_zero else grad_initial, None, *grad_operators)
 
     @staticmethod
     def _reverse_kernel(from_zero, rows, starts, keep, grad_y, grad_state, *operators):
@@ -329,9 +329,11 @@ def chunk_scan(
 
             return fused_chunk_scan(u, operators, initial_state, keep, has_output, activation)
         return plain_chunk_scan(u, operators, initial_state, keep, has_output)
-    return _ChunkScan.apply(operators, has_output, kernels, activation, u, initial_state, keep, *parameters)
+    save = torch.is_grad_enabled()
+    return _ChunkScan.apply(operators, has_output, kernels, activation, save, u, initial_state, keep, *parameters)
 
 
 def plain_chunk_scan(u, operators: ChunkOperators, initial_state=None, keep=None, has_output=True):
     """`chunk_scan` in plain PyTorch, whatever the device: the kernel's twin."""
-    return _ChunkScan.apply(ChunkOperators, has_output, None, "identity", u, initial_state, keep, *operators)
+    save = torch.is_grad_enabled()
+    return _ChunkScan.apply(ChunkOperators, has_output, None, "identity", save, u, initial_state, keep, *operators)

@@ -3,6 +3,12 @@
 from transformers.generation import GenerateDecoderOnlyOutput
 
 
+def check_not_sharded(name: str, synced_gpus: bool) -> None:
+    """ValueError under ZeRO 3 and FSDP: a rank whose texts have ended would leave the others waiting for it."""
+    if synced_gpus:
+        raise ValueError(f"{name} does not run on sharded parameters (synced_gpus); gather them first")
+
+
 def check_settings(name: str, generation_config, model_kwargs: dict) -> None:
     """ValueError for settings of generate() that the strategy `name` could only ignore."""
     if generation_config.do_sample:

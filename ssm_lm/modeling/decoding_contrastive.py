@@ -11,7 +11,7 @@ Source: Su, Lan, Wang, Yogatama, Kong, Collier, "A Contrastive Framework for Neu
 import torch
 import torch.nn.functional as F
 
-from .decoding_common import Collected, check_one_beam, check_settings
+from .decoding_common import Collected, check_not_sharded, check_one_beam, check_settings
 
 
 def contrastive_search(
@@ -36,6 +36,7 @@ def contrastive_search(
     """
     name = "contrastive search"
     check_settings(name, generation_config, model_kwargs)
+    check_not_sharded(name, synced_gpus)
     check_one_beam(name, generation_config)
     settled = generation_config.penalty_alpha is not None
     if penalty_alpha is None:

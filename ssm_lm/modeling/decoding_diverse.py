@@ -11,7 +11,7 @@ the group beam search that transformers had.
 import torch
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
-from .decoding_common import check_settings
+from .decoding_common import check_not_sharded, check_settings
 
 
 def diverse_beam_search(
@@ -36,6 +36,7 @@ def diverse_beam_search(
     """
     name = "diverse beam search"
     check_settings(name, generation_config, model_kwargs)
+    check_not_sharded(name, synced_gpus)
     num_beams = generation_config.num_beams
     # where generation_config does not have them either, it holds 1 and 0
     groups, penalty = num_beam_groups, diversity_penalty

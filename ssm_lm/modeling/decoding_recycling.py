@@ -17,7 +17,7 @@ Source: Luo et al., "Turning Trash into Treasure: Accelerating Inference of Larg
 
 import torch
 
-from .decoding_common import Collected, check_one_beam, check_settings
+from .decoding_common import Collected, check_not_sharded, check_one_beam, check_settings
 
 PROMPT_ROWS = 256  # of the prompt's last tokens, the logits are recycled; this bounds their memory
 
@@ -46,6 +46,7 @@ def token_recycling(
     """
     name = "token recycling"
     check_settings(name, generation_config, model_kwargs)
+    check_not_sharded(name, synced_gpus)
     check_one_beam(name, generation_config)
     for option, value in (("max_draft_length", max_draft_length), ("num_drafts", num_drafts)):
         if value < 1:

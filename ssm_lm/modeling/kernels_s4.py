@@ -17,11 +17,11 @@ import contextlib
 import json
 import os
 import re
+import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,7 +128,10 @@ def _decide(op: str, device: str, unsupported: str | None, setting: str) -> bool
     if cause is None:
         return True
     if setting == "triton":
-        raise RuntimeError(f"kernels: triton is forced, but the kernel {op} cannot run on {device}: {cause}")
+        raise RuntimeError(
+            f"kernels: triton is forced, but the kernel {op} cannot run on {device}: {cause}; "
+            'kernels="auto" in from_pretrained, or SSM_LM_KERNELS=auto, lets PyTorch run instead'
+        )
     if (op, cause) not in _warned:
         _warned.add((op, cause))
         warnings.warn(f"{op} runs in plain PyTorch on {device}, without its Triton kernel: {cause}", stacklevel=3)
@@ -294,7 +297,7 @@ def tuned(op: str, problem: str, configurations: Sequence, run: Callable[[object
     if _tuned[file].get(key) not in known:
         if os.environ.get("LOCAL_RANK", "0") != "0" or torch.cuda.is_current_stream_capturing():
             return default
-        _tuned[file] = _read(file) | {key: repr(min(configurations, key=lambda one: _seconds(run, one)))}
+        _tuned[file] = _read(file) | _tuned[file] | {key: repr(min(configurations, key=lambda one: _seconds(run, one)))}
         _write(file, _tuned[file])
     return known[_tuned[file][key]]
 
@@ -317,9 +320,10 @@ _tuned: dict[Path, dict[str, str]] = {}
 
 
 def _tuning_file(device: torch.device) -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    name = f"{torch.cuda.get_device_name(device)} {architecture(device)} triton {version('triton')}"
-    return Path(cache).expanduser() / "ssm_lm" / "kernels" / (re.sub(r"[^\w.]+", "-", name) + ".json")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    version = getattr(sys.modules.get("triton"), "__version__", "unknown")  # it is imported: a kernel is about to run
+    name = f"{torch.cuda.get_device_name(device)} {architecture(device)} triton {version}"
+    return cache / "ssm_lm" / "kernels" / (re.sub(r"[^\w.]+", "-", name) + ".json")
 
 
 def _read(file: Path) -> dict[str, str]:

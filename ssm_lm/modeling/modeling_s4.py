@@ -102,7 +102,7 @@ class S4Mixer(nn.Module):
             mode="recurrent" if cache is not None and self._is_short(hidden_states.shape[1]) else self.mode,
             initial_state=state,
             output_final_state=cache is not None,
-            memo=cache.get_memo(self.state_index) if state is not None and not torch.is_grad_enabled() else None,
+            memo=cache.get_memo(self.state_index) if cache is not None and not torch.is_grad_enabled() else None,
             seq_idx=documents,
             activation=self.activation,
             # a cache that records the past still needs the old state
@@ -111,13 +111,14 @@ class S4Mixer(nn.Module):
         if cache is not None:
             recorded = {"ssm": self.ssm, "inputs": hidden_states, "documents": documents} if cache.record_past else {}
             cache.update_state(self.state_index, state, hidden_states.shape[1], **recorded)
-            if not torch.is_grad_enabled():  # now, for a compiled step does not keep what it derives
-                self.ssm.prepare_steps(cache.get_memo(self.state_index), hidden_states)
-        in_rows = self.ssm.has_rows(y)
+        # a quantised projection may read memory as it lies
+        in_rows = type(self.out_proj) is nn.Linear and self.ssm.has_rows(y)
         y = self.dropout(y)
         if in_rows:  # the order of memory in which the chunk scan's kernel works
             y = gradient_in_rows(y)
-        projected = self.out_proj(y.flatten(0, 1)).view(*y.shape[:2], -1) if in_rows else self.out_proj(y)
+            projected = self.out_proj(y.flatten(0, 1)).view(*y.shape[:2], -1)
+        else:
+            projected = self.out_proj(y.contiguous())
         if self.glu == "half":
             return y * torch.sigmoid(projected)
         return nn.functional.glu(projected, dim=-1) if self.glu == "glu" else projected
@@ -433,6 +434,8 @@ class S4ForSequenceClassification(S4PreTrainedModel):
     """S4Model, pooled over the sequence, with a linear classifier: for tokens or, with config.input_size, for
     continuous inputs; bidirectional or not.
     """
+
+    accepts_loss_kwargs = False  # its loss is a mean over the batch: the Trainer is to average over batches and ranks
 
     def __init__(self, config: S4Config):
         super().__init__(config)

@@ -126,10 +126,16 @@ class S5(StateSpace):
 
         return mimo_step_(u, state, *system, self.D, activation)
 
+    def _scans_on_kernel(self, x) -> bool:
+        unsupported = None if x.dtype == torch.float32 else f"parameters of {x.dtype}"
+        return use_kernel("s5_scan", x, self.log_dt, unsupported=unsupported, setting=self.kernels)
+
+    def _final_state(self, x, state):
+        return self._run_chunk(x, state, None, False)[1] if self._scans_on_kernel(x) else super()._final_state(x, state)
+
     def _run_chunk(self, x, state, documents, reverse):
         """On a GPU, the scan of its own kernel, which knows documents without moving them apart."""
-        unsupported = None if x.dtype == torch.float32 else f"parameters of {x.dtype}"
-        if not use_kernel("s5_scan", x, self.log_dt, unsupported=unsupported, setting=self.kernels):
+        if not self._scans_on_kernel(x):
             return super()._run_chunk(x, state, documents, reverse)
         from .triton_s5_scan import s5_scan
 

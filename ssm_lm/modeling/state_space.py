@@ -55,6 +55,17 @@ def complex_product(a: tuple, b: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
 
 
+class Memo:
+    """What a state space has derived from its parameters for single steps: `discrete` by `StateSpace.discretize`,
+    `step` for the step kernel; None until it is needed. No dict: what moves arguments to a device would copy that.
+    """
+
+    __slots__ = ("discrete", "step")
+
+    def __init__(self):
+        self.discrete = self.step = None
+
+
 class StateSpace(nn.Module):
     """hidden_size H; state_size N, the order of the real system, even; chunk_size T of the chunk mode.
 
@@ -208,7 +219,7 @@ class StateSpace(nn.Module):
         mode: str = "auto",
         initial_state: torch.Tensor | None = None,
         output_final_state: bool = True,
-        memo: dict | None = None,
+        memo: Memo | None = None,
         seq_idx: torch.Tensor | Documents | None = None,
         activation: nn.Module | None = None,
         in_place: bool = False,
@@ -220,8 +231,8 @@ class StateSpace(nn.Module):
         fastest.
         initial_state: (B, H, N), for S5 (B, 1, N), or None for zero. The final state is float32 (float64 for a float64
         layer), or None where output_final_state is False. Both are differentiable.
-        memo: a dict of the caller's that keeps the discretised system between calls while the parameters stay the
-        same; used by the recurrent mode.
+        memo: of the caller, keeps what single steps derive from the parameters, between calls while these stay the
+        same. Every forward without autograd fills it: afterwards the parameters may be elsewhere (offloaded, sharded).
         seq_idx: (B, L) integers, the document of each token, or what `find_documents` made of them: the state is zero
         at the start of every run of equal numbers, except that the row's first run goes on from an initial state. A
         negative number is padding: its input counts as zero, and the state after it is zero.
@@ -255,6 +266,8 @@ class StateSpace(nn.Module):
                 mode = "chunk"
             elif mode == "auto":
                 mode = self._fastest_mode(L, needs_state=state is not None or output_final_state)
+            if memo is not None and not self.bidirectional and not torch.is_grad_enabled():
+                self.prepare_steps(memo, u)
             documents = seq_idx
             if torch.is_tensor(seq_idx):
                 documents = find_documents(seq_idx, self.chunk_size)
@@ -287,7 +300,7 @@ class StateSpace(nn.Module):
         return y[:, 0], state
 
     def advance(
-        self, u: torch.Tensor, state: torch.Tensor, memo: dict | None = None, begins: torch.Tensor | None = None
+        self, u: torch.Tensor, state: torch.Tensor, memo: Memo | None = None, begins: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The state after u (B, L, H), L at least 1, without the output.
 
@@ -298,8 +311,7 @@ class StateSpace(nn.Module):
         with torch.autocast(u.device.type, enabled=False):
             x, state = u.to(self.log_dt.dtype), state.to(self.log_dt.dtype)
             if memo is None and begins is None:
-                final = self._scan(self._drive(x), self._scan_state(state), reverse=False, has_output=False)[1]
-                return self._layer_state(final)
+                return self._final_state(x, state)
             discrete = self.discrete_from(memo)
             for t, token in enumerate(x.unbind(1)):
                 if begins is not None:
@@ -307,13 +319,17 @@ class StateSpace(nn.Module):
                 _, state = self._advance(discrete, token, state)
             return state
 
-    def discrete_from(self, memo: dict | None, reverse: bool = False) -> tuple:
+    def _final_state(self, x, state):
+        final = self._scan(self._drive(x), self._scan_state(state), reverse=False, has_output=False)[1]
+        return self._layer_state(final)
+
+    def discrete_from(self, memo: Memo | None, reverse: bool = False) -> tuple:
         """The discretised system, from `memo` or kept there."""
-        if memo is not None and "discrete" in memo:
-            return memo["discrete"]
+        if memo is not None and memo.discrete is not None:
+            return memo.discrete
         discrete = self.discretize(reverse)
         if memo is not None and not torch.compiler.is_compiling():
-            memo["discrete"] = discrete  # what a compiled graph puts out is not for keeping, and would recompile it
+            memo.discrete = discrete  # what a compiled graph puts out is not for keeping, and would recompile it
         return discrete
 
     def _state_or_zero(self, state, batch_size, device):
@@ -346,7 +362,7 @@ class StateSpace(nn.Module):
 
     def _run_steps(self, u, state, documents, memo, activation, in_place):
         """The recurrent mode by the step kernel: the state stays at its address; y has D u and activation."""
-        system = self._step_system_from({} if memo is None else memo)
+        system = self._step_system_from(Memo() if memo is None else memo)
         if state is None:
             state = self.zero_state(u.shape[0], u.device)
         elif not (in_place and state.dtype == torch.float32 and state.is_contiguous()):
@@ -362,16 +378,19 @@ class StateSpace(nn.Module):
         y = outputs[0][:, None] if len(outputs) == 1 else torch.stack(outputs, 1)
         return y if fused else activation(y), state
 
-    def prepare_steps(self, memo: dict, u: torch.Tensor) -> None:
+    def prepare_steps(self, memo: Memo, u: torch.Tensor) -> None:
         """Keep in `memo` what single steps on inputs like u (B, L, H) derive from the parameters."""
         self.discrete_from(memo)
         if self._steps_on_kernel(u, None):
             self._step_system_from(memo)
 
-    def _step_system_from(self, memo: dict) -> tuple[torch.Tensor, ...]:
-        if "step" not in memo:
-            memo["step"] = self._step_system(self.discrete_from(memo))
-        return memo["step"]
+    def _step_system_from(self, memo: Memo) -> tuple[torch.Tensor, ...]:
+        if memo.step is not None:
+            return memo.step
+        system = self._step_system(self.discrete_from(memo))
+        if not torch.compiler.is_compiling():
+            memo.step = system
+        return system
 
     def _step_system(self, discrete: tuple) -> tuple[torch.Tensor, ...]:
         """What `discretize` returns as the tensors of `_step_kernel`."""

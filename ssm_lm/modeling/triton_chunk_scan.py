@@ -619,18 +619,20 @@ def _transpose_case():
 def self_check_cases(device: torch.device) -> list[Case]:
     """Forward and backward, in the sizes that models have, with an initial state and resets."""
     return [
-        _case(device, dtype, dense, tolerance)
+        _case(device, dtype, dense, tolerance, bare)
         for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 2e-5))
         for dense in (False, True)
+        for bare in (False, True)
     ]
 
 
-def _case(device, dtype, dense, tolerance, H=3, B=5, chunks=6, N=64):
+def _case(device, dtype, dense, tolerance, bare, H=3, B=5, chunks=6, N=64):
+    """bare: without initial state and resets, as in a step of training."""
     T = LONGEST_CHUNK[dtype]
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape, scale=1.0):
-        return (torch.randn(*shape, generator=generator) * scale).to(device)
+        return (torch.randn(*shape, generator=generator, dtype=torch.float32) * scale).to(device)
 
     decay = random(H, N, N, scale=0.5 / N**0.5) if dense else random(H, N, scale=0.4)
     operators = ChunkOperators(random(H, T), random(H, T, N, scale=N**-0.5), random(H, N, T, scale=T**-0.5), decay)
@@ -640,12 +642,14 @@ def _case(device, dtype, dense, tolerance, H=3, B=5, chunks=6, N=64):
     keep[1, 2] = keep[3, 0] = False
 
     def run(scan_function, cast):
-        inputs = [cast(x).requires_grad_() for x in (u, *operators, state)]
-        y, final = scan_function(inputs[0], ChunkOperators(*inputs[1:5]), inputs[5], keep)
+        inputs = [cast(x).requires_grad_() for x in (u, *operators, *([] if bare else [state]))]
+        y, final = scan_function(
+            inputs[0], ChunkOperators(*inputs[1:5]), *([None, None] if bare else [inputs[5], keep])
+        )
         gradients = torch.autograd.grad([y, final], inputs, [cast(grad_y).to(y.dtype), cast(grad_state)])
         return [y.detach(), final.detach(), *gradients]
 
-    label = f"{'dense' if dense else 'diagonal'} {str(dtype).removeprefix('torch.')}"
+    label = f"{'dense' if dense else 'diagonal'} {str(dtype).removeprefix('torch.')}{' from zero' if bare else ''}"
     return Case(
         label,
         lambda: run(fused_chunk_scan, lambda x: x.detach().clone()),

@@ -427,7 +427,7 @@ def self_check_cases(device: torch.device) -> list[Case]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
 
     def run(scan, inputs, begins, grads):
         inputs = [x.clone().requires_grad_() for x in inputs]
@@ -442,10 +442,11 @@ def self_check_cases(device: torch.device) -> list[Case]:
         inputs = [normal(B, L, P).to(dtype), log_re, log_im, normal(B, P)]
         begins = torch.zeros(B, L, dtype=torch.bool)
         begins[-1, [1, L - 5]] = True
-        arguments = begins.to(device), (normal(B, L, P), normal(B, P))
-        kernel = partial(run, s5_scan, inputs, *arguments)
-        twin = partial(run, complex_scan, [x.double() for x in inputs], *arguments)
-        cases.append(Case(f"a scan in {dtype}", kernel, twin, tolerance))
+        for label, resets in (("with documents", begins.to(device)), ("of one document", None)):
+            arguments = resets, (normal(B, L, P), normal(B, P))
+            kernel = partial(run, s5_scan, inputs, *arguments)
+            twin = partial(run, complex_scan, [x.double() for x in inputs], *arguments)
+            cases.append(Case(f"a scan in {dtype}, {label}", kernel, twin, tolerance))
     return cases
 
 

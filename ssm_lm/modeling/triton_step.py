@@ -331,7 +331,7 @@ def self_check_cases(device: torch.device) -> list[Case]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
 
     def run(step, inputs, state, dtype):
         state, outputs = state.clone(), []

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from transformers import DynamicCache
 
 from ..errors import UserError
+from .environment import world_size
 
 
 class RowSampler(Sampler):
@@ -62,7 +63,7 @@ class CarriedState:
 
     def save(self, path: Path) -> None:
         """Write every state of this rank as safetensors."""
-        tensors = {"place": torch.tensor(self.place)}
+        tensors = {"place": torch.tensor(self.place), "shape": torch.tensor([world_size(), self.batches_per_step])}
         for slot, cache in enumerate(self.caches):
             for number, layer in enumerate(cache.layers):
                 for index, state in enumerate(layer.states):
@@ -74,6 +75,13 @@ class CarriedState:
         if not path.is_file():
             raise UserError(f"{path}: no such file; the checkpoint was not written with carry_state, or by other ranks")
         tensors = {key: tensor.to(device) for key, tensor in load_file(path).items()}
+        here = [world_size(), self.batches_per_step]
+        written = tensors.pop("shape").tolist() if "shape" in tensors else here
+        if written != here:
+            raise UserError(
+                f"{path}: the states of {written[0]} ranks x {written[1]} batches a step; carry_state goes on with as "
+                f"many, not {here[0]} x {here[1]}"
+            )
         self.place = int(tensors.pop("place"))
         self.caches = [DynamicCache(config=self.config) for _ in range(self.batches_per_step)]
         keys = sorted(tensors, key=lambda key: [int(part) for part in key.split(".")])

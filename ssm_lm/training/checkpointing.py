@@ -9,11 +9,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers import trainer as trainer_module
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ..errors import UserError
 from ..hub.load import one_line
-from .checkpoints import PARTIAL, check_resumable, last_complete_checkpoint, publish, rotate
+from .checkpoints import PARTIAL, check_resumable, last_complete_checkpoint, publish, read_mark, rotate
 from .environment import agree
 from .param_groups import parameter_groups
 from .universal import adam_steps, convert, engine_name, is_native, open_reader, put
@@ -25,6 +26,7 @@ class CheckpointedTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._partial = None  # where a checkpoint is being written
+        self.checkpoint_facts = {}  # what else the marks of this run's checkpoints say
         self._reshard = None  # (checkpoint, mark) where one is taken up that another engine or other ranks wrote
 
     def save_state(self, folder: Path) -> None:
@@ -49,7 +51,7 @@ class CheckpointedTrainer(Trainer):
                 self.state.save_to_json(str(self._partial / name / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                facts = {
+                facts = self.checkpoint_facts | {
                     "step": self.state.global_step,
                     "world_size": self.args.world_size,
                     "engine": engine_name(self._zero_stage()),
@@ -88,29 +90,46 @@ class CheckpointedTrainer(Trainer):
             checkpoint = Path(resume_from_checkpoint)
             mark = check_resumable(checkpoint)
             self.load_state(checkpoint)
-            if not is_native(checkpoint, mark, engine_name(self._zero_stage()), self.args.world_size):
+            if not self._is_native(checkpoint, mark):
                 self._reshard = (checkpoint, mark)
-                problem = None
-                if self.args.process_index == 0:
-                    try:
-                        convert(checkpoint, mark)
-                    except OSError as error:
-                        problem = f"{checkpoint} could not be converted ({error.strerror or error})"
-                agree(problem)
+                self._convert(checkpoint, mark)
         # what the Trainer would do with a DeepSpeed engine; `_load_optimizer_and_scheduler` comes after it
-        load = trainer_module.deepspeed_load_checkpoint
         if self._reshard is not None:
             trainer_module.deepspeed_load_checkpoint = lambda *args, **kwargs: None
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
-            trainer_module.deepspeed_load_checkpoint = load
+            trainer_module.deepspeed_load_checkpoint = deepspeed_load_checkpoint
+
+    def _is_native(self, checkpoint: Path, mark: dict) -> bool:
+        return is_native(checkpoint, mark, engine_name(self._zero_stage()), self.args.world_size)
+
+    def _convert(self, checkpoint: Path, mark: dict) -> None:
+        problem = None
+        if self.args.process_index == 0:
+            try:
+                convert(checkpoint, mark)
+            except Exception as error:  # a full disk, a damaged shard: DeepSpeed raises anything
+                problem = f"{checkpoint} could not be converted ({one_line(error)})"
+        agree(problem)
+
+    def _load_best_model(self):
+        best = Path(self.state.best_model_checkpoint)
+        mark = read_mark(best)
+        if not self.is_deepspeed_enabled or mark is None or self._is_native(best, mark):
+            return super()._load_best_model()
+        self._convert(best, mark)
+        self._put(best, mark)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        trainer_module.deepspeed_load_checkpoint = deepspeed_load_checkpoint
         if self._reshard is None or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         folder, mark = self._reshard
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        self._put(folder, mark)
+
+    def _put(self, folder: Path, mark: dict) -> None:
         groups = parameter_groups(self.model, 0.0, 0.0, 0.0)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         trained = [names[id(parameter)] for group in groups for parameter in group["params"]]

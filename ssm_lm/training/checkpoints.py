@@ -15,6 +15,7 @@ from ..files import write_json
 from ..hub.load import COMPLETE as COMPLETE_FILE
 
 RUN_FILE = "run.json"
+ASIDE = ".aside"  # beginning of the name of a checkpoint that is being replaced
 PARTIAL = ".partial"  # beginning of the names of folders that are being written or deleted
 
 
@@ -33,9 +34,29 @@ def publish(partial: Path, checkpoint: Path, facts: dict) -> None:
     for path in [*files, partial / COMPLETE_FILE, partial]:
         flush_to_disk(path)
     if checkpoint.exists():  # a run that was resumed before it comes here again
-        remove(checkpoint)
-    os.rename(partial, checkpoint)
+        exchange(partial, checkpoint)
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        os.rename(partial, checkpoint)
     flush_to_disk(checkpoint.parent)
+
+
+def exchange(new: Path, old: Path) -> None:
+    """Give `new` the name of `old` and back. Where a kill falls between the renames, `restore` undoes the first."""
+    aside = old.with_name(f"{ASIDE}-{old.name}")
+    os.rename(old, aside)
+    os.rename(new, old)
+    os.rename(aside, new)
+
+
+def restore(output_dir: Path) -> None:
+    """Give a checkpoint its name back that a kill caught on its way to be replaced."""
+    for aside in output_dir.glob(f"{ASIDE}-checkpoint-*"):
+        name = output_dir / aside.name.removeprefix(f"{ASIDE}-")
+        if name.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(aside, name)
 
 
 def verify(path: Path) -> None:
@@ -113,14 +134,19 @@ def read_mark(checkpoint: Path) -> dict | None:
     return mark if whole else None
 
 
-def check_resumable(checkpoint: Path) -> dict:
-    """The mark of a checkpoint. Raises UserError unless it is whole."""
+def check_resumable(checkpoint: Path, identity: dict | None = None) -> dict:
+    """The mark of a checkpoint. Raises UserError unless it is whole and, where both say so, of the run `identity`."""
     mark = read_mark(checkpoint)
     if mark is None:
         raise UserError(
             f"{checkpoint}: is no whole checkpoint (its {COMPLETE_FILE} or a file that it lists is missing or "
             "damaged); name another one"
         )
+    theirs = mark.get("identity")
+    if identity is not None and theirs is not None and theirs != identity:
+        key = next(key for key in {**theirs, **identity} if theirs.get(key) != identity.get(key))
+        difference = _difference(key, theirs.get(key), identity.get(key))
+        raise UserError(f"{checkpoint}: is of another run ({difference}); name one of this run")
     return mark
 
 

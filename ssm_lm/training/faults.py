@@ -125,10 +125,10 @@ class Faults(TrainerCallback):
         if not self._judged:  # the engine found the gradient not finite, and did not come to the optimizer
             self._norm = math.inf
             self.judge()
-            if args.scales_loss:
-                self._reason = None  # how the scale of fp16 finds its size
-            elif self.trainer.accelerator.optimizer_step_was_skipped:
+            if not args.scales_loss and self.trainer.accelerator.optimizer_step_was_skipped:
                 self.trainer.lr_scheduler.step()  # the schedule is a function of the step, taken or not
+        if args.scales_loss and (self._reason or "").startswith("gradient norm is"):
+            self._reason = None  # how the scale of float16 finds its size; the optimizer has not stepped
         if self._reason:
             self.skipped += 1
             self.in_a_row.append(state.global_step - 1)
@@ -145,6 +145,10 @@ class Faults(TrainerCallback):
         elif self._reason:
             control.should_save = False  # the last checkpoint stays one from before the trouble, to go back to
         self._loss, self._norm, self._reason, self._judged = None, None, None, False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.bad_steps or self.stopped:  # a strategy by epochs would save once more
+            control.should_save = control.should_evaluate = False
 
     # ---- checkpoints
 

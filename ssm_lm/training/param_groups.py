@@ -47,3 +47,17 @@ def check_ssm_precision(model: nn.Module) -> None:
             for name, parameter in module.named_parameters():
                 if parameter.dtype not in (torch.float32, torch.float64):
                     raise RuntimeError(f"{path}.{name} is {parameter.dtype}; state space parameters stay float32")
+
+
+def check_ssm_group(optimizer, ssm_learning_rate: float) -> None:
+    """Raise RuntimeError unless the optimizer, torch's or a ZeRO one, has the group `ssm` as it was made."""
+    groups = [group for group in optimizer.param_groups if group.get("name") == "ssm"]
+    if not groups:
+        raise RuntimeError("the engine has put the state space parameters into another group of the optimizer")
+    for group in groups:
+        rate = group.get("initial_lr", ssm_learning_rate)
+        if group["weight_decay"] != 0 or rate != ssm_learning_rate:
+            raise RuntimeError(
+                f"the state space parameters have weight decay {group['weight_decay']} and learning rate {rate}; they "
+                f"were given 0 and {ssm_learning_rate}"
+            )

@@ -11,8 +11,8 @@ def deepspeed_config(source: dict | str | None, bf16: bool, fp16: bool) -> dict 
 
     DeepSpeed's own bf16 and fp16 blocks cast every parameter, and make the float32 master copy from the rounded
     values: dt and Lambda lose two digits for good. Its torch_autocast block keeps parameters, master copies and
-    checkpoints float32, computes in 16 bits, and scales the loss for float16. A block `optimizer` would put all
-    parameters in one group.
+    checkpoints float32, computes in 16 bits, and, at stage 0, scales the loss for float16. A block `optimizer` would
+    put all parameters in one group.
     Raises UserError for a file that cannot be read and for the blocks that break the above.
     """
     if source is None:
@@ -41,6 +41,18 @@ def deepspeed_config(source: dict | str | None, bf16: bool, fp16: bool) -> dict 
             f"{where}: the block 'optimizer' would undo the parameter groups; remove it and set `optim`, "
             "`learning_rate`, `weight_decay` in the training config"
         )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if fp16 and stage:
+        raise UserError(
+            f"{where}: fp16 at ZeRO stage {stage}: DeepSpeed's autocast clips the gradients before it has unscaled "
+            "them, and never lowers the scale; use `bf16: true`, or stage 0"
+        )
+    if config.get("zero_force_ds_cpu_optimizer"):
+        raise UserError(
+            f"{where}: zero_force_ds_cpu_optimizer would put another optimizer in the place of this project's; set it "
+            "to false"
+        )
+    config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's default is true
     if bf16 or fp16:
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16" if bf16 else "float16"}
     return config

@@ -11,6 +11,14 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import write_json
+from .checkpoints import (
+    RUN_FILE,
+    check_resumable,
+    claim,
+    last_complete_checkpoint,
+    remove_partial,
+    restore,
+)
 from .config import parse_overrides, read_train_config
 from .environment import (
     agree,
@@ -62,7 +70,6 @@ def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
     from transformers import set_seed
 
     from .arguments import S4TrainingArguments
-    from .checkpoints import RUN_FILE, check_resumable, claim, last_complete_checkpoint, remove_partial
     from .faults import PREEMPTED, StopSignals
     from .precision import deepspeed_config
     from .tasks import make_task, run_identity
@@ -84,14 +91,15 @@ def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
     replicas = world_size() // values.get("sequence_parallel_size", 1)
     identity = run_identity(values, task, batch * arguments["gradient_accumulation_steps"] * replicas)
     recorded = claim(output_dir, identity)
-    checkpoint = values.get("resume_from_checkpoint") or last_complete_checkpoint(output_dir)
+    checkpoint = choose_checkpoint(output_dir, values.get("resume_from_checkpoint"), recorded)
     if checkpoint is not None:
-        check_resumable(Path(checkpoint))
+        check_resumable(checkpoint, identity)
     try:
         args = S4TrainingArguments(**arguments)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
-    agree(None, {**identity, **{key: value for key, value in values.items() if key != "model"}})
+    apart = ("model", "data")  # in the identity: not where they are, but what they are
+    agree(None, {k: v for k, v in values.items() if k not in apart} | identity | {"checkpoint": str(checkpoint)})
     if plan_only:
         args.distributed_state.num_processes = world_size()  # as if they were there
     if args.max_steps <= 0:
@@ -107,7 +115,11 @@ def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             remove_partial(output_dir)
-            write_json(output_dir / RUN_FILE, recorded | {"identity": identity})
+            restore(output_dir)
+            recorded = recorded | {"identity": identity}
+            if values.get("resume_from_checkpoint"):
+                recorded["resumed_from"] = values["resume_from_checkpoint"]
+            write_json(output_dir / RUN_FILE, recorded)
         except OSError as error:
             raise UserError(f"output_dir {output_dir} cannot be written to ({error.strerror or error})") from error
 
@@ -123,6 +135,7 @@ def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
             # transformers' own default is a new folder at every start, which would cut a resumed curve in two
             with default_environment("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs")) as tensorboard_folder:
                 trainer = task.trainer(model, args, signals, tuple(passed_over))
+                trainer.checkpoint_facts = {"identity": identity, "passed_over": passed_over}
             with named_timeouts(args):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             bad_steps = trainer.faults.bad_steps
@@ -134,8 +147,14 @@ def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
                     f"{output_dir}: {len(bad_steps)} steps in a row could not be taken, and going back {MAX_ROLLBACKS} "
                     "times did not help; a lower learning rate or a longer warm-up may"
                 )
+            if not task.can_pass_over:
+                raise UserError(
+                    f"{output_dir}: {len(bad_steps)} steps in a row could not be taken, and only a language model "
+                    "without carry_state can pass over their batches; a lower learning rate or a longer warm-up may "
+                    "help"
+                )
             passed_over += [batch_of_step(step, passed_over) for step in bad_steps]
-            checkpoint = last_complete_checkpoint(output_dir)
+            checkpoint = last_complete_checkpoint(output_dir) or values.get("resume_from_checkpoint")
             if is_main_process():
                 write_json(output_dir / RUN_FILE, recorded | {"identity": identity, "passed_over": passed_over})
                 print(
@@ -165,6 +184,24 @@ def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
         print(f"model        {output_dir}\ntensorboard  tensorboard --logdir {tensorboard_folder}")
     trainer.accelerator.end_training()
     return output_dir
+
+
+def choose_checkpoint(output_dir: Path, given: str | None, recorded: dict) -> Path | None:
+    """Where to go on from: the checkpoint that was `given`, once, and the newest of the run itself after that.
+
+    recorded: the run file. Raises UserError where going back to `given` would leave later checkpoints in the folder.
+    """
+    newest = last_complete_checkpoint(output_dir)
+    if given is None or (newest is not None and recorded.get("resumed_from") == given):
+        return newest
+    place = Path(given)
+    mark = check_resumable(place)
+    if newest is not None and check_resumable(newest)["step"] > mark["step"]:
+        raise UserError(
+            f"output_dir {output_dir} holds {newest.name}, which is later than {place}; to go back, give another "
+            "output_dir"
+        )
+    return place
 
 
 def accumulation(values: dict, where: str) -> int:

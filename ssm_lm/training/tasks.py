@@ -32,6 +32,7 @@ class LanguageModelling:
             raise UserError(f"{where}: the key 'data' is needed")
         self.stream = TokenStream.open(values["data"], "train")
         self.tokenizer = load_tokenizer(str(Path(values["data"]) / "tokenizer"))
+        self.can_pass_over = not values.get("carry_state")  # its rows have no batch to spare
         self.init_from, self._loaded = values.get("init_from"), None
         if self.init_from:
             self._loaded = self._load()
@@ -87,6 +88,8 @@ class LanguageModelling:
 
 class Classification:
     """The class of a sequence, of the `task` by name. Attributes as LanguageModelling's."""
+
+    can_pass_over = False
 
     def __init__(self, values: dict, where: str):
         if values.get("init_from"):

@@ -16,7 +16,7 @@ from .carry import CarriedState, RowSampler
 from .checkpointing import CheckpointedTrainer
 from .faults import Faults
 from .meters import CommunicationSample, Meters, MetricsFile, ProfileTrace
-from .param_groups import check_ssm_precision, parameter_groups
+from .param_groups import check_ssm_group, check_ssm_precision, parameter_groups
 from .precision import share_master_weights
 from .sequence_parallel import RepeatedBatches, SequenceParallel, SlicedWindows
 
@@ -135,6 +135,11 @@ class S4Trainer(CheckpointedTrainer):
     def load_state(self, folder):
         self.faults.load(folder)
 
+    def _finalize_training(self, *args, **kwargs):
+        if self.faults.stopped or self.faults.bad_steps:
+            self.state.best_model_checkpoint = None  # nothing is final yet: no best model to load, none to clear for
+        return super()._finalize_training(*args, **kwargs)
+
     def _save_checkpoint(self, model, trial):
         with self.meters.timing("checkpoint"):
             super()._save_checkpoint(model, trial)
@@ -148,6 +153,7 @@ class S4Trainer(CheckpointedTrainer):
         if self._meter is None:
             check_ssm_precision(model)  # on the engine as it is, not on the config
             share_master_weights(model)
+            check_ssm_group(self._engine_optimizer(), self.args.ssm_learning_rate)
             self._meter = (time.perf_counter(), self.state.global_step)
         self.meters.saw(inputs)
         return super().training_step(model, inputs, num_items_in_batch)

@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling.cache_s4 import S4CacheLayer
+from ssm_lm.modeling.state_space import Memo
 
 VOCAB = 61
 KINDS = [("s4", "s4"), ("s4", "s4-ffn"), ("s4d", "s4"), ("s4d", "s4-ffn"), ("s5", "s4"), ("s5", "s4-ffn")]
@@ -90,7 +91,7 @@ def test_crop_equals_a_computation_from_scratch(kind, dtype):
 def test_a_forward_of_several_tokens_after_a_crop_is_decoding_to_the_bit(ssm):
     """State spaces see drafted tokens one by one, so states are those of plain steps where their inputs are."""
     layer = build(ssm).model.layers[0].sublayers[0].inner.ssm
-    u, state, memo = torch.randn(2, 12, 16), torch.randn(2, *layer.state_shape), {}
+    u, state, memo = torch.randn(2, 12, 16), torch.randn(2, *layer.state_shape), Memo()
     stepped = state
     for t in range(12):
         _, stepped = layer(u[:, t : t + 1], mode="recurrent", initial_state=stepped, memo=memo)
@@ -207,7 +208,7 @@ def test_padding_and_documents_are_recorded_as_they_drove_the_states():
         assert_same_states(cropped, from_scratch(model, ids[:, : 24 - k], seq_idx=seq_idx[:, : 24 - k]))
     for layer in cache.layers:  # and when the snapshot moves over their borders
         for record in layer.records:
-            record.keep_last(4)
+            record.keep_last(4, memo=None)
     cache.crop(-2)
     assert_same_states(cache, from_scratch(model, ids[:, :22], seq_idx=seq_idx[:, :22]))
 

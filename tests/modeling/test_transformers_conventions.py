@@ -92,8 +92,9 @@ def test_outputs(cls):
     assert len(out.hidden_states) == 3
     backbone = model if cls is S4Model else model.model
     assert torch.equal(out.hidden_states[0], backbone.embed_tokens(ids))
-    assert torch.equal(out.hidden_states[-1], backbone(ids).last_hidden_state)
-    plain = model(ids, return_dict=False, use_cache=False)
+    has_cache = cls is not S4ForSequenceClassification  # with one, few tokens go one by one, which rounds otherwise
+    assert torch.equal(out.hidden_states[-1], backbone(ids, use_cache=has_cache).last_hidden_state)
+    plain = model(ids, return_dict=False)
     assert isinstance(plain, tuple)
     assert torch.equal(plain[0], next(iter(out.values())))
     model.config.output_hidden_states = True

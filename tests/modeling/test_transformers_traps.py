@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification
 from ssm_lm.modeling.ssm import StateSpace
+from ssm_lm.training.arguments import S4TrainingArguments
 from ssm_lm.training.trainer import S4Trainer
 
 SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.3}
@@ -42,7 +43,9 @@ def trainer(model, folder, cls=Trainer, **kw):
     rows = Rows()
     return cls(
         model=model,
-        args=TrainingArguments(disable_tqdm=True, save_strategy="no", **arguments),
+        args=(TrainingArguments if cls is Trainer else S4TrainingArguments)(
+            disable_tqdm=True, save_strategy="no", **arguments
+        ),
         train_dataset=rows,
         data_collator=default_data_collator,
     )

@@ -41,7 +41,7 @@ def run(model, tokens):
 
 @pytest.mark.parametrize("ssm", ["s4", "s4d", "s5"])
 def test_model(ssm, launches, monkeypatch):
-    model, tokens = build(ssm), torch.randint(0, 19, (2, 21))
+    model, tokens = build(ssm), torch.randint(0, 19, (2, 37))  # more tokens than go through a cache one by one
     monkeypatch.setenv("SSM_LM_KERNELS", "torch")
     logits, gradients, sequences, scores = run(model, tokens)
     assert not launches

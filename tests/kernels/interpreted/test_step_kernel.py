@@ -12,6 +12,7 @@ from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling.kernels_s4 import self_check
 from ssm_lm.modeling.ops import mimo_step, siso_step
 from ssm_lm.modeling.ssm import S4, S4D, S5
+from ssm_lm.modeling.state_space import Memo
 from ssm_lm.modeling.triton_step import ACTIVATIONS, mimo_step_, self_check_cases, siso_step_
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -157,7 +158,7 @@ def test_the_state_stays_in_place_only_where_that_is_allowed(name):
     before = state.clone()
     y, after = layer.step(u, state)
     assert torch.equal(state, before)
-    memo = {}
+    memo = Memo()
     again, same = layer(u[:, None], mode="recurrent", initial_state=state, in_place=True, memo=memo)
     assert same is state
     assert torch.equal(same, after)
