@@ -34,7 +34,7 @@ def run(model, tokens):
     gradients = torch.autograd.grad(output.loss, list(model.parameters()))
     model.eval()
     generated = model.generate(
-        tokens[:, :11], max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_scores=True
+        tokens[:, :34], max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_scores=True
     )
     return output.logits, gradients, generated.sequences, torch.stack(generated.scores)
 
