@@ -210,7 +210,10 @@ def test_a_broken_file_is_replaced(tuner, content):
 
 def test_a_cache_that_cannot_be_written(tuner):
     tuner.file.parent.write_text("a file where the folder should be")
-    assert tuner({"a": 2, "b": 1}) == "b"
+    for _ in range(3):  # what was measured stays known in the process
+        assert tuner({"a": 2, "b": 1}) == "b"
+        assert tuner({"a": 1, "b": 2}, problem="N32") == "a"
+    assert tuner.launches == 4
 
 
 def test_writers_at_the_same_time(tmp_path):

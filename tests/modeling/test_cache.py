@@ -1,5 +1,7 @@
 """The cache between calls and in the hands of transformers: reordered, repeated, selected, moved, gone on from."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
@@ -192,3 +194,23 @@ def test_right_padding_is_warned_of(model, monkeypatch):
     ids[0, 5:] = 0
     generate(model, ids, 2, (ids != 0).long())
     assert any("right-padding was detected" in text for text in warnings)
+
+
+@torch.no_grad()
+def test_parameters_that_leave_after_each_forward(model):
+    """accelerate's offload, as a device_map with "cpu" or "disk" has it; ZeRO 3 takes its parameters back likewise."""
+    from accelerate import cpu_offload
+
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device="cpu")
+    assert next(offloaded.parameters()).is_meta
+    ids = prompt(40)
+    assert torch.equal(generate(offloaded, ids, 12), generate(model, ids, 12))
+    logits = []
+    for which in (model, offloaded):  # a past of more than is recorded, of which some is taken back
+        cache = DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        which(prompt(300), past_key_values=cache)
+        which(prompt(6), past_key_values=cache)
+        cache.crop(-4)
+        logits.append(which(prompt(1), past_key_values=cache).logits)
+    torch.testing.assert_close(*logits)

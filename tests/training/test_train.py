@@ -108,6 +108,19 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(write_config, tmp_path, 
     assert "no whole checkpoint" in capsys.readouterr().err
 
 
+def test_going_back_in_a_folder_with_later_checkpoints_is_refused(write_config, tmp_path, capsys):
+    config = write_config(max_steps=4, save_strategy="steps", save_steps=2)
+    assert main(["train", config]) == 0
+    earlier = str(tmp_path / "run" / "checkpoint-2")
+    assert main(["train", config, "--max_steps", "6", "--resume_from_checkpoint", earlier]) == 2
+    assert "holds checkpoint-4, which is later" in capsys.readouterr().err
+    elsewhere = ["--max_steps", "4", "--resume_from_checkpoint", earlier, "--output_dir", str(tmp_path / "branch")]
+    assert main(["train", config, *elsewhere]) == 0
+    assert losses(tmp_path / "branch") == losses(tmp_path / "run")
+    assert main(["train", config, *elsewhere, "--learning_rate", "0.5", "--output_dir", str(tmp_path / "other")]) == 2
+    assert "is of another run (learning_rate is 0.01, not 0.5)" in capsys.readouterr().err
+
+
 def test_a_damaged_data_folder_is_one_line(corpus, write_config, tmp_path, capsys):
     import shutil
 

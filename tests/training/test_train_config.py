@@ -93,6 +93,10 @@ def test_a_bad_override_names_the_key(write_config, capsys):
         ({"lr_scheduler_type": "sawtooth"}, "sawtooth"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, "'bf16' would cast"),
         ({"deepspeed": {"optimizer": {}}}, "parameter groups"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}, "fp16": True}, "fp16 at ZeRO stage 2"),
+        ({"deepspeed": {"zero_force_ds_cpu_optimizer": True}}, "another optimizer"),
+        ({"spike_threshold": "high"}, "spike_threshold must be"),
+        ({"train_batch_size_total": 6}, "no multiple of the 4 sequences"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(corpus, tmp_path, config_file, capsys, overrides, message):
