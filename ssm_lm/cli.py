@@ -69,14 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def entry() -> None:
+def entry(argv: list[str] | None = None) -> None:
     """The command as a process: `main`, and its exit code.
 
     One rank of several leaves without taking the interpreter apart: threads of a collective backend that come back
     while Python is half gone abort the process, after all is done, and the launcher calls the run failed.
     """
     try:
-        code = main()
+        code = main(argv)
     except SystemExit as leaving:
         code = leaving.code or 0
     if os.environ.get("WORLD_SIZE", "1") != "1":

@@ -11,7 +11,7 @@ import os
 import sys
 
 import ssm_lm.training.trainer as trainer_module
-from ssm_lm.cli import main
+from ssm_lm.cli import entry
 
 rank = int(os.environ.get("RANK", "0"))
 factor = float(os.environ.get("FAULT_FACTOR", "1"))
@@ -34,4 +34,4 @@ def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=N
 
 
 trainer_module.S4Trainer.compute_loss = compute_loss
-sys.exit(main(sys.argv[1:] + (os.environ.get("RANK_OPTIONS", "").split() if rank == 1 else [])))
+entry(sys.argv[1:] + (os.environ.get("RANK_OPTIONS", "").split() if rank == 1 else []))

@@ -38,5 +38,5 @@ def on_step_end(self, args, state, control, **kwargs):
 faults.Faults.on_step_end = on_step_end
 code = main(sys.argv[1:])
 if os.environ.get("RANK", "0") == "0":
-    print(json.dumps(found))
-sys.exit(code)
+    print(json.dumps(found), flush=True)
+os._exit(code)  # as ssm_lm.cli.entry does
