@@ -181,7 +181,8 @@ config.num_hidden_layers = 1
 results["from_config"] = AutoModelForCausalLM.from_config(config, trust_remote_code=True).num_parameters()
 config = AutoConfig.from_pretrained(lm, trust_remote_code=True)
 again = AutoModelForCausalLM.from_pretrained(lm, config=config, trust_remote_code=True)
-results["logits"] = again.eval()(ids).logits.tolist()
+with torch.no_grad():
+    results["logits"] = again.eval()(ids).logits.tolist()
 results["generated"] = again.generate(ids, max_new_tokens=4, do_sample=False).tolist()
 
 model = AutoModelForSequenceClassification.from_pretrained(classifier, trust_remote_code=True).eval()
