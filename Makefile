@@ -1,6 +1,6 @@
 # make quickstart: the whole way from text to a generating model, on this machine, in minutes
 # make test:       every test that needs no GPU and no cluster, but for the long ones
-# make long-test:  claims of accuracy, speed and memory: minutes of arithmetic
+# make long-test:  claims of accuracy, speed and memory: minutes of arithmetic, one test at a time, for they measure
 # Both make the virtual environment if it is missing.
 
 PYTHON ?= python3
@@ -27,7 +27,7 @@ test: venv
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" $(TESTS)
 
 long-test: venv
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m long $(TESTS)
+	$(BIN)/python -m pytest -m long $(TESTS)
 
 fast-test: venv
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long" $(TESTS)
