@@ -15,7 +15,6 @@ from ..files import write_json
 from ..hub.load import COMPLETE as COMPLETE_FILE
 
 RUN_FILE = "run.json"
-ASIDE = ".aside"  # beginning of the name of a checkpoint that is being replaced
 PARTIAL = ".partial"  # beginning of the names of folders that are being written or deleted
 
 
@@ -33,30 +32,13 @@ def publish(partial: Path, checkpoint: Path, facts: dict) -> None:
     write_json(partial / COMPLETE_FILE, facts | {"files": sizes})
     for path in [*files, partial / COMPLETE_FILE, partial]:
         flush_to_disk(path)
-    if checkpoint.exists():  # a run that was resumed before it comes here again
-        exchange(partial, checkpoint)
-        shutil.rmtree(partial, ignore_errors=True)
-    else:
-        os.rename(partial, checkpoint)
+    if read_mark(checkpoint) is not None:
+        remove(partial)  # a whole one of this step is there: it is the same run's, and says the same
+        return
+    if checkpoint.exists():  # cut short, or damaged since: nothing goes on from it
+        remove(checkpoint)
+    os.rename(partial, checkpoint)
     flush_to_disk(checkpoint.parent)
-
-
-def exchange(new: Path, old: Path) -> None:
-    """Give `new` the name of `old` and back. Where a kill falls between the renames, `restore` undoes the first."""
-    aside = old.with_name(f"{ASIDE}-{old.name}")
-    os.rename(old, aside)
-    os.rename(new, old)
-    os.rename(aside, new)
-
-
-def restore(output_dir: Path) -> None:
-    """Give a checkpoint its name back that a kill caught on its way to be replaced."""
-    for aside in output_dir.glob(f"{ASIDE}-checkpoint-*"):
-        name = output_dir / aside.name.removeprefix(f"{ASIDE}-")
-        if name.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.rename(aside, name)
 
 
 def verify(path: Path) -> None:

@@ -17,7 +17,6 @@ from .checkpoints import (
     claim,
     last_complete_checkpoint,
     remove_partial,
-    restore,
 )
 from .config import parse_overrides, read_train_config
 from .environment import (
@@ -115,7 +114,6 @@ def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             remove_partial(output_dir)
-            restore(output_dir)
             recorded = recorded | {"identity": identity}
             if values.get("resume_from_checkpoint"):
                 recorded["resumed_from"] = values["resume_from_checkpoint"]
@@ -206,6 +204,8 @@ def choose_checkpoint(output_dir: Path, given: str | None, recorded: dict) -> Pa
 
 def accumulation(values: dict, where: str) -> int:
     """gradient_accumulation_steps, from `train_batch_size_total` where that is given. Raises UserError."""
+    from .arguments import S4TrainingArguments
+
     total = values.get("train_batch_size_total")
     if total is None:
         return values.get("gradient_accumulation_steps", 1)
@@ -213,7 +213,8 @@ def accumulation(values: dict, where: str) -> int:
         raise UserError(
             f"{where}: gradient_accumulation_steps follows from train_batch_size_total; leave one of them out"
         )
-    at_once = values.get("per_device_train_batch_size", 8) * (world_size() // values.get("sequence_parallel_size", 1))
+    batch = values.get("per_device_train_batch_size", S4TrainingArguments.per_device_train_batch_size)
+    at_once = batch * (world_size() // values.get("sequence_parallel_size", 1))
     if total < 1 or total % at_once:
         raise UserError(
             f"{where}: train_batch_size_total {total} is no multiple of the {at_once} sequences that {world_size()} "
@@ -252,12 +253,14 @@ def check_values(values: dict, where: str) -> None:
 
 def check_sequence_parallel(values: dict, where: str) -> None:
     """Raise UserError where `sequence_parallel_size` does not go with the ranks, the length or another key."""
+    from .arguments import S4TrainingArguments
+
     size = values.get("sequence_parallel_size", 1)
     if size == 1:
         return
     for name, number in (
         ("the number of ranks", world_size()),
-        ("sequence_length", values.get("sequence_length", 1024)),
+        ("sequence_length", values.get("sequence_length", S4TrainingArguments.sequence_length)),
     ):
         if number % size:
             raise UserError(f"{where}: sequence_parallel_size must divide {name} ({number}), and {size} does not")
