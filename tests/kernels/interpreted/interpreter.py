@@ -6,6 +6,8 @@
 - fma: Triton rounds the product; here the sum alone is rounded, as the hardware does.
 - associative_scan and reduce with a combine function: Triton calls it once an element; here once a level of a tree,
   on whole blocks. The order of the sums is another one, as it is on a GPU.
+- a comparison of two scalars that meets a block: its type is that of what was compared, and so Triton makes the block
+  one of integers, which 3.9 then refuses as a mask; here a block of booleans.
 - @triton.jit functions called from a kernel, tl.sum among them: Triton prepares the whole of triton.language anew at
   each call; here once a launch.
 
@@ -67,6 +69,11 @@ class Builder(upstream.InterpreterBuilder):
 
     def create_rsqrt(self, arg):
         return narrow(1 / np.sqrt(widen(arg)), arg.dtype)
+
+    def create_splat(self, ret_ty, arg):
+        if arg.data.dtype == np.bool_:
+            return TensorHandle(np.full(ret_ty.shape, arg.data), tl.int1)
+        return super().create_splat(ret_ty, arg)
 
     def cast_impl(self, src, dst_type):
         target = dst_type.scalar

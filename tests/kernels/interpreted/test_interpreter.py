@@ -57,6 +57,20 @@ def test_scans_and_reductions_with_a_combine_function(reverse):
     torch.testing.assert_close(total, state)
 
 
+@triton.jit
+def mask_kernel(x_ptr, out_ptr, count, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    wanted = tl.program_id(0).to(tl.int64) < count
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=(i < 3) & wanted, other=0.0))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_scalar_comparison_in_a_mask(count):
+    x, out = torch.randn(8), torch.empty(8)
+    mask_kernel[(1,)](x, out, count, SIZE=8)
+    assert torch.equal(out, torch.where(torch.arange(8) < 3 * count, x, 0.0))
+
+
 def test_uninitialised_memory_is_poisoned():
     like = torch.zeros(3)
     for x in (torch.empty(3), torch.empty_like(like), like.new_empty(3), torch.empty_strided((3,), (1,))):
