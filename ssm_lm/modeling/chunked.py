@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .activations import ACTIVATIONS
 from .kernels_s4 import architecture, family, use_kernel
 
 
@@ -138,24 +139,27 @@ class _ChunkScan(torch.autograd.Function):
     def forward(ctx, make_operators, has_output, kernels, activation, save, u, initial_state, keep, *parameters):
         operators = make_operators(*parameters)
         in_kernel = kernels is not None and runs_in_kernel(u, operators, kernels)
-        run = partial(_ChunkScan._run_kernel, activation) if in_kernel else _ChunkScan._run
+        run = _ChunkScan._run_kernel if in_kernel else _ChunkScan._run
         saved = save and any(ctx.needs_input_grad)  # the latter says nothing of no_grad
-        y, final, sequence, starts = run(u, operators, initial_state, keep, has_output, saved)
-        ctx.save_for_backward(sequence, starts, keep, *parameters)
+        y, final, sequence, starts, before = run(u, operators, initial_state, keep, has_output, saved, activation)
+        ctx.save_for_backward(sequence, starts, before, keep, *parameters)
         ctx.make_operators, ctx.in_kernel, ctx.from_zero = make_operators, in_kernel, initial_state is None
+        ctx.activation = activation
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
-    def _run_kernel(activation, u, operators, initial_state, keep, has_output, saved):
-        from .triton_chunk_scan import scan, to_rows
+    def _run_kernel(u, operators, initial_state, keep, has_output, saved, activation):
+        """y, the final state, u as the backward reads it, the states at the chunks' starts, y before its activation."""
+        from .triton_chunk_scan import scan
 
-        rows = to_rows(u)
-        y, final, starts = scan(rows, *operators, initial_state, keep, has_output, saved, activation)
-        return y.permute(1, 2, 0) if has_output else None, final, rows, starts
+        rows = _to_rows(u)
+        y, final, starts, before = scan(rows, *operators, initial_state, keep, has_output, saved, activation)
+        return y.permute(1, 2, 0) if has_output else None, final, rows, starts, before
 
     @staticmethod
-    def _run(u, operators, initial_state, keep, has_output, saved):
+    def _run(u, operators, initial_state, keep, has_output, saved, activation):
+        """As `_run_kernel`."""
         taps, emit, inject, carry = operators
         layout = _layout(u, taps)
         dense = carry.dim() == 3
@@ -182,12 +186,15 @@ class _ChunkScan(torch.autograd.Function):
                 out = rows @ within_t
                 out.baddbmm_(at.reshape(H, -1, N), emit_t)
                 layout.paste(y, start, stop, out)
-        return y, state.transpose(0, 1), u, starts
+        state = state.transpose(0, 1)
+        if not has_output or activation == "identity":
+            return y, state, u, starts, None
+        return ACTIVATIONS[activation].function(y), state, u, starts, y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_state):
-        u, starts, keep, *parameters = ctx.saved_tensors
+        u, starts, before, keep, *parameters = ctx.saved_tensors
         needed = ctx.needs_input_grad[8:]
         if ctx.make_operators is ChunkOperators:
             operators = ChunkOperators(*parameters)
@@ -197,8 +204,12 @@ class _ChunkScan(torch.autograd.Function):
                 operators = ctx.make_operators(*parameters)
         if ctx.in_kernel:
             reverse = partial(_ChunkScan._reverse_kernel, ctx.from_zero)
+            if grad_y is not None:
+                grad_y = _to_rows(grad_y)
         else:
             reverse = _ChunkScan._reverse
+        if grad_y is not None:
+            grad_y = ACTIVATIONS[ctx.activation].backward(grad_y, before)
         gradients = reverse(u, starts, keep, grad_y, grad_state, *(x.detach() for x in operators))
         grad_u, grad_initial, grad_operators = gradients
         if not any(needed):  # all of them frozen, as under an adapter
@@ -212,9 +223,8 @@ class _ChunkScan(torch.autograd.Function):
 
     @staticmethod
     def _reverse_kernel(from_zero, rows, starts, keep, grad_y, grad_state, *operators):
-        from .triton_chunk_scan import from_rows, operator_gradients, scan_backward, to_rows
+        from .triton_chunk_scan import from_rows, operator_gradients, scan_backward
 
-        grad_y = None if grad_y is None else to_rows(grad_y)
         grad_u, grad_initial, gram = scan_backward(grad_y, grad_state, rows, starts, keep, *operators, from_zero)
         return from_rows(grad_u), grad_initial, operator_gradients(gram, operators[0], operators[3])
 
@@ -263,42 +273,51 @@ class _ChunkScan(torch.autograd.Function):
         return grad_u, g.transpose(0, 1), (toeplitz_adjoint(grad_within, taps), grad_emit, grad_inject, grad_carry)
 
 
-# what the kernels take: tokens in a chunk, and states, beyond which a program's operators leave its registers
-LONGEST_CHUNK = {torch.bfloat16: 64, torch.float32: 32}
+def _to_rows(sequence: torch.Tensor) -> torch.Tensor:
+    from .triton_chunk_scan import to_rows
+
+    return to_rows(sequence)
+
+
+# ---- what the kernels take, beyond which a program's operators leave its registers
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 LARGEST_STATE = 128
+
+
+def longest_chunk(dtype: torch.dtype, N: int, dense: bool) -> int:
+    """How many tokens a chunk may have; dtype: one of KERNEL_DTYPES."""
+    if dtype == torch.bfloat16:
+        return 64
+    return 16 if dense and N > 64 else 32
+
+
+def largest_state(architecture: str, dense: bool) -> int:
+    """How many states a channel may have: of a dense carry, more than 64 take the shared memory (above 100 KiB) that
+    NVIDIA's data centre cards have, and no others.
+    """
+    small = family(architecture) in ("cuda", "blackwell") and architecture not in ("sm_80", "sm_90", "sm_100", "sm_103")
+    return 64 if dense and small else LARGEST_STATE
 
 
 def runs_in_kernel(u: torch.Tensor, operators: ChunkOperators, setting: str = "auto") -> bool:
     """Whether `chunk_scan` of u (B, L, p H) by these operators runs in the Triton kernel; see `use_kernel`."""
     taps, _, inject, carry = operators
-    unsupported = unsupported_by_kernel(u, u.dtype, inject.shape[1], carry.dim() == 3)
+    T, N, dense = taps.shape[-1], inject.shape[1], carry.dim() == 3
+    unsupported = unsupported_by_kernel(u, u.dtype, N, dense)
     if taps.dim() == 3:
         unsupported = "its signals are complex"
-    elif unsupported is None and taps.shape[-1] > LONGEST_CHUNK[u.dtype]:
-        unsupported = f"its chunks have {taps.shape[-1]} tokens, more than {LONGEST_CHUNK[u.dtype]}"
+    elif unsupported is None and T > longest_chunk(u.dtype, N, dense):
+        unsupported = f"its chunks have {T} tokens, more than {longest_chunk(u.dtype, N, dense)}"
     return use_kernel("chunk_scan", u, unsupported=unsupported, setting=setting)
 
 
 def unsupported_by_kernel(u: torch.Tensor, dtype: torch.dtype, N: int, dense: bool) -> str | None:
     """What the kernel cannot do of a scan of real signals u, taken as `dtype`, with N states a channel, or None."""
-    if dtype not in LONGEST_CHUNK:
+    if dtype not in KERNEL_DTYPES:
         return f"its numbers are {dtype}, not bfloat16 or float32"
-    largest = largest_state(architecture(u.device), dtype, dense)
+    largest = largest_state(architecture(u.device), dense)
     return f"its state has {N} numbers a channel, more than {largest}" if N > largest else None
-
-
-def largest_state(architecture: str, dtype: torch.dtype, dense: bool) -> int:
-    """How many states a channel the kernel takes, by the shared memory of a card and the registers of two warps.
-
-    Above 64, Blackwell's two warps spill for all but a diagonal carry in bfloat16, and a dense carry in float32 takes
-    the 163 KiB of shared memory that of all others A100, H100 and their like have.
-    """
-    kind = family(architecture)
-    if (dtype == torch.bfloat16 and not dense) or kind in ("hip", "interpreter"):
-        return LARGEST_STATE
-    if kind == "blackwell" or (dense and architecture not in ("sm_80", "sm_90")):
-        return 64
-    return LARGEST_STATE
 
 
 def chunk_scan(
@@ -319,8 +338,7 @@ def chunk_scan(
     and from nothing else that needs a gradient, and are made a second time in the backward instead of being kept.
     keep: (B, chunks) bool; where it is False, the chunk starts from a zero state: a new document.
     kernels: whether the Triton kernel runs; see `use_kernel`. None: it does not, whatever the environment says.
-    activation: "gelu" or "silu", what the kernel does to y before it is rounded; for calls that need no gradient, and
-    not for the twin.
+    activation: what y goes through, one of ACTIVATIONS; the kernel applies it before y is rounded.
     Returns y (B, L, p H), None without has_output, and the final state (B, H, N). Both are differentiable.
     """
     if isinstance(operators, ChunkOperators):
@@ -328,12 +346,14 @@ def chunk_scan(
             from .triton_chunk_scan import fused_chunk_scan
 
             return fused_chunk_scan(u, operators, initial_state, keep, has_output, activation)
-        return plain_chunk_scan(u, operators, initial_state, keep, has_output)
+        return plain_chunk_scan(u, operators, initial_state, keep, has_output, activation)
     save = torch.is_grad_enabled()
     return _ChunkScan.apply(operators, has_output, kernels, activation, save, u, initial_state, keep, *parameters)
 
 
-def plain_chunk_scan(u, operators: ChunkOperators, initial_state=None, keep=None, has_output=True):
+def plain_chunk_scan(
+    u, operators: ChunkOperators, initial_state=None, keep=None, has_output=True, activation="identity"
+):
     """`chunk_scan` in plain PyTorch, whatever the device: the kernel's twin."""
     save = torch.is_grad_enabled()
-    return _ChunkScan.apply(ChunkOperators, has_output, None, "identity", save, u, initial_state, keep, *operators)
+    return _ChunkScan.apply(ChunkOperators, has_output, None, activation, save, u, initial_state, keep, *operators)

@@ -264,7 +264,7 @@ def family(architecture: str) -> str:
     """What a table of configurations is ordered by: "cuda", "blackwell", "hip" or "interpreter".
 
     Blackwell (compute capability 10 to 12) is apart for Triton's open miscompiles there: its configurations have one
-    stage, two warps and small tiles, so that no tcgen05 instruction is used.
+    stage and small tiles, so that no tcgen05 instruction is used.
     """
     if architecture.startswith("gfx"):
         return "hip"

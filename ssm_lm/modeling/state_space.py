@@ -19,25 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from transformers.activations import GELUActivation, LinearActivation, SiLUActivation
 
-from .chunked import LONGEST_CHUNK, ChunkOperators, chunk_scan, unsupported_by_kernel
+from .activations import FUSED_ACTIVATIONS
+from .chunked import ChunkOperators, chunk_scan, longest_chunk, unsupported_by_kernel
 from .documents import Documents, find_documents, move_apart, move_together
 from .hippo import INITIALIZATIONS
 from .ops import apply_diagonal, fft_convolution, use_kernel
 
 MODES = ("auto", "chunk", "fft", "recurrent", "associative")
 DISCRETIZATIONS = {"s4": ("bilinear",), "s4d": ("zoh", "bilinear"), "s5": ("zoh", "bilinear")}  # [0]: the default
-
-# activations that the step kernel applies itself, by the names of triton_step.ACTIVATIONS
-FUSED_ACTIVATIONS = {
-    type(None): "identity",
-    nn.Identity: "identity",
-    LinearActivation: "identity",
-    GELUActivation: "gelu",
-    SiLUActivation: "silu",
-    nn.SiLU: "silu",
-}
 
 MAX_STEP_STATE = 1024  # of a channel, for the step kernel, in which one program holds it
 
@@ -278,10 +268,10 @@ class StateSpace(nn.Module):
             x = u if in_kernel and u.dtype == torch.bfloat16 else u.to(self.log_dt.dtype)
             if documents is not None:
                 x = x.masked_fill((documents.seq_idx < 0)[..., None], 0)
-            alone = documents is None and not self.bidirectional and not torch.is_grad_enabled()
+            alone = documents is None and not self.bidirectional
             if in_kernel and alone and type(activation) in FUSED_ACTIVATIONS:
                 y, state = self._scan(x, state, reverse=False, activation=FUSED_ACTIVATIONS[type(activation)])
-                return y, state if output_final_state else None
+                return y.to(u.dtype), state if output_final_state else None
             y, state = self._run(mode, x, state, documents, memo, output_final_state)
             if self.bidirectional:
                 if documents is not None:
@@ -476,7 +466,7 @@ class StateSpace(nn.Module):
         T = min(self.chunk_size, L)
         whole = L // T * T
         if self._in_kernel(signal):
-            T = min(T, LONGEST_CHUNK[signal.dtype])
+            T = min(T, longest_chunk(signal.dtype, self.state_size, self.has_dense_carry))
             whole = L if state is None else L // T * T
         y, state = self._scan_chunks(signal[:, :whole], T, state, reverse, None, has_output, skip, activation)
         if whole < L:
@@ -487,9 +477,9 @@ class StateSpace(nn.Module):
 
     def _scan_chunks(self, signal, T, state, reverse, keep=None, has_output=True, skip=True, activation="identity"):
         kernels = self.kernels if self._in_kernel(signal) else None
-        if kernels is not None and T > LONGEST_CHUNK[signal.dtype]:
+        longest = T if kernels is None else longest_chunk(signal.dtype, self.state_size, self.has_dense_carry)
+        if T > longest:
             # chunks of documents, for a kernel of shorter ones: a state is reset at the first part of a chunk alone
-            longest = LONGEST_CHUNK[signal.dtype]
             shorter = next(t for t in range(longest, 0, -1) if T % t == 0)
             if keep is not None:
                 keep = F.pad(keep[..., None], (0, T // shorter - 1), value=True).flatten(1)

@@ -11,7 +11,8 @@ Bytes an element (token and channel) of the forward, bfloat16, at B = 8, L = 819
 together 8.75, where no implementation can do with less than 4.75. On an H100 (3.35 TB/s) these are 0.18 ms and 0.10 ms,
 a ratio of 1.84. Tensor cores: 2 T + 4 N = 384 FLOP, and for a dense carry 2 N^2 / T = 128 three times over; together
 768, which at 989 TFLOP/s take 0.05 ms, or 0.10 ms with the empty half of the rows (below): less than the memory.
-Training also writes the states at the chunks' starts, 2 N / T = 2 bytes.
+Training also writes the states at the chunks' starts, 2 N / T = 2 bytes, and y before its activation, 2 bytes, which
+the activation's own gradient would keep just so.
 
 Several channels a program would spare the transpose, but not for less: 16 channels' operators are 400 KiB in
 bfloat16, and 8 of them, with a dense carry, still more than an SM's shared memory.
@@ -27,7 +28,8 @@ from typing import NamedTuple
 
 import torch
 
-from .chunked import LONGEST_CHUNK, ChunkOperators, largest_state, plain_chunk_scan, toeplitz_adjoint
+from .activations import ACTIVATIONS
+from .chunked import ChunkOperators, largest_state, longest_chunk, plain_chunk_scan, toeplitz_adjoint
 from .kernels_s4 import Case, architecture, family, on_device, qualified, tuned
 from .triton_step import activate
 
@@ -63,6 +65,7 @@ def scan_kernel(
     first,  # (B, H, N) the state before the first chunk that is run, None for zero
     last,  # (B, H, N) the state after the last
     states,  # (H, B, C, N) the state with which every chunk's output was made; None: not kept
+    before,  # (H, B, L) y before its activation; None: not kept
     keep,  # (B, C) bytes, or None
     B,
     H,
@@ -148,6 +151,8 @@ def scan_kernel(
             out = tl.dot(low0, out0, out, input_precision=PRECISION)
             if not DENSE:
                 out = tl.dot(low1, out1, out, input_precision=PRECISION)
+            if before is not None:
+                tl.store(before + row * L + token[None, :], out.to(low), mask=x_in)
             tl.store(y + row * L + token[None, :], activate(out, ACTIVATION).to(low), mask=x_in)
         if DENSE:
             s0 = tl.dot(s0, power, input_precision=CARRY_PRECISION)
@@ -230,39 +235,48 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def options(self, family: str) -> dict[str, int]:
+        """What Triton takes at a launch. Left to itself, ptxas spills a few registers of a thread where one more
+        program then fits on a multiprocessor: it may use all that there are.
+        """
+        every_register = {"maxnreg": 255} if family in ("cuda", "blackwell") else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **every_register}
 
-def scan_configurations(family: str, dtype: torch.dtype, N: int, activation: str = "identity") -> tuple[Launch, ...]:
+
+def scan_configurations(family: str, dtype: torch.dtype, N: int, dense: bool) -> tuple[Launch, ...]:
     """What `scan_kernel` may be launched with, the default first."""
     if family == "cuda":  # more stages or fewer warps spill, or do not fit the shared memory of an A100
-        if dtype == torch.bfloat16 and N <= 64 and activation == "identity":
-            return Launch(16, 4, 4), Launch(16, 4, 2)
         if dtype == torch.bfloat16:
-            return (Launch(16, 4, 2) if N <= 64 else Launch(16, 8, 2),)
+            return (Launch(16, 4, 4), Launch(16, 4, 2)) if N <= 64 else (Launch(16, 8, 2),)
         return (Launch(16, 4, 2) if N <= 64 else Launch(16, 8, 1),)
-    return (Launch(16, {"blackwell": 2, "hip": 4}.get(family, 4), {"hip": 2}.get(family, 1)),)
+    if family == "blackwell":
+        return (Launch(16, 4 if N <= 64 else 8, 1),)
+    return (Launch(16, 4, 1 if family == "interpreter" or (dense and N > 64) else 2),)
 
 
 def gram_configurations(family: str, dtype: torch.dtype) -> tuple[Launch, ...]:
     """What `gram_kernel` may be launched with."""
     low = dtype == torch.bfloat16
-    if family == "blackwell":
-        return (Launch(32 if low else 16, 2, 1),)
+    if family == "blackwell":  # no four warps for 64 x 64 products, which are tcgen05's
+        return (Launch(32, 2, 1) if low else Launch(16, 4, 1),)
     if family == "cuda":
         return (Launch(64 if low else 16, 4, 3),)
     return (Launch(64 if low else 32, 4, 1),)
 
 
-def precisions(family: str, dtype: torch.dtype, dense: bool) -> tuple[str, str]:
+def gram_block(family: str, dtype: torch.dtype, T: int, N: int) -> int:
+    """P of `gram_kernel`."""
+    return 32 if max(T, N) <= 32 or (family == "blackwell" and dtype == torch.float32) else 64
+
+
+def precisions(family: str, dtype: torch.dtype) -> tuple[str, str]:
     """How a product of float32 numbers is made: of the sequence, and of the carry.
 
-    In three bfloat16 products it has 16 bits of a mantissa, in six, or three of TF32, all that float32 has. AMD
-    multiplies float32 itself. On Blackwell the mixture is what its two warps do without spilling.
+    In three bfloat16 products it has 16 bits of a mantissa, in six all that float32 has. AMD multiplies float32 itself.
     """
     if family in ("hip", "interpreter"):
         return "ieee", "ieee"
-    if dtype == torch.bfloat16:
-        return "ieee", "bf16x3"
-    return "tf32x3" if family == "blackwell" and dense else "bf16x6", "bf16x6"
+    return ("ieee", "bf16x3") if dtype == torch.bfloat16 else ("bf16x6", "bf16x6")
 
 
 def _power_of_two(n: int) -> int:
@@ -277,7 +291,7 @@ def _chunks(L: int, T: int, from_zero: bool) -> tuple[int, int]:
     return chunks, chunks * T - L if from_zero else 0
 
 
-def launch_scan(x, y, operators, first, last, states, keep, pad, reverse, activation="identity"):
+def launch_scan(x, y, operators, first, last, states, keep, pad, reverse, activation="identity", before=None):
     """Run `scan_kernel`. x, y (H, B, L), y None for no output; the rest as there. All contiguous, on one device."""
     H, B, L = x.shape
     taps, _, inject, carry = operators
@@ -285,7 +299,7 @@ def launch_scan(x, y, operators, first, last, states, keep, pad, reverse, activa
     if H * B == 0:
         return
     kind = family(architecture(x.device))
-    product, carried = precisions(kind, x.dtype, dense)
+    product, carried = precisions(kind, x.dtype)
     TP, NP = _power_of_two(T), _power_of_two(N if dense else N // 2)
     C = -(-(L + pad) // T)
 
@@ -297,6 +311,7 @@ def launch_scan(x, y, operators, first, last, states, keep, pad, reverse, activa
             first,
             last,
             states,
+            before,
             keep,
             B,
             H,
@@ -314,15 +329,14 @@ def launch_scan(x, y, operators, first, last, states, keep, pad, reverse, activa
             M=launch.rows,
             PRECISION=product,
             CARRY_PRECISION=carried,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.options(kind),
         )
 
     with on_device(x.device):
         # programs and chunks to the next power of two: what fills a card, and what is waited for
         size = f"{(H * triton.cdiv(B, 16)).bit_length()} {C.bit_length()}"
-        problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'} {activation} size {size}"
-        run(tuned("chunk_scan", problem, scan_configurations(kind, x.dtype, N, activation), run, x.device))
+        problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'} size {size}"
+        run(tuned("chunk_scan", problem, scan_configurations(kind, x.dtype, N, dense), run, x.device))
 
 
 def launch_gram(grad_y, driven, u, starts, gram, T, pad):
@@ -332,7 +346,7 @@ def launch_gram(grad_y, driven, u, starts, gram, T, pad):
         return
     kind = family(architecture(u.device))
     (launch,) = gram_configurations(kind, u.dtype)
-    P = 64 if max(T, N) > 32 else 32
+    P = gram_block(kind, u.dtype, T, N)
     arguments = (grad_y, driven, u, starts, gram, B, u.shape[2], C, T, N, pad)
     blocks = 1 + triton.cdiv(N, P)
     with on_device(u.device):
@@ -340,9 +354,8 @@ def launch_gram(grad_y, driven, u, starts, gram, T, pad):
             *arguments,
             P=P,
             R=launch.rows,
-            PRECISION=precisions(kind, u.dtype, False)[0],
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            PRECISION=precisions(kind, u.dtype)[0],
+            **launch.options(kind),
         )
 
 
@@ -381,17 +394,21 @@ def scan(
     has_output: bool,
     save: bool,
     activation: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (H, B, L) -> y (H, B, L), the final state (B, H, N), and with `save` the states (H, B, C, N) at the chunks'
-    starts, for the backward. What is not asked for is empty. activation: one of triton_step.ACTIVATIONS, applied to y
-    in float32; the backward is that of "identity".
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (H, B, L) -> y (H, B, L), the final state (B, H, N), and with `save`, for the backward, the states (H, B, C, N)
+    at the chunks' starts and y before its activation. What is not asked for, or the same as y, is empty. activation:
+    one of ACTIVATIONS, applied to y in float32.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     operators = [operator.float().contiguous() for operator in (taps, emit, inject, carry)]
     (H, B, L), N = x.shape, inject.shape[1]
     chunks, pad = _chunks(L, taps.shape[-1], initial_state is None)
     y = torch.empty(x.shape if has_output else 0, dtype=x.dtype, device=x.device)
     final = torch.empty(B, H, N, dtype=torch.float32, device=x.device)
     starts = torch.empty((H, B, chunks, N) if save else 0, dtype=x.dtype, device=x.device)
+    keep_before = save and has_output and activation != "identity"
+    before = torch.empty(x.shape if keep_before else 0, dtype=x.dtype, device=x.device)
     first = None if initial_state is None else initial_state.float().contiguous()
     launch_scan(
         x.contiguous(),
@@ -404,8 +421,9 @@ def scan(
         pad,
         reverse=False,
         activation=activation,
+        before=before if keep_before else None,
     )
-    return y, final, starts
+    return y, final, starts, before
 
 
 @scan.register_fake
@@ -413,7 +431,8 @@ def _(x, taps, emit, inject, carry, initial_state, keep, has_output, save, activ
     (H, B, L), N = x.shape, inject.shape[1]
     y = x.new_empty(x.shape if has_output else 0)
     starts = x.new_empty((H, B, -(-L // taps.shape[-1]), N) if save else 0)
-    return y, x.new_empty(B, H, N, dtype=torch.float32), starts
+    before = x.new_empty(x.shape if save and has_output and activation != "identity" else 0)
+    return y, x.new_empty(B, H, N, dtype=torch.float32), starts, before
 
 
 def _bytes(keep):
@@ -471,18 +490,19 @@ def operator_gradients(gram: torch.Tensor, taps: torch.Tensor, carry: torch.Tens
 
 
 def _setup_context(ctx, inputs, output):
-    x, taps, emit, inject, carry, initial_state, keep, _, _, activation = inputs
-    if activation != "identity":
-        raise ValueError(f"the chunk scan has no gradient through its activation {activation}: apply it outside")
-    ctx.save_for_backward(x, output[2], keep, taps, emit, inject, carry)
+    x, taps, emit, inject, carry, initial_state, keep, _, _, ctx.activation = inputs
+    _, _, starts, before = output
+    ctx.save_for_backward(x, starts, before, keep, taps, emit, inject, carry)
     ctx.from_zero = initial_state is None
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_y, grad_final, _):
-    x, starts, keep, *operators = ctx.saved_tensors
+def _backward(ctx, grad_y, grad_final, *_):
+    x, starts, before, keep, *operators = ctx.saved_tensors
     if grad_y is not None and grad_y.numel() == 0:  # of an output that was not asked for
         grad_y = None if x.numel() else grad_y.view_as(x)
+    if grad_y is not None:
+        grad_y = ACTIVATIONS[ctx.activation].backward(grad_y, before)
     grad_x, grad_initial, gram = scan_backward(grad_y, grad_final, x, starts, keep, *operators, ctx.from_zero)
     gradients = operator_gradients(gram, operators[0], operators[3])
     return grad_x, *gradients, None if ctx.from_zero else grad_initial, None, None, None, None
@@ -510,7 +530,7 @@ def fused_chunk_scan(u, operators, initial_state=None, keep=None, has_output=Tru
     """`chunk_scan` by the kernels, for the operators themselves; differentiable. The output is a view of rows."""
     tensors = [u, *operators] if initial_state is None else [u, *operators, initial_state]
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    y, final, _ = scan(to_rows(u), *operators, initial_state, keep, has_output, save, activation)
+    y, final, *_ = scan(to_rows(u), *operators, initial_state, keep, has_output, save, activation)
     return y.permute(1, 2, 0) if has_output else None, final
 
 
@@ -524,57 +544,68 @@ def compile_cases(target: str) -> list[dict]:
     for dtype in (torch.bfloat16, torch.float32):
         cases.append(_gram_case(kind, dtype))
         for dense in (False, True):
-            default, *others = scan_configurations(kind, dtype, 64)
-            cases += [_scan_case(kind, dtype, dense, 64, default, way) for way in ("forward", "training", "reverse")]
+            default, *others = scan_configurations(kind, dtype, 64, dense)
+            for way, activation in _WAYS:
+                cases.append(_scan_case(kind, dtype, dense, 64, default, way, activation))
             cases += [_scan_case(kind, dtype, dense, 64, other, "training") for other in others]
-            (fused,) = scan_configurations(kind, dtype, 64, "gelu")
-            cases.append(_scan_case(kind, dtype, dense, 64, fused, "gelu"))
-            if largest_state(target, dtype, dense) > 64:
-                for large in scan_configurations(kind, dtype, 128):
-                    cases.append(_scan_case(kind, dtype, dense, 128, large, "reverse"))
+            if largest_state(target, dense) > 64:
+                for large in scan_configurations(kind, dtype, 128, dense):
+                    for way, activation in _WAYS[-2:]:
+                        cases.append(_scan_case(kind, dtype, dense, 128, large, way, activation))
     return cases
 
+
+_WAYS = (
+    ("forward", "identity"),
+    ("training", "identity"),
+    ("forward", "gelu"),
+    ("training", "gelu"),
+    ("reverse", "identity"),
+)
 
 # of the roofline: B rows of L tokens, H channels, and what a number takes in memory and on tensor cores
 _B, _L, _H = 8, 8192, 1024
 _TYPES = {torch.bfloat16: ("bf16", 2, 1), torch.float32: ("fp32", 4, 6)}
 
 
-def _scan_case(kind, dtype, dense, N, launch, way):
-    """forward: no gradient needed; gelu: with that; training: states are saved; reverse: the backward's scan."""
+def _scan_case(kind, dtype, dense, N, launch, way, activation="identity"):
+    """forward: no gradient needed; training: what the backward reads is saved; reverse: the backward's scan."""
     name, size, products = _TYPES[dtype]
-    T, elements, trains = LONGEST_CHUNK[dtype], _B * _L * _H, way in ("training", "reverse")
+    T, elements, activates = longest_chunk(dtype, N, dense), _B * _L * _H, activation != "identity"
+    trains, keeps_before = way != "forward", way == "training" and activates
     operators = 4 * _H * (T + 2 * T * N + (N * N if dense else N))
     rows = -(-_B // launch.rows) * launch.rows / _B  # with the empty ones
     carried = 2 * N * N / T * (3 if dtype == torch.bfloat16 else 6) if dense else 0
-    product, carry = precisions(kind, dtype, dense)
+    product, carry = precisions(kind, dtype)
     pointers = dict.fromkeys(("x", "y"), f"*{name}:16") | dict.fromkeys(
         ("taps", "emit", "inject", "carry", "last"), "*fp32:16"
     )
     pointers |= {"first": "*fp32:16", "states": f"*{name}:16", "keep": "*u8:16"} if trains else {}
+    pointers |= {"before": f"*{name}:16"} if keeps_before else {}
     sizes = {"B": "i32", "H": "i32:16", "L": "i32:16", "C": "i32:16", "T": "i32:16", "N": "i32:16", "pad": "i32:16"}
     return {
-        "name": f"chunk_scan {way} {'dense' if dense else 'diagonal'} {name} N={N} w{launch.num_warps}"
-        f"s{launch.num_stages}",
+        "name": f"chunk_scan {way} {f'{activation} ' if activates else ''}{'dense' if dense else 'diagonal'} {name} "
+        f"N={N} w{launch.num_warps}s{launch.num_stages}",
         "kernel": scan_kernel,
         "arguments": pointers | sizes,
         "constexprs": ({} if trains else {"first": None, "states": None, "keep": None})
+        | ({} if keeps_before else {"before": None})
         | {
             "REVERSE": way == "reverse",
             "DENSE": dense,
             "HAS_OUTPUT": True,
-            "ACTIVATION": "gelu" if way == "gelu" else "identity",
+            "ACTIVATION": activation,
             "TP": T,
-            "NP": N if dense else N // 2,
+            "NP": _power_of_two(N if dense else N // 2),
             "M": launch.rows,
             "PRECISION": product,
             "CARRY_PRECISION": carry,
         },
-        "options": {"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        "options": launch.options(kind),
         "tensor_cores": True,
         "work": {
-            "bytes": elements * size * (2 + N / T * trains) + operators,
-            "flops": elements * ((0 if dense else 4 * N / T) + (30 if way == "gelu" else 0)),  # 30 or so
+            "bytes": elements * size * (2 + N / T * trains + keeps_before) + operators,
+            "flops": elements * ((0 if dense else 4 * N / T) + (30 if activates else 0)),  # 30 or so
             "tensor_flops": elements * rows * ((2 * T + 4 * N) * products + carried),
             "tensor_dtype": "bf16",
         },
@@ -584,19 +615,21 @@ def _scan_case(kind, dtype, dense, N, launch, way):
 def _gram_case(kind, dtype):
     name, size, products = _TYPES[dtype]
     (launch,) = gram_configurations(kind, dtype)
-    N, T, elements = 64, LONGEST_CHUNK[dtype], _B * _L * _H
+    N, T, elements = 64, longest_chunk(dtype, 64, False), _B * _L * _H
+    P = gram_block(kind, dtype, T, N)
+    blocks = 1 + N // P
     return {
         "name": f"chunk_scan gradients of operators {name}",
         "kernel": gram_kernel,
         "arguments": dict.fromkeys(("grad_y", "driven", "u", "starts"), f"*{name}:16")
         | {"gram": "*fp32:16", "B": "i32", "L": "i32:16", "C": "i32:16", "T": "i32:16", "N": "i32:16", "pad": "i32:16"},
-        "constexprs": {"P": 64, "R": launch.rows, "PRECISION": precisions(kind, dtype, False)[0]},
-        "options": {"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        "constexprs": {"P": P, "R": launch.rows, "PRECISION": precisions(kind, dtype)[0]},
+        "options": launch.options(kind),
         "tensor_cores": True,
-        # every operand is read twice, the second time from the cache: the four programs of a channel run side by side
+        # every operand is read by several programs of a channel, from the cache but for once: they run side by side
         "work": {
             "bytes": elements * size * 2 * (1 + N / T) + 4 * _H * (T + N) ** 2,
-            "tensor_flops": 4 * 2 * 64 * 64 * elements / T * products,
+            "tensor_flops": blocks**2 * 2 * P * P * elements / T * products,
             "tensor_dtype": "bf16",
         },
     }
@@ -627,8 +660,8 @@ def self_check_cases(device: torch.device) -> list[Case]:
 
 
 def _case(device, dtype, dense, tolerance, bare, H=3, B=5, chunks=6, N=64):
-    """bare: without initial state and resets, as in a step of training."""
-    T = LONGEST_CHUNK[dtype]
+    """bare: without initial state and resets, and with an activation, as in a step of training."""
+    T = longest_chunk(dtype, N, dense)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape, scale=1.0):
@@ -643,13 +676,14 @@ def _case(device, dtype, dense, tolerance, bare, H=3, B=5, chunks=6, N=64):
 
     def run(scan_function, cast):
         inputs = [cast(x).requires_grad_() for x in (u, *operators, *([] if bare else [state]))]
-        y, final = scan_function(
-            inputs[0], ChunkOperators(*inputs[1:5]), *([None, None] if bare else [inputs[5], keep])
-        )
+        rest = [None, None, True, "gelu"] if bare else [inputs[5], keep]
+        y, final = scan_function(inputs[0], ChunkOperators(*inputs[1:5]), *rest)
         gradients = torch.autograd.grad([y, final], inputs, [cast(grad_y).to(y.dtype), cast(grad_state)])
         return [y.detach(), final.detach(), *gradients]
 
-    label = f"{'dense' if dense else 'diagonal'} {str(dtype).removeprefix('torch.')}{' from zero' if bare else ''}"
+    label = (
+        f"{'dense' if dense else 'diagonal'} {str(dtype).removeprefix('torch.')}{' from zero, gelu' if bare else ''}"
+    )
     return Case(
         label,
         lambda: run(fused_chunk_scan, lambda x: x.detach().clone()),

@@ -17,8 +17,8 @@ depends on data, so a step can be captured in a CUDA graph.
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
+from .activations import ACTIVATIONS
 from .kernels_s4 import Case, on_device, qualified
 from .ops import mimo_step, siso_step
 
@@ -28,12 +28,10 @@ try:
 except ImportError:  # `kernels_s4` asks for this module in a `try` of its own, and reports the cause
     raise
 
-# what the kernels can apply to an output, in float32, before it is rounded
-ACTIVATIONS = {"identity": torch.nn.Identity(), "gelu": F.gelu, "silu": F.silu}
-
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
+    """One of ACTIVATIONS, of y in float32, before it is rounded."""
     if ACTIVATION == "gelu":
         return 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
     elif ACTIVATION == "silu":
@@ -362,7 +360,7 @@ def self_check_cases(device: torch.device) -> list[Case]:
 
         def by_twin(u, state, twin=twin, system=system, skip=skip):
             y, state = twin(u, state, *(x.double() for x in system), skip.double())
-            return F.gelu(y), state
+            return ACTIVATIONS["gelu"].function(y), state
 
         cases.append(
             Case(

@@ -1,5 +1,7 @@
 """The chunk scan's kernel against its twin in float64, and as an operator of torch."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from kernel_checks import assert_close, compare_with_twin, gapped
 
 from ssm_lm.modeling import kernels_s4, triton_chunk_scan
+from ssm_lm.modeling.activations import ACTIVATIONS
 from ssm_lm.modeling.chunked import ChunkOperators, chunk_scan, plain_chunk_scan
 from ssm_lm.modeling.triton_chunk_scan import fused_chunk_scan
 
@@ -29,8 +32,8 @@ def problem(B, L, H, N, T, dense, dtype=torch.float32, state=False, resets=False
     return u, *operators, random(B, H, N) if state else None, keep
 
 
-def kernel(u, taps, emit, inject, carry, state, keep, has_output=True):
-    return fused_chunk_scan(u, ChunkOperators(taps, emit, inject, carry), state, keep, has_output)
+def kernel(u, taps, emit, inject, carry, state, keep, has_output=True, activation="identity"):
+    return fused_chunk_scan(u, ChunkOperators(taps, emit, inject, carry), state, keep, has_output, activation)
 
 
 def twin(u, taps, emit, inject, carry, state, keep, has_output=True):
@@ -106,15 +109,34 @@ def test_gradient_of_the_output_alone():
     compare_with_twin(lambda *x: kernel(*x)[0], lambda *x: twin(*x)[0], inputs, 1e-5)
 
 
-@pytest.mark.parametrize(("name", "function"), [("gelu", F.gelu), ("silu", F.silu)])
-def test_activation_without_gradient(name, function):
-    inputs = [x if x is None else x.detach() for x in problem(2, 37, 2, 6, 16, True)]
-    y, final = fused_chunk_scan(inputs[0], ChunkOperators(*inputs[1:5]), activation=name)
-    expected, expected_final = twin(*(x if x is None else x.double() for x in inputs))
-    assert_close(y, function(expected), 1e-5)
-    assert_close(final, expected_final, 1e-5)
-    with pytest.raises(ValueError, match="no gradient through its activation"):
-        fused_chunk_scan(inputs[0].requires_grad_(), ChunkOperators(*inputs[1:5]), activation=name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_activation(activation, dtype):
+    """On the way out, and in the backward, which reads y from before it; the twin's is torch's own."""
+    function = ACTIVATIONS[activation].function
+    inputs = problem(2, 37, 2, 6, 16, True, dtype)
+    compare_with_twin(
+        lambda *x: kernel(*x, activation=activation),
+        lambda *x: (lambda y, final: (function(y), final))(*twin(*x)),
+        inputs,
+        TOLERANCE[dtype],
+    )
+    plain = problem(2, 32, 2, 6, 16, False, dtype, state=True, resets=True)
+    compare_with_twin(
+        lambda *x: kernel(*x, activation=activation)[0],
+        lambda u, *x: plain_chunk_scan(u, ChunkOperators(*x[:4]), *x[4:], activation=activation)[0],
+        plain,
+        TOLERANCE[dtype],
+    )
+
+
+def test_activation_of_no_output_or_none():
+    inputs = problem(2, 32, 2, 6, 16, True)
+    run = partial(kernel, *inputs, has_output=False, activation="gelu")
+    torch.testing.assert_close(run()[1], kernel(*inputs)[1], rtol=0, atol=0)
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(0 * run()[1].sum(), inputs[:1]))
+    with pytest.raises(ValueError, match="activation is one of identity, gelu, silu, not 'tanh'"):
+        kernel(*inputs, activation="tanh")
 
 
 def test_output_is_a_view_of_rows_and_rows_are_not_copied():
@@ -145,12 +167,12 @@ def test_operators_made_again_in_the_backward(monkeypatch):
 def test_opcheck(dense):
     u, *operators, state, keep = problem(2, 32, 2, 6, 16, dense, state=True, resets=True)
     rows = u.detach().permute(2, 0, 1).contiguous().requires_grad_()
-    torch.library.opcheck(triton_chunk_scan.scan, (rows, *operators, state, keep, True, True, "identity"))
+    torch.library.opcheck(triton_chunk_scan.scan, (rows, *operators, state, keep, True, True, "gelu"))
     ragged = rows.detach()[..., 5:].clone().requires_grad_()
     torch.library.opcheck(triton_chunk_scan.scan, (ragged, *operators, None, None, True, True, "identity"))
     torch.library.opcheck(triton_chunk_scan.transpose, (rows.detach()[0].clone().requires_grad_(),))
     plain = [x.detach() for x in (rows, *operators, state)]
-    _, final, starts = triton_chunk_scan.scan(*plain, keep, True, True, "identity")
+    _, final, starts, _ = triton_chunk_scan.scan(*plain, keep, True, True, "identity")
     torch.library.opcheck(
         triton_chunk_scan.scan_backward, (plain[0], final, plain[0], starts, keep, *plain[1:5], False)
     )

@@ -14,9 +14,9 @@ def launches(monkeypatch):
     """The scans that ran in the kernel: (dtype, reverse, activation)."""
     seen, right = [], triton_chunk_scan.launch_scan
 
-    def counted(x, *rest, reverse, activation="identity"):
+    def counted(x, *rest, reverse, activation="identity", **keys):
         seen.append((x.dtype, reverse, activation))
-        right(x, *rest, reverse=reverse, activation=activation)
+        right(x, *rest, reverse=reverse, activation=activation, **keys)
 
     monkeypatch.setattr(triton_chunk_scan, "launch_scan", counted)
     return seen
@@ -48,7 +48,7 @@ def test_model(ssm, launches, monkeypatch):
     monkeypatch.setenv("SSM_LM_KERNELS", "triton")
     ours = run(model.train(), tokens)
     if ssm != "s5":
-        assert {launch[1:] for launch in launches} == {(False, "identity"), (True, "identity"), (False, "gelu")}
+        assert {launch[1:] for launch in launches} == {(False, "gelu"), (True, "identity")}
     assert_close(ours[0], logits, 1e-5)
     for (name, _), actual, expected in zip(model.named_parameters(), ours[1], gradients, strict=True):
         assert_close(actual, expected, 2e-5, name)
@@ -87,6 +87,36 @@ def test_layer_with_state_and_documents(layer_class, documents, launches):
         inputs = [u, state, *layer.parameters()]
         gradients = torch.autograd.grad(y.square().sum() + final.square().sum(), inputs)
         results.append([y, final, *gradients])
+    assert launches
+    for actual, expected in zip(*reversed(results), strict=True):
+        assert_close(actual, expected, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_layer_keeps_the_dtype(dtype, launches):
+    """The kernel has no float16: such a sequence is cast to float32, and back."""
+    torch.manual_seed(0)
+    layer, u, activation = S4(3, 6, chunk_size=8), torch.randn(2, 21, 3).to(dtype), torch.nn.SiLU()
+    results = []
+    for kernels in ("torch", "triton"):
+        layer.kernels = kernels
+        y, state = layer(u, activation=activation)
+        assert (y.dtype, state.dtype) == (dtype, torch.float32)
+        results.append([y, state, *torch.autograd.grad(y.float().square().sum(), list(layer.parameters()))])
+    assert {launch[2] for launch in launches if not launch[1]} == {"silu"}
+    for actual, expected in zip(*reversed(results), strict=True):
+        assert_close(actual, expected, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_large_dense_state_in_short_chunks(launches):
+    """Above 64 numbers, a float32 kernel with a dense carry takes chunks of 16."""
+    torch.manual_seed(0)
+    layer, u = S4(2, 72, chunk_size=64), torch.randn(1, 70, 2)
+    results = []
+    for kernels in ("torch", "triton"):
+        layer.kernels = kernels
+        y, state = layer(u, mode="chunk")
+        results.append([y, state, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
     assert launches
     for actual, expected in zip(*reversed(results), strict=True):
         assert_close(actual, expected, 2e-5)

@@ -9,11 +9,12 @@ from torch.library import opcheck
 from transformers import GenerationConfig
 
 from ssm_lm import S4Config, S4ForCausalLM
+from ssm_lm.modeling.activations import ACTIVATIONS
 from ssm_lm.modeling.kernels_s4 import self_check
 from ssm_lm.modeling.ops import mimo_step, siso_step
 from ssm_lm.modeling.ssm import S4, S4D, S5
 from ssm_lm.modeling.state_space import Memo
-from ssm_lm.modeling.triton_step import ACTIVATIONS, mimo_step_, self_check_cases, siso_step_
+from ssm_lm.modeling.triton_step import mimo_step_, self_check_cases, siso_step_
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -36,7 +37,7 @@ def compare(kernel, twin, inputs, activation="gelu"):
 
     def naive(u, state, *system):
         y, state = twin(u, state, *system)
-        return ACTIVATIONS[activation](y), state
+        return ACTIVATIONS[activation].function(y), state
 
     compare_with_twin(in_place, naive, inputs, TOLERANCE[inputs[0].dtype])
 
