@@ -1,7 +1,8 @@
 # make quickstart: the whole way from text to a generating model, on this machine, in minutes
 # make test:       every test that needs no GPU and no cluster, but for the long ones
 # make long-test:  claims of accuracy, speed and memory: minutes of arithmetic, one test at a time, for they measure
-# Both make the virtual environment if it is missing.
+# make test-triton TRITON=3.9.0: the kernels' tests with another Triton than the one that is pinned
+# All make the virtual environment if it is missing.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,8 +10,9 @@ BIN = $(VENV)/bin
 # more keys for the training of the quickstart, such as QUICKSTART="--max_steps 50"
 QUICKSTART ?=
 TESTS ?= tests
+TRITON ?= 3.9.0
 
-.PHONY: quickstart test long-test fast-test lint format venv clean
+.PHONY: quickstart test long-test test-triton fast-test lint format venv clean
 
 quickstart: venv
 	$(BIN)/ssm-lm prepare --dataset builtin --tokenizer bpe:4096 --output data/builtin
@@ -28,6 +30,10 @@ test: venv
 
 long-test: venv
 	$(BIN)/python -m pytest -m long $(TESTS)
+
+test-triton: venv
+	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 
 fast-test: venv
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long" $(TESTS)
