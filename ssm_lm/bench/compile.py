@@ -37,8 +37,8 @@ class Resources(NamedTuple):
     """What one compiled kernel asks of one target."""
 
     registers: int  # a thread; on AMD the vector registers, accumulators included
-    # instructions that move a register to local memory or back; on AMD vector registers that are kept in memory, and
-    # scalar ones that are kept there or in a lane of a vector register
+    # instructions that move a register to local memory or back; on AMD vector registers kept in memory (a scalar
+    # register that is kept in a lane of a vector register is not)
     spills: int
     stack: int  # bytes of local memory a thread
     shared: int  # bytes a block
@@ -171,7 +171,7 @@ def _amd(compiled, arch: str) -> Resources:
     waves = int(re.search(r"; Occupancy: (\d+)", assembly)[1])
     return Resources(
         registers=field("vgpr_count"),
-        spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
+        spills=field("vgpr_spill_count"),
         stack=field("private_segment_fixed_size"),
         shared=compiled.metadata.shared,
         shared_limit=AMD_SHARED_GFX950 if arch == "gfx950" else AMD_SHARED,
