@@ -137,8 +137,13 @@ def test_a_job_is_signalled_requeued_and_finished(slurm, tmp_path):
     wait_for(lambda: "step 3 of 2" in read(log), 90, f"the third step ({read(log)[-2000:]})")
     slurm("scancel", "--signal=USR1", job)
     wait_for(lambda: "BeginTime" in slurm("squeue", "-h", "-o", "%r"), 60, "the job is back in the queue")
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm holds a requeued job back for two minutes
-    wait_for(lambda: "start 1" in read(log), 60, "the job is started again")
+
+    def started():
+        # Slurm holds a requeued job back for two minutes, and says so anew when all of its nodes have let it go
+        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return "start 1" in read(log)
+
+    wait_for(started, 60, "the job is started again")
     wait_for(lambda: slurm.state(job) == "COMPLETED", 120, "the job is finished")
     text = read(log)
     left = re.findall(r"left: rank (\d) at step (\d+)", text)
