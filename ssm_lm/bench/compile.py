@@ -17,13 +17,20 @@ from ..errors import UserError
 NVIDIA = {
     80: (164, 163, 2048, 32),
     86: (100, 99, 1536, 16),
+    87: (164, 163, 1536, 16),
     89: (100, 99, 1536, 24),
     90: (228, 227, 2048, 32),
     100: (228, 227, 2048, 32),
     103: (228, 227, 2048, 32),
+    110: (228, 227, 1536, 24),
     120: (100, 99, 1536, 24),
+    121: (100, 99, 1536, 24),
 }
-NVIDIA_DEFAULT = (64, 64, 1024, 16)
+# matrix instructions from the first of them on
+AMD = (
+    *("gfx908", "gfx90a", "gfx942", "gfx950"),
+    *("gfx1100", "gfx1101", "gfx1102", "gfx1150", "gfx1151", "gfx1200", "gfx1201"),
+)
 AMD_SHARED = 64 << 10
 AMD_SHARED_GFX950 = 160 << 10
 
@@ -51,14 +58,18 @@ class Resources(NamedTuple):
 
 
 def parse_target(name: str):
-    """ "sm_90" or "gfx942" as Triton's GPUTarget. Raises UserError for anything else."""
+    """ "sm_90" or "gfx942" as Triton's GPUTarget. Raises UserError for one that the kernels are not made for, on which
+    LLVM would end the process.
+    """
     from triton.backends.compiler import GPUTarget
 
-    if match := re.fullmatch(r"sm_(\d{2,3})a?", name):
+    match = re.fullmatch(r"sm_(\d{2,3})a?", name)
+    if match and int(match[1]) in NVIDIA:
         return GPUTarget("cuda", int(match[1]), 32)
-    if re.fullmatch(r"gfx[0-9a-f]{3,4}", name):
+    if name in AMD:
         return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
-    raise UserError(f"--target {name}: not a target; sm_80, sm_90, sm_100, gfx942 and the like are")
+    known = ", ".join([f"sm_{capability}" for capability in NVIDIA] + list(AMD))
+    raise UserError(f"--target {name}: not a target of the kernels; there are {known}")
 
 
 def require_triton() -> None:
@@ -141,7 +152,7 @@ def _nvidia(compiled, capability: int) -> Resources:
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     operations = SASS.findall(sass)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    per_multiprocessor, per_block, threads, blocks = NVIDIA.get(capability, NVIDIA_DEFAULT)
+    per_multiprocessor, per_block, threads, blocks = NVIDIA[capability]
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)  # given out in units of 256 a warp
     by_shared = (per_multiprocessor << 10) // (shared + 1024)  # the system keeps 1 KiB a block
     resident = min(by_registers, by_shared, threads // (32 * warps), blocks) * warps

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 def compiled(targets: str, name: str) -> Iterator[dict]:
     """A row for each shipped configuration whose kernel's name holds `name` and each target. Raises UserError."""
     compile.require_triton()
-    names = [target for target in targets.split(",") if target]
+    names = [target for target in targets.split(",") if target] or [targets]
     for target in names:
         compile.parse_target(target)
     pairs = [(case, target) for target in names for case in compile.compile_cases(target) if name in case["name"]]

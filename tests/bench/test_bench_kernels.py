@@ -32,6 +32,9 @@ def test_compile_only(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--compile-only", "--target", "sm_9x"], ["--target sm_9x", "sm_80"]),
+        (["--compile-only", "--target", "sm_90,sm_70"], ["--target sm_70", "sm_80", "gfx942"]),
+        (["--compile-only", "--target", "gfx906"], ["--target gfx906", "sm_80", "gfx942"]),
+        (["--compile-only", "--target", ","], ["--target ,", "sm_80"]),
         (["--compile-only", "--kernel", "nonsense"], ["--kernel nonsense", "cauchy_forward"]),
         (["--compile-only", "--json", "nowhere/rows.json"], ["--json", "does not exist"]),
         (["--kernel", "cauchy"], ["--kernel", "--compile-only"]),
