@@ -1,7 +1,8 @@
 # make quickstart: the whole way from text to a generating model, on this machine, in minutes
 # make test:       every test that needs no GPU and no cluster, but for the long ones
 # make long-test:  claims of accuracy, speed and memory: minutes of arithmetic, one test at a time, for they measure
-# make test-triton TRITON=3.9.0: the kernels' tests with another Triton than the one that is pinned
+# make test-triton TRITON=3.9.0: the kernels interpreted, and all compiled, with another Triton than the one that is
+#                  pinned; KERNEL_TESTS=tests/kernels for all of their tests
 # All make the virtual environment if it is missing.
 
 PYTHON ?= python3
@@ -11,6 +12,8 @@ BIN = $(VENV)/bin
 QUICKSTART ?=
 TESTS ?= tests
 TRITON ?= 3.9.0
+KERNEL_TESTS ?= tests/kernels/test_kernels_interpreted.py::test_interpreted tests/kernels/test_kernel_launches.py \
+	tests/kernels/test_kernel_resources.py
 
 .PHONY: quickstart test long-test test-triton fast-test lint format venv clean
 
@@ -33,7 +36,7 @@ long-test: venv
 
 test-triton: venv
 	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
-	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
+	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -m pytest -n 2 --dist worksteal $(KERNEL_TESTS)
 
 fast-test: venv
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long" $(TESTS)
