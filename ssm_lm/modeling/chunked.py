@@ -309,7 +309,7 @@ def runs_in_kernel(u: torch.Tensor, operators: ChunkOperators, setting: str = "a
         unsupported = "its signals are complex"
     elif unsupported is None and T > longest_chunk(u.dtype, N, dense):
         unsupported = f"its chunks have {T} tokens, more than {longest_chunk(u.dtype, N, dense)}"
-    return use_kernel("chunk_scan", u, unsupported=unsupported, setting=setting)
+    return use_kernel("chunk_scan", u, unsupported=unsupported, setting=setting, problem=(u.dtype, N, dense))
 
 
 def unsupported_by_kernel(u: torch.Tensor, dtype: torch.dtype, N: int, dense: bool) -> str | None:

@@ -1,9 +1,10 @@
 """The kernel registry: for every hot operation, whether its Triton kernel runs or its twin in plain PyTorch.
 
 An operation has a name, a twin, and a module `triton_<name>.py` which is imported when a kernel is first asked for:
-the package needs neither Triton nor a driver. Such a module offers `self_check_cases(device)`, a list of `Case`.
+the package needs neither Triton nor a driver. Such a module offers `self_check_cases(device, *problem)`, a list of
+`Case`, for the problem that its caller names, by what other machine code depends on, or for those that models have.
 
-    CUDA or HIP tensors of a supported shape    the kernel, once it has passed its self-check on that device
+    CUDA or HIP tensors of a supported shape    the kernel, once it has passed its self-check of that problem there
     anything else                               the twin; on a GPU with one warning that names the cause
 
 The self-check compares kernel and twin on small problems and wants the kernel to repeat itself bit by bit: Triton has
@@ -76,7 +77,7 @@ def _step():
 
 
 # operation -> what imports its kernel and returns its self-check
-KERNELS: dict[str, Callable[[], Callable[[torch.device], list[Case]]]] = {
+KERNELS: dict[str, Callable[[], Callable[..., list[Case]]]] = {
     "chunk_scan": _chunk_scan,
     "cauchy": _cauchy,
     "vandermonde": _vandermonde,
@@ -84,8 +85,9 @@ KERNELS: dict[str, Callable[[], Callable[[torch.device], list[Case]]]] = {
     "step": _step,
 }
 
-_causes: dict[tuple[str, str], str | None] = {}  # (operation, device) -> why its kernel is not used there, None: it is
-_errors: dict[tuple[str, str], float] = {}  # -> the self-check's largest difference, in units of its tolerance
+# (operation, device, problem) -> why its kernel is not used there, None: it is
+_causes: dict[tuple[str, str, tuple], str | None] = {}
+_errors: dict[tuple[str, str, tuple], float] = {}  # -> the self-check's largest difference, in units of its tolerance
 _warned: set[tuple[str, str]] = set()
 _thread = threading.local()
 
@@ -98,24 +100,27 @@ def qualified(name: str) -> str:
 # ---- the choice
 
 
-def use_kernel(op: str, *tensors: torch.Tensor, unsupported: str | None = None, setting: str = "auto") -> bool:
+def use_kernel(
+    op: str, *tensors: torch.Tensor, unsupported: str | None = None, setting: str = "auto", problem: tuple = ()
+) -> bool:
     """Whether the Triton kernel of `op` is to run on these tensors.
 
     unsupported: what of the problem the kernel cannot do, in words, or None.
+    problem: what the operation's `self_check_cases` takes after the device; each is checked when it is first met.
     setting: the config's key `kernels`; the environment variable SSM_LM_KERNELS goes before it.
     Raises ValueError for a setting that does not exist, and RuntimeError where "triton" is forced and cannot be.
     """
     devices = {(x.device.type, x.device.index) for x in tensors}
     if len(devices) > 1:
         unsupported = unsupported or f"tensors on several devices ({', '.join(sorted(map(_name, devices)))})"
-    return _decide(op, _name(min(devices)), unsupported, setting)
+    return _decide(op, _name(min(devices)), unsupported, setting, problem)
 
 
 def _name(device: tuple[str, int | None]) -> str:
     return device[0] if device[1] is None else f"{device[0]}:{device[1]}"
 
 
-def _decide(op: str, device: str, unsupported: str | None, setting: str) -> bool:
+def _decide(op: str, device: str, unsupported: str | None, setting: str, problem: tuple = ()) -> bool:
     setting = os.environ.get("SSM_LM_KERNELS", "auto") if _forced_by_environment() else setting
     if setting not in SETTINGS:
         raise ValueError(f"kernels (or SSM_LM_KERNELS) is one of {', '.join(SETTINGS)}, not {setting!r}")
@@ -124,7 +129,7 @@ def _decide(op: str, device: str, unsupported: str | None, setting: str) -> bool
         return False  # within a self-check, whatever a twin is made of is one too
     if setting == "torch" or device == "meta" or (setting == "auto" and not on_gpu):
         return False
-    cause = unsupported or _cause(op, device)
+    cause = unsupported or _cause(op, device, problem)
     if cause is None:
         return True
     if setting == "triton":
@@ -147,20 +152,21 @@ def _forced_by_environment() -> bool:
     return os.environ.get("SSM_LM_KERNELS", "auto") != "auto"
 
 
-def _cause(op: str, device: str) -> str | None:
-    """Why the kernel of `op` cannot run on the device, None where it can. Found once a device."""
-    if (op, device) not in _causes:  # threads that find this at the same time check twice, to the same end
-        cause = _find_cause(op, device)
+def _cause(op: str, device: str, problem: tuple = ()) -> str | None:
+    """Why the kernel of `op` cannot run on the device, None where it can. Found once a device and problem."""
+    key = op, device, problem
+    if key not in _causes:  # threads that find this at the same time check twice, to the same end
+        cause = _find_cause(*key)
         if cause is _CAPTURING:
             return cause
-        _causes[op, device] = cause
-    return _causes[op, device]
+        _causes[key] = cause
+    return _causes[key]
 
 
 _CAPTURING = "it has not passed its self-check, and a CUDA graph is being captured: run the model once before"
 
 
-def _find_cause(op: str, device: str) -> str | None:
+def _find_cause(op: str, device: str, problem: tuple = ()) -> str | None:
     try:
         from triton import knobs
 
@@ -176,7 +182,7 @@ def _find_cause(op: str, device: str) -> str | None:
         return f"its compute capability is {capability}, and the kernels need {'.'.join(map(str, OLDEST_CAPABILITY))}"
     if torch.cuda.is_current_stream_capturing():
         return _CAPTURING
-    cause, _errors[op, device] = self_check(cases, torch.device(device))
+    cause, _errors[op, device, problem] = self_check(lambda device: cases(device, *problem), torch.device(device))
     return cause
 
 
@@ -236,7 +242,7 @@ def kernel_status() -> dict[str, str]:
     device = f"cuda:{torch.cuda.current_device()}"
     for op in KERNELS:
         cause = _cause(op, device)
-        passed = f"Triton on {device}: self-check passed, at {_errors.get((op, device), 0):.0%} of its tolerance"
+        passed = f"Triton on {device}: self-check passed, at {_errors.get((op, device, ()), 0):.0%} of its tolerance"
         report[op] = passed if cause is None else f"PyTorch: {cause}"
     return report
 

@@ -451,8 +451,9 @@ class StateSpace(nn.Module):
         dtype = self.log_dt.dtype
         if u.dtype == torch.bfloat16 and dtype == torch.float32:
             dtype = u.dtype
-        unsupported = unsupported_by_kernel(u, dtype, self.state_size, self.has_dense_carry)
-        return use_kernel("chunk_scan", u, unsupported=unsupported, setting=self.kernels)
+        problem = dtype, self.state_size, self.has_dense_carry
+        unsupported = unsupported_by_kernel(u, *problem)
+        return use_kernel("chunk_scan", u, unsupported=unsupported, setting=self.kernels, problem=problem)
 
     def has_rows(self, y: torch.Tensor) -> bool:
         """Whether the output y (B, L, H) is a view of the kernel's rows; see `gradient_in_rows`."""

@@ -649,17 +649,22 @@ def _transpose_case():
 # ---- the self-check
 
 
-def self_check_cases(device: torch.device) -> list[Case]:
-    """Forward and backward, in the sizes that models have, with an initial state and resets."""
+def self_check_cases(
+    device: torch.device, dtype: torch.dtype | None = None, N: int = 64, dense: bool | None = None
+) -> list[Case]:
+    """Forward and backward, with an initial state and resets: of a scan in `dtype` of N states a channel, or of the
+    four kinds that models have. Each is compiled by itself, so that one may be right and another wrong.
+    """
     return [
-        _case(device, dtype, dense, tolerance, bare)
-        for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 2e-5))
-        for dense in (False, True)
+        _case(device, each, of_carry, N, tolerance, bare)
+        for each, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 2e-5))
+        if dtype in (None, each)
+        for of_carry in ((False, True) if dense is None else (dense,))
         for bare in (False, True)
     ]
 
 
-def _case(device, dtype, dense, tolerance, bare, H=3, B=5, chunks=6, N=64):
+def _case(device, dtype, dense, N, tolerance, bare, H=3, B=5, chunks=6):
     """bare: without initial state and resets, and with an activation, as in a step of training."""
     T = longest_chunk(dtype, N, dense)
     generator = torch.Generator().manual_seed(0)
@@ -682,7 +687,8 @@ def _case(device, dtype, dense, tolerance, bare, H=3, B=5, chunks=6, N=64):
         return [y.detach(), final.detach(), *gradients]
 
     label = (
-        f"{'dense' if dense else 'diagonal'} {str(dtype).removeprefix('torch.')}{' from zero, gelu' if bare else ''}"
+        f"{'dense' if dense else 'diagonal'} {str(dtype).removeprefix('torch.')} of {N} states"
+        f"{' from zero, gelu' if bare else ''}"
     )
     return Case(
         label,

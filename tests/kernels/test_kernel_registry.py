@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from ssm_lm import S4Config
 from ssm_lm.modeling import kernels_s4
+from ssm_lm.modeling.chunked import runs_in_kernel
 from ssm_lm.modeling.kernels_s4 import Case, family, kernel_status, self_check, tuned, use_kernel
 
 CPU = torch.zeros(2)
@@ -30,16 +31,16 @@ def gpu(monkeypatch):
     """A GPU whose kernels are fine, unless a cause is put in: {operation: cause}. Counts how often it was asked."""
     causes, asked = {}, []
 
-    def find_cause(op, device):
-        asked.append((op, device))
+    def find_cause(op, device, problem):
+        asked.append((op, device, *problem))
         return causes.get(op)
 
     monkeypatch.setattr(kernels_s4, "_find_cause", find_cause)
     return causes, asked
 
 
-def decide(op="chunk_scan", device="cuda:0", unsupported=None, setting="auto"):
-    return kernels_s4._decide(op, device, unsupported, setting)
+def decide(op="chunk_scan", device="cuda:0", unsupported=None, setting="auto", problem=()):
+    return kernels_s4._decide(op, device, unsupported, setting, problem)
 
 
 def test_cpu_tensors_take_the_twin_without_a_word():
@@ -55,6 +56,27 @@ def test_a_gpu_takes_the_kernel_and_is_checked_once(gpu):
     assert decide()
     assert decide(device="cuda:1")
     assert asked == [("chunk_scan", "cuda:0"), ("chunk_scan", "cuda:1")]
+
+
+def test_every_problem_is_checked_once(gpu):
+    _, asked = gpu
+    for _ in range(2):
+        assert decide(problem=(torch.bfloat16, 64, True))
+        assert decide(problem=(torch.bfloat16, 128, True))
+    assert asked == [("chunk_scan", "cuda:0", torch.bfloat16, N, True) for N in (64, 128)]
+
+
+@pytest.mark.parametrize(("ssm", "dense"), [("s4", True), ("s4d", False)])
+def test_a_layer_names_its_problem(gpu, monkeypatch, ssm, dense):
+    """As the scan itself does, which chooses with the operators at hand: otherwise two checks would run."""
+    from ssm_lm.modeling import ssm as layers
+
+    _, asked = gpu
+    monkeypatch.setattr(kernels_s4, "_name", lambda device: "cuda:0")
+    layer = getattr(layers, ssm.upper())(hidden_size=2, state_size=6)
+    assert layer._in_kernel(torch.zeros(1, 8, 2))
+    assert runs_in_kernel(torch.zeros(1, 8, 2), layer.operators(8))
+    assert asked == [("chunk_scan", "cuda:0", torch.float32, 6, dense)]
 
 
 def test_one_warning_names_operation_and_cause(gpu):

@@ -182,10 +182,16 @@ def test_opcheck(dense):
 
 
 @pytest.mark.slow
-def test_self_check_passes():
-    cause, worst = kernels_s4.self_check(triton_chunk_scan.self_check_cases, torch.device("cpu"))
+@pytest.mark.parametrize("N", [2, 24, 64, 128])
+def test_self_check_passes(N):
+    cause, worst = kernels_s4.self_check(partial(triton_chunk_scan.self_check_cases, N=N), torch.device("cpu"))
     assert cause is None
     assert 0 < worst < 1
+
+
+def test_self_check_of_one_problem():
+    labels = [case.label for case in triton_chunk_scan.self_check_cases(torch.device("cpu"), torch.float32, 6, True)]
+    assert labels == ["dense float32 of 6 states", "dense float32 of 6 states from zero, gelu"]
 
 
 @pytest.mark.parametrize(("fault", "word"), [(1.05, "differs by 0.05"), (None, "not the same")])
