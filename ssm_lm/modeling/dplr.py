@@ -96,22 +96,28 @@ class S4(SingleInputSingleOutput):
         pairs = [x[..., r] for r in range(self.rank) for x in (F, G)]
         return (torch.stack([E, C_row, B_bar, *pairs]),)
 
-    def _dense(self, discrete: DiscreteDPLR) -> torch.Tensor:
-        """A_bar, (H, N, N)."""
+    def _for_powers(self, reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A_bar (H, N, N), B_bar and C_row (H, N), in the dtype in which their products are to be made.
+
+        Every squaring doubles the error of the one before: rounded as TF32 does, by 5e-4, A^64 has two digits left.
+        """
+        discrete = self.discretize(reverse)
+        if float32_is_rounded(discrete.E.device.type):
+            discrete = DiscreteDPLR(*(x.double() for x in discrete))
         e_re, e_im = (torch.diag_embed(part) for part in discrete.E.chunk(2, -1))
         rotation = torch.cat([torch.cat([e_re, -e_im], -1), torch.cat([e_im, e_re], -1)], -2)
-        return rotation - discrete.F @ discrete.G.transpose(1, 2)
+        return rotation - discrete.F @ discrete.G.transpose(1, 2), discrete.B_bar, discrete.C_row
 
     def transition(self, length):
         """(H, N, N), from the binary digits of the length, which is at least 1."""
-        square, product = self._dense(self.discretize()), None
+        square, product = self._for_powers()[0], None
         while length:
             if length & 1:
                 product = square if product is None else square @ product
             length >>= 1
             if length:
                 square = square @ square
-        return product
+        return product.to(self.log_dt.dtype)
 
     def carry_over(self, transition, state):
         return torch.einsum("hnm,bhm->bhn", transition, state)
@@ -122,10 +128,9 @@ class S4(SingleInputSingleOutput):
         The powers are diagonal plus low rank, so columns, rows and A^T could do without the squarings, in 2.7 times
         fewer operations. On a CPU that takes the same time: what replaces a squaring is a dozen passes over (H, N, T).
         """
-        discrete = self.discretize(reverse)
-        power = self._dense(discrete)  # A^(2^k)
-        columns = discrete.B_bar[..., None]  # A^j B, j = 0, 1, ...
-        rows = discrete.C_row[:, None] @ power  # C A^(j+1)
+        power, B_bar, C_row = self._for_powers(reverse)  # A^(2^k)
+        columns = B_bar[..., None]  # A^j B, j = 0, 1, ...
+        rows = C_row[:, None] @ power  # C A^(j+1)
         carry = None  # A^length, from the binary digits of the length
         remaining = length
         while True:
@@ -142,8 +147,9 @@ class S4(SingleInputSingleOutput):
         if missing:
             columns = torch.cat([columns, power @ columns[..., :missing]], -1)
             rows = torch.cat([rows, rows[:, :missing] @ power], 1)
-        taps = (discrete.C_row[:, None] @ columns).squeeze(1)
-        return ChunkOperators(taps, rows, columns.flip(-1), carry)
+        taps = (C_row[:, None] @ columns).squeeze(1)
+        dtype = self.log_dt.dtype
+        return ChunkOperators(taps.to(dtype), rows.to(dtype), columns.flip(-1).to(dtype), carry.to(dtype))
 
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
         """K (H, L) by the Cauchy kernel: the truncated generating function of the taps at the L-th roots of unity.
@@ -187,16 +193,26 @@ class S4(SingleInputSingleOutput):
 
     def _truncated_C(self, length: int, reverse: bool) -> torch.Tensor:
         """C (I - A_bar^L) as a row on the real state, (H, N): makes the generating function end after L taps."""
-        discrete = self.discretize(reverse)
-        power, row = self._dense(discrete), discrete.C_row[:, None]
-        remaining = length
+        power, _, C_row = self._for_powers(reverse)
+        row, remaining = C_row[:, None], length
         while remaining:
             if remaining & 1:
                 row = row @ power
             remaining >>= 1
             if remaining:
                 power = power @ power
-        return discrete.C_row - row.squeeze(1)
+        return (C_row - row.squeeze(1)).to(self.log_dt.dtype)
+
+
+def float32_is_rounded(device_type: str) -> bool:
+    """Whether matrix products of float32 numbers take them as TF32, of 11 bits: on a GPU, by `tf32: true`,
+    `torch_compile: true` (transformers then turns it on) or torch.set_float32_matmul_precision.
+    """
+    return device_type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# a compiled model keeps what was found when it was traced
+float32_is_rounded._dynamo_marked_constant = True
 
 
 def small_inverse(matrix: torch.Tensor) -> torch.Tensor:

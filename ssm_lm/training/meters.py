@@ -91,7 +91,8 @@ def peak_flops(args) -> float | None:
         return None
     device = known_device(torch.cuda.get_device_name(args.device))
     half = args.bf16 or args.fp16 or (args.deepspeed or {}).get("torch_autocast")
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    # by the setting that transformers writes: torch refuses to read the older allow_tf32 beside it
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return None if device is None else device.peak("bf16" if half else "tf32" if tf32 else "fp32")
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssm_lm import S4Config, S4ForCausalLM
+from ssm_lm.modeling import dplr
 from ssm_lm.modeling.ssm import S4, S4D, StateSpace
 
 
@@ -69,3 +71,47 @@ def test_loaded_parameters_are_not_initialised_again(tmp_path):
     loaded = S4ForCausalLM.from_pretrained(tmp_path)
     for (name, ours), theirs in zip(loaded.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def as_tf32(x: torch.Tensor) -> torch.Tensor:
+    """float32 numbers as tensor cores take them: 11 bits of a mantissa."""
+    return ((x.view(torch.int32) + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+
+
+class TF32(TorchDispatchMode):
+    """Matrix products of float32 numbers with inputs rounded so, as on a GPU with `tf32: true`."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            arguments = [as_tf32(x.contiguous()) if x.dtype == torch.float32 else x for x in arguments]
+        return function(*arguments, **(kwargs or {}))
+
+
+def operators_and_gradients(layer):
+    layer.zero_grad()
+    found = [*layer.operators(64), layer.transition(100), layer.kernel(2048)]
+    sum(x.square().mean() for x in found).backward()
+    return [x.detach() for x in found] + [layer.C.grad.clone(), layer.Lambda_im.grad.clone()]
+
+
+def test_powers_are_whole_where_float32_is_rounded(monkeypatch):
+    """TF32 would leave A^64 two digits, for every squaring doubles its error."""
+    torch.manual_seed(0)
+    layer = S4(hidden_size=4, state_size=64)
+    exact = operators_and_gradients(layer)
+
+    def errors():
+        with TF32():
+            found = operators_and_gradients(layer)
+        return [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact, strict=True)]
+
+    assert max(errors()) > 1e-2
+    monkeypatch.setattr(dplr, "float32_is_rounded", lambda device_type: True)
+    assert max(errors()) < 1e-3
+
+
+def test_rounding_is_looked_for_on_a_gpu_alone(monkeypatch):
+    assert not dplr.float32_is_rounded("cuda")
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # as transformers' enable_tf32 does
+    assert dplr.float32_is_rounded("cuda")
+    assert not dplr.float32_is_rounded("cpu")

@@ -5,12 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from harness import run, train_command
 
 from ssm_lm import S4Config
 from ssm_lm.cli import main
 from ssm_lm.estimate.flops import total, training_flops
-from ssm_lm.training.meters import COLLECTIVES, METRICS_FILE, Meters, covered, trim
+from ssm_lm.training.meters import COLLECTIVES, METRICS_FILE, Meters, covered, peak_flops, trim
 
 
 def entries(folder) -> list[dict]:
@@ -81,6 +82,17 @@ def test_flops_are_those_of_the_batches_seen():
     assert found["flops_per_second"] == pytest.approx(expected)
     assert found["mfu"] == pytest.approx(expected / (4 * 2e12))
     assert meters.entries(seconds=1.0)["flops_per_second"] == 0
+
+
+@pytest.mark.parametrize(("tf32", "peak"), [(True, 495e12), (False, 67e12)])
+def test_peak_of_a_gpu(tf32, peak, monkeypatch):
+    """With TF32 as transformers sets it, after which torch refuses to read its older switch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32" if tf32 else "ieee")
+    args = SimpleNamespace(peak_tflops=None, use_cpu=False, device="cuda:0", bf16=False, fp16=False, deepspeed=None)
+    assert peak_flops(args) == pytest.approx(peak, rel=0.01)
+    assert peak_flops(SimpleNamespace(**vars(args) | {"bf16": True})) == pytest.approx(990e12, rel=0.01)
 
 
 def test_union_of_intervals():
