@@ -98,6 +98,15 @@ def timed() -> list[dict]:
 
     if not torch.cuda.is_available():
         raise UserError("bench kernels: this machine has no GPU to time on; --compile-only counts without one")
+    if os.environ.get("SSM_LM_KERNELS", "auto") != "auto":
+        raise UserError("SSM_LM_KERNELS is set, so that kernels and PyTorch would be the same: unset it")
+    from ..modeling.kernels_s4 import kernel_status
+
+    for op, line in kernel_status().items():
+        if not line.startswith("Triton"):
+            raise UserError(
+                f"bench kernels: {op} does not run in its kernel here, so there is nothing to time ({line})"
+            )
     from .timing import rows
 
     return rows(torch.device("cuda"))

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -13,29 +14,45 @@ from ..modeling.state_space import Memo
 from . import roofline
 
 WARM_UP, REPEATS = 3, 20
+OTHERS = "mamba-ssm"  # how a model of somebody else's code is called
+
+
+# of a GPU, before a call is timed: more bytes than its caches hold, and cycles, 10 ms or so, in which the host hands
+# over all launches of the call, so that the GPU's time is measured and not the host's
+CACHE_BYTES, AHEAD = 256 << 20, 20_000_000
 
 
 def measure(function: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> tuple[float, float | None]:
-    """(median seconds of a call, peak MiB of the device's memory, None on a CPU), after a few calls to warm up."""
+    """(median seconds of a call, peak MiB of the device's memory beyond what was there before, None on a CPU), after a
+    few calls to warm up.
+    """
     for _ in range(WARM_UP):
         function()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            seconds.append(start.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            function()
-            seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    return statistics.median(seconds), peak
+    if device.type != "cuda":
+        return statistics.median(_host_seconds(function) for _ in range(repeats)), None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    peak = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)
+    return statistics.median(_gpu_seconds(function, flush) for _ in range(repeats)), peak
+
+
+def _host_seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _gpu_seconds(function, flush) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    torch.cuda._sleep(AHEAD)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 class Contender(NamedTuple):
@@ -73,7 +90,7 @@ def contenders(u: torch.Tensor, state: int) -> Iterator[Contender]:
                 tap = partial(_with, layer, setting, partial(layer.kernel, length))
                 yield Contender(f"{name} taps", f"{name} taps, {by}", count, length, tap, leaves)
             memo, zero = Memo(), layer.zero_state(len(u), u.device)
-            step = partial(layer, u[:, :1].detach(), mode="recurrent", initial_state=zero, memo=memo)
+            step = partial(layer, u[:, :1].detach(), mode="recurrent", initial_state=zero, memo=memo, in_place=True)
             step = partial(_with, layer, setting, lambda step=step: step()[0])
             yield Contender(f"{name} step", f"{name} step, {by}", count, 1, step, [])
 
@@ -92,10 +109,14 @@ def _with(layer, setting, function):
 
 
 def mamba_ssd(u: torch.Tensor, state: int) -> Iterator[Contender]:
-    """The scan of mamba-ssm at the same width and order, heads of 64 channels; nothing where it is not installed."""
+    """The scan of mamba-ssm at the same width and order, heads of 64 channels; nothing where it is not installed, and
+    a warning where it is and cannot be imported.
+    """
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError:
+    except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError) or error.name != "mamba_ssm":
+            warnings.warn(f"mamba-ssm is left out: it cannot be imported ({error})", stacklevel=2)
         return
     B, L, hidden = u.shape
     heads = max(1, hidden // 64)
@@ -117,15 +138,24 @@ def rows(
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = REPEATS,
 ) -> list[dict]:
-    """One row a contender, forward, and one with its backward; ratio_to_ours is to the first of its group."""
+    """One row a contender, forward, and one with its backward; ratio_to_ours is to the first of its group.
+
+    One of others that fails is left out, with a warning.
+    """
     u = torch.randn(batch, length, hidden, device=device).to(dtype).requires_grad_()
     found, ours = [], {}
     for contender in contenders(u, state):
         calls = {"forward": partial(_forward, contender)}
         if contender.leaves:
-            calls["forward and backward"] = partial(_both, contender)
+            calls["forward and backward"] = _both(contender)
         for direction, call in calls.items():
-            seconds, peak = measure(call, device, repeats)
+            try:
+                seconds, peak = measure(call, device, repeats)
+            except Exception as error:
+                if not contender.model.startswith(OTHERS):
+                    raise
+                warnings.warn(f"{contender.model}, {direction}, is left out: {error}", stacklevel=2)
+                continue
             # the kernel of a convolution serves the whole batch at once
             tokens = (1 if contender.group.endswith("taps") else batch) * contender.length
             found.append(
@@ -140,6 +170,7 @@ def rows(
                     "tokens_per_second": tokens / seconds,
                     "peak_mib": peak,
                     "ratio_to_ours": seconds / ours.setdefault((contender.group, direction), seconds),
+                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 }
             )
     return found
@@ -150,6 +181,16 @@ def _forward(contender: Contender) -> None:
         contender.function()
 
 
-def _both(contender: Contender) -> None:
-    loss = contender.function().float().square().mean()
-    torch.autograd.grad(loss, contender.leaves, allow_unused=True)
+def _both(contender: Contender) -> Callable[[], object]:
+    """Forward and backward from a gradient of the output that is there: a loss in float32 would move more bytes than
+    the layer.
+    """
+    gradients: list[torch.Tensor] = []  # made by the first call, one of those that warm up
+
+    def both():
+        output = contender.function()
+        if not gradients:
+            gradients.append(torch.randn_like(output))
+        torch.autograd.grad(output, contender.leaves, gradients, allow_unused=True)
+
+    return both

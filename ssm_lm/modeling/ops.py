@@ -37,8 +37,9 @@ def fft_convolution(u: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     return torch.fft.irfft(spectrum, n=size)[..., :L].transpose(1, 2)
 
 
-# elements of (H, block of nodes, N/2): large enough for a matmul, small enough to stay in a CPU's cache
-CAUCHY_BLOCK_ELEMENTS = 1 << 19
+# elements of (H, block of nodes, N/2): large enough for a matmul, and on a GPU for a launch; small enough to stay in a
+# CPU's cache
+CAUCHY_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23}
 
 
 class _Cauchy(torch.autograd.Function):
@@ -48,7 +49,8 @@ class _Cauchy(torch.autograd.Function):
 
     @staticmethod
     def _blocks(nodes, Lambda_im):
-        size = max(1, CAUCHY_BLOCK_ELEMENTS // max(1, Lambda_im.numel()))
+        elements = CAUCHY_BLOCK_ELEMENTS.get(nodes.device.type, CAUCHY_BLOCK_ELEMENTS["cuda"])
+        size = max(1, elements // max(1, Lambda_im.numel()))
         return [slice(start, min(start + size, nodes.shape[1])) for start in range(0, nodes.shape[1], size)]
 
     @staticmethod

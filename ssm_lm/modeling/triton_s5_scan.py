@@ -462,6 +462,10 @@ def compile_cases(arch: str) -> list[dict]:
     sizes = {"L": "i32", "T": "i32:16", "chunks": "i32", "HALF": "i32:16"}
     cases = []
 
+    # a number: half a complex product and sum; in reverse also its part of the gradient of Lambda
+    operations = {ends_kernel: 4 * elements, carry_kernel: 4 * carried, emit_kernel: 4 * elements}
+    operations[emit_reverse_kernel] = 8 * elements
+
     def add(name, kernel, tensors, numbers, moved, **switches):
         cases.append(
             {
@@ -470,7 +474,7 @@ def compile_cases(arch: str) -> list[dict]:
                 "arguments": {**tensors, **numbers},
                 "constexprs": {"RESETS": True, **blocks, **switches},
                 "options": options,
-                "work": {"bytes": 4 * moved, "flops": 4 * (elements if kernel is not carry_kernel else carried)},
+                "work": {"bytes": 4 * moved, "flops": operations[kernel]},
             }
         )
 

@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ssm_lm.bench import timing
 from ssm_lm.bench.timing import measure, rows
 from ssm_lm.cli import main
+from ssm_lm.modeling import kernels_s4
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -65,7 +68,7 @@ def test_without_triton(monkeypatch, capsys):
 def test_times():
     """The rows of the timing, on the CPU and of tiny layers."""
     found = rows(torch.device("cpu"), batch=1, length=32, hidden=8, state=4, dtype=torch.float32, repeats=1)
-    fields = "task model parameters dtype batch length seconds tokens_per_second peak_mib ratio_to_ours"
+    fields = "task model parameters dtype batch length seconds tokens_per_second peak_mib ratio_to_ours device"
     assert all(list(row) == fields.split() for row in found)
     models = [row["model"] for row in found]
     assert models[:4] == [
@@ -86,6 +89,51 @@ def test_times():
     for row in found:
         assert row["seconds"] > 0
         assert row["tokens_per_second"] == row["length"] / row["seconds"]  # one row of a batch
+
+
+def test_kernels_that_do_not_run_are_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels_s4, "kernel_status", lambda: {"step": "PyTorch: its self-check failed"})
+    assert main(["bench", "kernels"]) == 2
+    assert "step does not run in its kernel" in capsys.readouterr().err
+    monkeypatch.setenv("SSM_LM_KERNELS", "torch")
+    assert main(["bench", "kernels"]) == 2
+    assert "SSM_LM_KERNELS is set" in capsys.readouterr().err
+
+
+def test_what_others_cannot_do_is_left_out(monkeypatch):
+    def broken(u, state):
+        yield timing.Contender("sequence", "mamba-ssm ssd", 1, 32, lambda: 1 / 0, [])
+
+    monkeypatch.setattr(timing, "mamba_ssd", broken)
+    with pytest.warns(UserWarning, match="mamba-ssm ssd, forward, is left out: division by zero"):
+        found = rows(torch.device("cpu"), batch=1, length=8, hidden=4, state=4, dtype=torch.float32, repeats=1)
+    assert found
+    assert not any("mamba" in row["model"] for row in found)
+
+
+def test_a_call_on_a_gpu_is_timed_from_a_cold_cache_behind_a_queue(monkeypatch):
+    """In this order, and nothing of the host's between the two events but the call."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def synchronize(self):
+            done.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    flush = SimpleNamespace(zero_=lambda: done.append("flush"))
+    assert timing._gpu_seconds(lambda: done.append("call"), flush) == 2e-3
+    assert done == ["flush", "sleep", "event", "call", "event", "wait"]
 
 
 def test_the_median_of_calls_after_warming_up():
