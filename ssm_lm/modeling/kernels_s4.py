@@ -284,6 +284,22 @@ def on_device(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+_numbered: int | None = None  # which configuration a self-check runs
+
+
+@contextlib.contextmanager
+def numbered_configuration(number: int):
+    """`tuned` takes this one of the configurations, so that a self-check runs each of them. Not the thread's alone: a
+    backward runs in others. What these launch meanwhile is shipped as well.
+    """
+    global _numbered
+    _numbered = number
+    try:
+        yield
+    finally:
+        _numbered = None
+
+
 def tuned(op: str, problem: str, configurations: Sequence, run: Callable[[object], None], device: torch.device):
     """The configuration to run: the only one, or the fastest on this device by a measurement that is made once and
     kept in a file for all later processes.
@@ -293,6 +309,8 @@ def tuned(op: str, problem: str, configurations: Sequence, run: Callable[[object
     ranks of a node but its first, which read what an earlier process has written. The file is replaced as a whole, so
     writers at the same time can at most lose an entry, which the next process measures again.
     """
+    if _numbered is not None:
+        return configurations[_numbered % len(configurations)]
     default = configurations[0]
     if len(configurations) == 1 or device.type != "cuda" or os.environ.get("SSM_LM_KERNEL_TUNING", "1") == "0":
         return default
@@ -309,8 +327,12 @@ def tuned(op: str, problem: str, configurations: Sequence, run: Callable[[object
 
 
 def _seconds(run: Callable[[object], None], configuration, repeats: int = 5) -> float:
-    """The shortest of some launches, after one that compiles."""
-    run(configuration)
+    """The shortest of some launches, after one that compiles; infinite where it cannot be launched."""
+    try:
+        run(configuration)
+    except Exception as error:  # it does not compile, or asks for more than the card has
+        warnings.warn(f"{configuration} is passed over: {_one_line(error)}", stacklevel=2)
+        return float("inf")
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

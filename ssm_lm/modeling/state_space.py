@@ -294,7 +294,7 @@ class StateSpace(nn.Module):
     ) -> torch.Tensor:
         """The state after u (B, L, H), L at least 1, without the output.
 
-        memo: as in `forward`; with one, token by token, exactly as the recurrent mode does and, where it holds the
+        memo: as in `forward`; with one, token by token, as the recurrent mode does in PyTorch and, where it holds the
         discretised system, without a look at the parameters; without one, as a chunk scan.
         begins: (B, L) bool, tokens before which the state is set to zero; always token by token.
         """

@@ -31,7 +31,7 @@ RANKS = (1, 2)
 FORWARD = {1: (512, 4), 2: (256, 4)}
 BACKWARD = {1: (8, 4), 2: (8, 4)}
 BLOCK_N = 32  # poles across the lanes of the backward
-PROGRAMS = 1024  # how many the backward splits the nodes for, where channels are few
+PROGRAMS, STEPS = 1024, 4  # how many the backward splits the nodes for, where channels are few, and into what at least
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def inner(g_re, g_im, x_re, x_im):
     return g_re * x_re + g_im * x_im
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])  # 1 for wide layers: the same code as for others
 def cauchy_backward_kernel(
     C,
     B,
@@ -407,7 +407,7 @@ def _backward(
     H, L, rank, (n_ssm, half) = len(C), len(nodes), len(P), Lambda_re.shape
     rows, warps = BACKWARD[rank]
     blocks = triton.cdiv(half, BLOCK_N)
-    splits = max(1, min(triton.cdiv(L, rows), PROGRAMS // max(1, H * blocks)))
+    splits = max(1, min(triton.cdiv(L, rows * STEPS), PROGRAMS // max(1, H * blocks)))
     sums = C.new_empty(splits, H, 9 if rank == 1 else 16, half)
     if sums.numel():
         with on_device(C.device):
@@ -419,7 +419,11 @@ def _backward(
 
 
 def _chain(sums, C, B, P, Lambda_re, Lambda_im, dt):
-    """From the derivatives by the numbers v and by dt Lambda, (H, K, N/2), to those by what they are products of."""
+    """From the derivatives by the numbers v and by dt Lambda, (H, K, N/2), to those by what they are products of.
+
+    Of complex numbers that are conjugated at once: in a compiled graph torch calls an operator without the dispatch
+    keys that would carry out a lazy conj(), and its result is wrong.
+    """
     rank, n_ssm = len(P), len(B)
     sums = sums.view(-1, n_ssm, *sums.shape[1:])  # channel h has set h mod n_ssm
 
@@ -436,14 +440,15 @@ def _chain(sums, C, B, P, Lambda_re, Lambda_im, dt):
     by_cb, pairs = by(0), [(by(2), by(4), sums[:, :, 6])]
     if rank == 2:
         pairs.append((by(7), by(9), sums[:, :, 11]))
-    grad_c, grad_b, grad_p = by_cb * b.conj(), (by_cb * c.conj()).sum(0), []
+    grad_c, grad_b, grad_p = by_cb * b.conj_physical(), (by_cb * c.conj_physical()).sum(0), []
     for x, (by_cx, by_xb, by_xx) in zip(p, pairs, strict=True):
-        grad_c = grad_c + by_cx * x.conj()
-        grad_b = grad_b + by_xb.sum(0) * x
-        grad_p.append((by_cx * c.conj()).sum(0) + (by_xb.sum(0) * b.conj()).conj() + 2 * by_xx.sum(0) * x)
+        grad_c = grad_c + by_cx * x.conj_physical()
+        by_xb = by_xb.sum(0)
+        grad_b = grad_b + by_xb * x
+        grad_p.append((by_cx * c.conj_physical()).sum(0) + by_xb.conj_physical() * b + 2 * by_xx.sum(0) * x)
     if rank == 2:
         by_pq = by(12).sum(0)
-        grad_p = [grad_p[0] + by_pq.conj() * p[1], grad_p[1] + by_pq * p[0]]
+        grad_p = [grad_p[0] + by_pq.conj_physical() * p[1], grad_p[1] + by_pq * p[0]]
     dt = dt.view(-1, n_ssm, 1)
     by_a, by_b = sums[:, :, -2], sums[:, :, -1]
     grad_dt = (by_a * Lambda_re + by_b * Lambda_im).sum(-1).flatten()

@@ -30,7 +30,7 @@ import torch
 
 from .activations import ACTIVATIONS
 from .chunked import ChunkOperators, largest_state, longest_chunk, plain_chunk_scan, toeplitz_adjoint
-from .kernels_s4 import Case, architecture, family, on_device, qualified, tuned
+from .kernels_s4 import Case, architecture, family, numbered_configuration, on_device, qualified, tuned
 from .triton_step import activate
 
 try:
@@ -653,26 +653,31 @@ def self_check_cases(
     device: torch.device, dtype: torch.dtype | None = None, N: int = 64, dense: bool | None = None
 ) -> list[Case]:
     """Forward and backward, with an initial state and resets: of a scan in `dtype` of N states a channel, or of the
-    four kinds that models have. Each is compiled by itself, so that one may be right and another wrong.
+    four kinds that models have, in every configuration. Each is machine code of its own: one may be right and another
+    wrong.
     """
+    kind = family(architecture(device))
     return [
-        _case(device, each, of_carry, N, tolerance, bare)
+        _case(device, each, of_carry, N, tolerance, bare, number)
         for each, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 2e-5))
         if dtype in (None, each)
         for of_carry in ((False, True) if dense is None else (dense,))
+        for number in range(len(scan_configurations(kind, each, N, of_carry)))
         for bare in (False, True)
     ]
 
 
-def _case(device, dtype, dense, N, tolerance, bare, H=3, B=5, chunks=6):
-    """bare: without initial state and resets, and with an activation, as in a step of training."""
+def _case(device, dtype, dense, N, tolerance, bare, number, H=2, B=15, chunks=18):
+    """bare: without initial state and resets, and with an activation, as in a step of training. number: of the
+    configuration. The chunks of the batch are more than four of the Gram product's steps, which are pipelined.
+    """
     T = longest_chunk(dtype, N, dense)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape, scale=1.0):
         return (torch.randn(*shape, generator=generator, dtype=torch.float32) * scale).to(device)
 
-    decay = random(H, N, N, scale=0.5 / N**0.5) if dense else random(H, N, scale=0.4)
+    decay = random(H, N, N, scale=0.5 / N**0.5) if dense else random(H, N, scale=0.3)
     operators = ChunkOperators(random(H, T), random(H, T, N, scale=N**-0.5), random(H, N, T, scale=T**-0.5), decay)
     u, grad_y = (random(B, chunks * T, H).to(dtype) for _ in range(2))
     state, grad_state = random(B, H, N), random(B, H, N)
@@ -688,11 +693,16 @@ def _case(device, dtype, dense, N, tolerance, bare, H=3, B=5, chunks=6):
 
     label = (
         f"{'dense' if dense else 'diagonal'} {str(dtype).removeprefix('torch.')} of {N} states"
-        f"{' from zero, gelu' if bare else ''}"
+        f"{' from zero, gelu' if bare else ''}{f', configuration {number}' if number else ''}"
     )
+
+    def run_kernel():
+        with numbered_configuration(number):
+            return run(fused_chunk_scan, lambda x: x.detach().clone())
+
     return Case(
         label,
-        lambda: run(fused_chunk_scan, lambda x: x.detach().clone()),
+        run_kernel,
         lambda: run(plain_chunk_scan, lambda x: x.detach().double()),
         tolerance,
     )

@@ -325,7 +325,9 @@ def _(u, state, Lambda, weight_in, weight_out, skip, activation):
 
 
 def self_check_cases(device: torch.device) -> list[Case]:
-    """Two tokens of every kernel: diagonal and low-rank systems, one row and several, ragged blocks."""
+    """Two tokens of every kernel: diagonal and low-rank systems, one row and several, ragged blocks, and a state of
+    several warps, whose sums cross them.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -343,6 +345,7 @@ def self_check_cases(device: torch.device) -> list[Case]:
         ("S4D", (2, 2, 13, 34), torch.float32, 1e-5),
         ("S4", (5, 33, 5, 64), torch.float32, 1e-5),
         ("S4 of rank 2", (7, 2, 13, 64), torch.bfloat16, 1e-2),
+        ("S4 of many states", (5, 2, 3, 300), torch.float16, 1e-2),
         ("S5", (None, 2, 45, 70), torch.float32, 1e-5),
         ("S5, a batch", (None, 19, 45, 70), torch.bfloat16, 1e-2),
     ):

@@ -27,7 +27,7 @@ except ImportError:  # stays an ImportError; inside `try`, it is no requirement 
 FORWARD = (32, 64, 4)
 BACKWARD = (16, 32, 4)
 BLOCK_N = 16  # poles of a matrix product, real and imaginary part each
-PROGRAMS = 1024  # how many the backward splits the taps for, where channels are few
+PROGRAMS, STEPS = 1024, 4  # how many the backward splits the taps for, where channels are few, and into what at least
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def vandermonde_forward_kernel(
     tl.store(out + h * L + l, 2 * total, mask=l < L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])  # 1 for wide layers: the same code as for others
 def vandermonde_backward_kernel(
     grad,
     log_re,
@@ -180,7 +180,7 @@ def _backward(
     (H, L), half = grad.shape, v_re.shape[1]
     rows, columns, warps = BACKWARD
     blocks = triton.cdiv(half, BLOCK_N)
-    splits = max(1, min(triton.cdiv(L, rows * columns), PROGRAMS // max(1, H * blocks)))
+    splits = max(1, min(triton.cdiv(L, rows * columns * STEPS), PROGRAMS // max(1, H * blocks)))
     sums = v_re.new_empty(splits, H, 4, half)
     if sums.numel():
         with on_device(v_re.device):
@@ -190,7 +190,7 @@ def _backward(
             )  # fmt: skip
     sum_re, sum_im, first_re, first_im = (2 * sums.sum(0)).unbind(1)
     grad_re, grad_im = v_re * first_re - v_im * first_im, -(v_re * first_im + v_im * first_re)
-    return sum_re, -sum_im, grad_re.to(log_re.dtype), grad_im.to(log_im.dtype)
+    return sum_re.contiguous(), -sum_im, grad_re.to(log_re.dtype), grad_im.to(log_im.dtype)
 
 
 @_backward.register_fake

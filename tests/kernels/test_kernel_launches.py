@@ -93,15 +93,35 @@ def test_self_checks(launched, name, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cauchy", "vandermonde"])
-def test_smallest_sizes(launched, name):
-    """Every size that can be 1 is: H, L, N/2, n_ssm."""
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("name", ["cauchy", "vandermonde", "chunk_scan", "s5_scan", "step"])
+def test_smallest_sizes(launched, name, target):
+    """Every size that can be 1 is, and so a constant: B, H, L, N/2, n_ssm, chunks, the padding."""
     module = importlib.import_module(f"ssm_lm.modeling.triton_{name}")
-    kernels = launched("sm_90")
+    kernels = launched(target)
     if name == "cauchy":
         for rank in (1, 2):
             inputs = [x.requires_grad_() for x in module.example(1, 1, 2, rank, 1)[:-1]]
             torch.view_as_real(module.cauchy_products_kernel(*inputs, torch.ones(1))).sum().backward()
+    elif name == "chunk_scan":
+        for dtype in (torch.float32, torch.bfloat16):
+            for H, T, N in ((1, 2, 2), (16, 16, 64)):
+                u = torch.ones(1, T - 1, H, dtype=dtype, requires_grad=True)
+                for carry in (torch.ones(H, N), torch.ones(H, N, N)):
+                    operators = module.ChunkOperators(torch.ones(H, T), torch.ones(H, T, N), torch.ones(H, N, T), carry)
+                    module.fused_chunk_scan(u, operators)[0].sum().backward()
+    elif name == "s5_scan":
+        for half in (1, 32):
+            u = torch.ones(1, 1, 2 * half, requires_grad=True)
+            log = -torch.ones(half, dtype=torch.float64)
+            module.s5_scan(u, log, log, None, None)[0].sum().backward()
+    elif name == "step":
+        for H, N in ((1, 2), (1024, 64)):
+            u, skip = torch.ones(1, H, dtype=torch.bfloat16), torch.ones(H)
+            for K in (2, 5, 7):
+                module.siso_step_(u, torch.ones(1, H, N), torch.ones(K, H, N), skip, "gelu")
+            weights = torch.ones(N, H), torch.ones(H, N)
+            module.mimo_step_(u, torch.ones(1, 1, N), torch.ones(N), *weights, skip, "gelu")
     else:
         inputs = [x.requires_grad_() for x in module.example(1, 2)]
         module.vandermonde_kernel(*inputs, 1).sum().backward()

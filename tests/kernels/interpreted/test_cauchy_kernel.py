@@ -8,7 +8,7 @@ from kernel_checks import assert_close, compare_with_twin, gapped
 
 from ssm_lm.modeling.ops import cauchy_products_twin
 from ssm_lm.modeling.ssm import S4
-from ssm_lm.modeling.triton_cauchy import _forward, cauchy_products_kernel, example
+from ssm_lm.modeling.triton_cauchy import _backward, _forward, cauchy_products_kernel, example
 
 TOLERANCE = 1e-5
 
@@ -68,6 +68,8 @@ def test_opcheck(rank):
     """Schema, fake tensors, autograd, and a trace with dynamic shapes."""
     inputs = [x.requires_grad_() for x in example(2, 1, 4, rank, 5)[:-1]] + example(2, 1, 4, rank, 5)[-1:]
     torch.library.opcheck(_forward, inputs)
+    inputs = [x.detach() for x in inputs]
+    torch.library.opcheck(_backward, (_forward(*inputs), *inputs))
 
 
 @pytest.mark.parametrize("init", ["legs", "fourier"])

@@ -10,7 +10,7 @@ from kernel_checks import assert_close, compare_with_twin, gapped
 
 from ssm_lm.modeling.ops import vandermonde_twin
 from ssm_lm.modeling.ssm import S4D
-from ssm_lm.modeling.triton_vandermonde import _forward, example, vandermonde_kernel
+from ssm_lm.modeling.triton_vandermonde import _backward, _forward, example, vandermonde_kernel
 
 TOLERANCE = 1e-5
 
@@ -57,6 +57,7 @@ def test_empty():
 def test_opcheck():
     inputs = [x.requires_grad_() for x in example(2, 6)]
     torch.library.opcheck(_forward, (*inputs, 5))
+    torch.library.opcheck(_backward, (torch.ones(2, 5), *(x.detach() for x in inputs)))
 
 
 @pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
