@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = [
     pytest.mark.long,
@@ -81,9 +82,15 @@ print(json.dumps(interleaved({"chunk": run("chunk"), "fft": run("fft")}, rounds=
 """
 
 
-# below what one idle core shows, as neighbours on the machine slow the two down unequally
+# how many times as fast, below what one idle core shows, as neighbours on the machine slow the two down unequally. AVX2
+# does half as many matrix products a second as AVX-512, and the scan is made of them; the FFT waits for memory. A core
+# of an EPYC with AVX2 showed, in the order below, 1.5 to 1.7, 2.1 to 2.3, 0.9 to 1.3 and 1.5 to 1.7
+FACTORS = {"AVX512": (1.8, 1.8, 1.1, 1.3)}.get(torch.backends.cpu.get_cpu_capability(), (1.2, 1.5, 0.8, 1.2))
+CASES = (("s4", 4096), ("s4", 16384), ("s4d", 4096), ("s4d", 16384))
+
+
 @pytest.mark.parametrize(
-    ("name", "length", "factor"), [("s4", 4096, 1.8), ("s4", 16384, 1.8), ("s4d", 4096, 1.1), ("s4d", 16384, 1.3)]
+    ("name", "length", "factor"), [(*case, factor) for case, factor in zip(CASES, FACTORS, strict=True)]
 )
 def test_chunk_mode_is_faster_than_fft(name, length, factor):
     """Forward and backward, with the kernel and the operators made anew, B = 4, H = 256, N = 64, float32."""
