@@ -11,7 +11,9 @@ import argparse
 import atexit
 import importlib
 import os
+import signal
 import sys
+import time
 
 from .errors import UserError
 
@@ -60,13 +62,26 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser(verb).parse_args(argv)
         args.run(args)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine, not once a rank
-            print(f"ssm-lm: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            wait_for_the_first_rank()
+        print(f"ssm-lm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ssm-lm: interrupted", file=sys.stderr)
         return 1
     return 0
+
+
+PATIENCE = 15  # seconds
+
+
+def wait_for_the_first_rank() -> None:
+    """So that a mistake is one line a machine and not one a rank: the first rank writes it and leaves, whereupon the
+    launcher ends this one. One that left before would have the first ended without its line; one that is still here
+    after the wait had a mistake of its own.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PATIENCE)
 
 
 def entry(argv: list[str] | None = None) -> None:

@@ -13,6 +13,8 @@ import torch
 from harness import REPO, losses, process_environment, run, train_command
 from safetensors.torch import load_file
 
+from ssm_lm import cli
+
 pytestmark = pytest.mark.slow
 
 STEPS = 30
@@ -151,3 +153,14 @@ def test_a_bad_config_ends_every_rank_with_code_2(write_config):
     assert done.returncode != 0
     assert done.stderr.count("did you mean 'learning_rate'") == 1
     assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_mistake_of_any_rank_is_said(write_config, monkeypatch, capsys, rank):
+    """The first rank at once; another one after a wait in which the first has not ended the job with its own line."""
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert cli.main(["train", write_config(learning_rte=1)]) == 2
+    assert capsys.readouterr().err.count("did you mean 'learning_rate'") == 1
+    assert waited == [cli.PATIENCE] * rank
