@@ -27,10 +27,7 @@ NVIDIA = {
     121: (100, 99, 1536, 24),
 }
 # matrix instructions from the first of them on
-AMD = (
-    *("gfx908", "gfx90a", "gfx942", "gfx950"),
-    *("gfx1100", "gfx1101", "gfx1102", "gfx1150", "gfx1151", "gfx1200", "gfx1201"),
-)
+AMD = "gfx908 gfx90a gfx942 gfx950 gfx1100 gfx1101 gfx1102 gfx1150 gfx1151 gfx1200 gfx1201".split()
 AMD_SHARED = 64 << 10
 AMD_SHARED_GFX950 = 160 << 10
 
@@ -68,7 +65,7 @@ def parse_target(name: str):
         return GPUTarget("cuda", int(match[1]), 32)
     if name in AMD:
         return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
-    known = ", ".join([f"sm_{capability}" for capability in NVIDIA] + list(AMD))
+    known = ", ".join([f"sm_{capability}" for capability in NVIDIA] + AMD)
     raise UserError(f"--target {name}: not a target of the kernels; there are {known}")
 
 

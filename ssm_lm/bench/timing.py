@@ -15,8 +15,6 @@ from . import roofline
 
 WARM_UP, REPEATS = 3, 20
 OTHERS = "mamba-ssm"  # how a model of somebody else's code is called
-
-
 # of a GPU, before a call is timed: more bytes than its caches hold, and cycles, 10 ms or so, in which the host hands
 # over all launches of the call, so that the GPU's time is measured and not the host's
 CACHE_BYTES, AHEAD = 256 << 20, 20_000_000
@@ -126,7 +124,7 @@ def mamba_ssd(u: torch.Tensor, state: int) -> Iterator[Contender]:
     def scan():
         return mamba_chunk_scan_combined(u.view(B, L, heads, -1), dt, A, matrix, matrix, chunk_size=256)
 
-    yield Contender("sequence", "mamba-ssm ssd", A.numel(), L, scan, [u])
+    yield Contender("sequence", f"{OTHERS} ssd", A.numel(), L, scan, [u])
 
 
 def rows(

@@ -1,6 +1,5 @@
 """The chunk scan's kernel against its twin in float64, and as an operator of torch."""
 
-import re
 from functools import partial
 
 import pytest
@@ -195,7 +194,7 @@ def test_self_check_of_one_problem():
     assert labels == ["dense float32 of 6 states", "dense float32 of 6 states from zero, gelu"]
 
 
-@pytest.mark.parametrize(("fault", "word"), [(1.05, "differs by 0.0(4[5-9]|5)"), (None, "not the same")])
+@pytest.mark.parametrize(("fault", "word"), [(3, "differs by 2, more than 0.02"), (None, "not the same")])
 def test_self_check_refuses_a_broken_kernel(monkeypatch, fault, word):
     right = triton_chunk_scan.launch_scan
 
@@ -208,7 +207,7 @@ def test_self_check_refuses_a_broken_kernel(monkeypatch, fault, word):
 
     monkeypatch.setattr(triton_chunk_scan, "launch_scan", wrong)
     cause, worst = kernels_s4.self_check(triton_chunk_scan.self_check_cases, torch.device("cpu"))
-    assert re.search(word, cause)
+    assert word in cause
     assert worst == float("inf")
 
 
