@@ -20,14 +20,14 @@ from .errors import UserError
 # verb -> (module, one line for --help)
 VERBS = {
     "prepare": ("ssm_lm.data.prepare", "turn text into a memory-mapped token stream"),
-    "train": ("ssm_lm.training.run", "train a model as a config says"),
-    "eval": ("ssm_lm.evaluation.run", "perplexity by token, by word and by byte"),
+    "train": ("ssm_lm.training.train", "train a model as a config says"),
+    "eval": ("ssm_lm.evaluation.evaluate", "perplexity by token, by word and by byte"),
     "generate": ("ssm_lm.evaluation.generate", "continue a prompt"),
     "export": ("ssm_lm.hub.export", "write a folder that AutoModelForCausalLM loads without ssm_lm"),
     "push": ("ssm_lm.hub.push", "publish an exported folder on the Hub, private by default"),
     "convert": ("ssm_lm.hub.convert", "turn a checkpoint of state-spaces/s4 into a folder that loads here"),
-    "estimate": ("ssm_lm.estimate.run", "parameters, FLOPs, memory and days of a run, before it takes a GPU"),
-    "bench": ("ssm_lm.bench.run", "time the fused kernels, or compile them for any GPU and count"),
+    "estimate": ("ssm_lm.estimate.report", "parameters, FLOPs, memory and days of a run, before it takes a GPU"),
+    "bench": ("ssm_lm.bench.kernels", "time the fused kernels, or compile them for any GPU and count"),
     "doctor": ("ssm_lm.doctor", "say what this machine has: torch, GPU, Triton, DeepSpeed"),
 }
 

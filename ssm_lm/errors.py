@@ -7,3 +7,8 @@ class UserError(Exception):
     The message is one line that names the key or the file, what was wrong with it, and the way out. The command
     line prints it to stderr without a traceback and ends with exit code 2.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error of some library, as one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification
+from ssm_lm.config.deepspeed import deepspeed_config
+from ssm_lm.config.reading import read_train_config, read_yaml
 from ssm_lm.data.sequences import TASKS
-from ssm_lm.training.config import read_train_config, read_yaml
-from ssm_lm.training.precision import deepspeed_config
 
 REPO = Path(__file__).parents[1]
 CONFIGS = REPO / "configs"

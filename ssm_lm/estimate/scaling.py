@@ -6,8 +6,8 @@ docs/scaling.md has the equations with their assumptions; the names are the same
 import math
 from typing import NamedTuple
 
-from .devices import Device
-from .flops import Part
+from ..costs.devices import Device
+from ..costs.flops import Part
 from .memory import FLOAT, Pieces
 
 # bytes that AdamW moves for a parameter: reads p, g, m, v, writes p, m, v

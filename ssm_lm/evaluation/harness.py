@@ -14,8 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 
-from ..errors import UserError
-from ..hub.load import one_line
+from ..errors import UserError, one_line
 from .perplexity import full_context_nll
 
 # there is no longest input; this bounds what lm_eval computes from one

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from ..errors import UserError
-from .load import CLASSIFIER
+from ..loading.model import CLASSIFIER
 
 CARD = "README.md"
 SHOWN = (

@@ -14,9 +14,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from ..errors import UserError
+from ..errors import UserError, one_line
+from ..loading.model import CONFIG, INDEX, WEIGHTS, check_folder
 from .card import CARD
-from .load import CONFIG, INDEX, WEIGHTS, check_folder, one_line
 
 TEXTS = (CARD, "LICENSE", "merges.txt", "vocab.txt", "chat_template.jinja")
 OBJECTS = (

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import new_folder
-from .load import load_tokenizer, one_line, quiet
+from ..loading.model import load_tokenizer, quiet
 from .upstream import VERSIONS, translate
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import new_folder
-from . import card
-from .load import (
+from ..loading.model import (
     CAUSAL_LM,
     CLASSIFIER,
     DTYPES,
@@ -23,9 +22,9 @@ from .load import (
     has_tokenizer,
     load_model,
     load_tokenizer,
-    one_line,
     quiet,
 )
+from . import card
 
 AUTO_MAP = {
     "AutoConfig": "configuration_s4.S4Config",

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, one_line
+from ..loading.model import INDEX
 from .contents import TENSORS, publishable
-from .load import INDEX, one_line
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 

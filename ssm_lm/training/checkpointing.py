@@ -12,8 +12,7 @@ from transformers import trainer as trainer_module
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from ..errors import UserError
-from ..hub.load import one_line
+from ..errors import UserError, one_line
 from .checkpoints import PARTIAL, check_resumable, last_complete_checkpoint, publish, read_mark, rotate
 from .environment import agree
 from .param_groups import parameter_groups

@@ -3,7 +3,7 @@
 Everything here is about rank 0's process unless its name says "all ranks", and goes wherever the Trainer's log entries
 go: TensorBoard, trainer_state.json, and `metrics.jsonl`, one object an entry.
 
-    flops_per_second     all ranks: FLOPs by the formula of this architecture (estimate/flops.py), nothing recomputed
+    flops_per_second     all ranks: FLOPs by the formula of this architecture (costs/flops.py), nothing recomputed
     mfu                  that over the devices' peak, where the peak is known: from `peak_tflops` in the config, or by
                          the GPU's name. No CPU's peak is known, so on a CPU there is no MFU unless it is given.
     memory_gb            allocated on the GPU now; on a CPU the resident size of the process
@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from ..estimate.devices import known_device
-from ..estimate.flops import total, training_flops
+from ..costs.devices import known_device
+from ..costs.flops import total, training_flops
 
 METRICS_FILE = "metrics.jsonl"
 # collectives as the profiler names them: NCCL's kernels on a GPU, Gloo's own ranges on a CPU

@@ -1,19 +1,20 @@
 """What there is to learn: the next token of a stream, or the class of a sequence.
 
-A task brings the data, the config of the model and the Trainer; `run.py` does the rest, which is the same for both.
+A task brings the data, the config of the model and the Trainer; `train.py` does the rest, which is the same for both.
 Making one reads and checks everything and writes nothing.
 """
 
 import json
 from pathlib import Path
 
+from ..config.arguments import S4TrainingArguments
+from ..config.model import model_config
 from ..data.sequences import load_task
 from ..data.stream import TokenStream
 from ..data.tokenizer import load_tokenizer
 from ..data.windows import TokenWindows, WindowSampler
 from ..errors import UserError
 from ..files import write_json
-from .arguments import S4TrainingArguments
 from .trainer import ClassificationTrainer, LanguageModelTrainer
 
 
@@ -61,7 +62,7 @@ class LanguageModelling:
         return model
 
     def _load(self):
-        from ..hub.load import load_model
+        from ..loading.model import load_model
 
         return load_model(self.init_from)
 
@@ -123,19 +124,6 @@ class Classification:
             results |= {"task": self.task.name, "examples": len(self.task.splits["test"])}
             write_json(Path(trainer.args.output_dir) / "test_results.json", results)
             print(f"test      accuracy {results['test_accuracy']:.2%} of {results['examples']:,}")
-
-
-def model_config(keys: dict, where: str):
-    """S4Config from the keys of a config. Raises UserError that says which of them makes no model."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    from ..hub.load import one_line
-    from ..modeling.configuration_s4 import S4Config
-
-    try:
-        return S4Config(**keys)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise UserError(f"{where}: model: {one_line(error.__cause__ or error)}") from error
 
 
 def run_identity(values: dict, task, global_batch_size: int) -> dict:

@@ -12,12 +12,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.sequences import SequenceTask
 from ..data.windows import TokenWindows, WindowSampler
+from ..internals.deepspeed import share_master_weights
 from .carry import CarriedState, RowSampler
 from .checkpointing import CheckpointedTrainer
 from .faults import Faults
 from .meters import CommunicationSample, Meters, MetricsFile, ProfileTrace
 from .param_groups import check_ssm_group, check_ssm_precision, parameter_groups
-from .precision import share_master_weights
 from .sequence_parallel import RepeatedBatches, SequenceParallel, SlicedWindows
 
 

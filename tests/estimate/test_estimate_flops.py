@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification
-from ssm_lm.estimate.flops import total, training_flops
+from ssm_lm.costs.flops import total, training_flops
 
 aten = torch.ops.aten
 # PyTorch's counter knows these out of place only

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ssm_lm.cli import main
-from ssm_lm.estimate.devices import DEVICES, known_device
+from ssm_lm.costs.devices import DEVICES, known_device
 from ssm_lm.estimate.scaling import Assumptions, Network, state_exchange, step_time, volumes
 
 REPO = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from ssm_lm.cli import main
 from ssm_lm.data.prepare import prepare
 from ssm_lm.data.stream import TokenStream
 from ssm_lm.data.tokenizer import load_tokenizer
-from ssm_lm.evaluation.run import perplexity
+from ssm_lm.evaluation.evaluate import perplexity
 
 TEXTS = {
     "train": "a cat sat on a mat\nthe dog saw the cat\n" * 40,
@@ -143,7 +143,7 @@ def test_bad_data(folders, capsys):
 
 
 def test_json_that_cannot_be_written_is_refused_before_the_model_is_read(folders, capsys, monkeypatch):
-    monkeypatch.setattr("ssm_lm.evaluation.run.load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ssm_lm.evaluation.evaluate.load_model", lambda *args: pytest.fail("the model was loaded"))
     mine = folders / "mine.json"
     mine.write_text('{"precious": 1}')
     for file, expected in ((folders / "none" / "x.json", "does not exist"), (folders, "is a folder"), (mine, "exists")):

@@ -12,7 +12,7 @@ import torch
 from ssm_lm import S4ForCausalLM
 from ssm_lm.cli import main
 from ssm_lm.hub.convert import convert
-from ssm_lm.hub.load import load_model
+from ssm_lm.loading.model import load_model
 
 FIXTURE = Path(__file__).parents[2].parent / "shared" / "reference" / "upstream" / "s4_v4_small.pt"
 pytestmark = pytest.mark.skipif(not FIXTURE.is_file(), reason=f"the upstream checkpoint {FIXTURE.name} is not here")
@@ -238,7 +238,7 @@ def words(tmp_path):
 
 
 def test_a_tokenizer_lies_beside_the_model(v4, words, tmp_path):
-    from ssm_lm.hub.load import load_tokenizer
+    from ssm_lm.loading.model import load_tokenizer
 
     model = converted(v4, tmp_path, tokenizer=words(1000))
     assert model.config.eos_token_id == 0

@@ -16,7 +16,7 @@ from ssm_lm.cli import main
 from ssm_lm.data.bpe import train_bpe
 from ssm_lm.errors import UserError
 from ssm_lm.hub.export import code_files, export
-from ssm_lm.hub.load import load_model, load_tokenizer
+from ssm_lm.loading.model import load_model, load_tokenizer
 
 RESULTS = {
     "tokens": 1000,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ssm_lm.bench import compile, roofline
-from ssm_lm.bench.run import TARGETS, resource_row
+from ssm_lm.bench.kernels import TARGETS, resource_row
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification
+from ssm_lm.config.arguments import S4TrainingArguments
 from ssm_lm.modeling.ssm import StateSpace
-from ssm_lm.training.arguments import S4TrainingArguments
 from ssm_lm.training.trainer import S4Trainer
 
 SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.3}

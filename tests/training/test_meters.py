@@ -10,7 +10,7 @@ from harness import run, train_command
 
 from ssm_lm import S4Config
 from ssm_lm.cli import main
-from ssm_lm.estimate.flops import total, training_flops
+from ssm_lm.costs.flops import total, training_flops
 from ssm_lm.training.meters import COLLECTIVES, METRICS_FILE, Meters, covered, peak_flops, trim
 
 

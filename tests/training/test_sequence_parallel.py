@@ -8,9 +8,9 @@ import pytest
 import yaml
 from harness import REPO, losses, run, train_command
 
+from ssm_lm.config.reading import read_train_config
 from ssm_lm.errors import UserError
-from ssm_lm.training.config import read_train_config
-from ssm_lm.training.run import check_values
+from ssm_lm.training.train import check_values
 
 pytestmark = pytest.mark.slow
 

@@ -3,8 +3,8 @@ import yaml
 from harness import base_config
 
 from ssm_lm.cli import main
+from ssm_lm.config.reading import parse_overrides, read_train_config
 from ssm_lm.errors import UserError
-from ssm_lm.training.config import parse_overrides, read_train_config
 
 
 @pytest.fixture

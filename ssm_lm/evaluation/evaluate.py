@@ -22,7 +22,7 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..files import write_json
-from ..hub.load import DTYPES, check_vocabulary_fits, has_tokenizer, load_model, load_tokenizer, quiet
+from ..loading.model import DTYPES, check_vocabulary_fits, has_tokenizer, load_model, load_tokenizer, quiet
 
 SPLITS = ("train", "validation", "test")
 

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -171,11 +171,6 @@ def quiet():
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error of some library, as one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _dtype(dtype) -> torch.dtype | None:

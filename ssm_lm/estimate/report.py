@@ -10,10 +10,10 @@ import math
 import sys
 from pathlib import Path
 
+from ..config.reading import parse_overrides, read_train_config
+from ..costs.devices import DEVICES
 from ..errors import UserError
 from ..files import write_json
-from ..training.config import parse_overrides, read_train_config
-from .devices import DEVICES
 
 STAGES = (None, 0, 1, 2, 3)
 RANKS = [8 * 2**k for k in range(10)]  # 8 to 4096
@@ -81,9 +81,9 @@ def estimate(values: dict, args: argparse.Namespace, where: str) -> dict:
     """Everything that the command prints, as one JSON object. Raises UserError for a config that makes no model."""
     import torch
 
-    from ..training.arguments import S4TrainingArguments
-    from ..training.precision import deepspeed_config
-    from .flops import total, training_flops, training_mode
+    from ..config.arguments import S4TrainingArguments
+    from ..config.deepspeed import deepspeed_config
+    from ..costs.flops import total, training_flops, training_mode
     from .memory import count_pieces, rank_memory
     from .scaling import Assumptions, Network, roofline, state_exchange, step_time
 
@@ -245,8 +245,8 @@ def _memory(memory) -> dict:
 
 def what_is_trained(values: dict, where: str):
     """(S4Config, "lm" or "classification", tokens a sequence, sequences an epoch or None)."""
-    from ..training.arguments import S4TrainingArguments
-    from ..training.tasks import model_config
+    from ..config.arguments import S4TrainingArguments
+    from ..config.model import model_config
 
     if values.get("init_from"):
         raise UserError(f"{where}: init_from is not read by estimate; give the model's keys under `model`")

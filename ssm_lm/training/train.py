@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+from ..config.reading import parse_overrides, read_train_config
 from ..errors import UserError
 from ..files import write_json
 from .checkpoints import (
@@ -18,7 +19,6 @@ from .checkpoints import (
     last_complete_checkpoint,
     remove_partial,
 )
-from .config import parse_overrides, read_train_config
 from .environment import (
     agree,
     default_environment,
@@ -68,9 +68,9 @@ def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
 
     from transformers import set_seed
 
-    from .arguments import S4TrainingArguments
+    from ..config.arguments import S4TrainingArguments
+    from ..config.deepspeed import deepspeed_config
     from .faults import PREEMPTED, StopSignals
-    from .precision import deepspeed_config
     from .tasks import make_task, run_identity
     from .trainer import batch_of_step
 
@@ -204,7 +204,7 @@ def choose_checkpoint(output_dir: Path, given: str | None, recorded: dict) -> Pa
 
 def accumulation(values: dict, where: str) -> int:
     """gradient_accumulation_steps, from `train_batch_size_total` where that is given. Raises UserError."""
-    from .arguments import S4TrainingArguments
+    from ..config.arguments import S4TrainingArguments
 
     total = values.get("train_batch_size_total")
     if total is None:
@@ -253,7 +253,7 @@ def check_values(values: dict, where: str) -> None:
 
 def check_sequence_parallel(values: dict, where: str) -> None:
     """Raise UserError where `sequence_parallel_size` does not go with the ranks, the length or another key."""
-    from .arguments import S4TrainingArguments
+    from ..config.arguments import S4TrainingArguments
 
     size = values.get("sequence_parallel_size", 1)
     if size == 1:
