@@ -22,7 +22,9 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..files import write_json
-from ..loading.model import DTYPES, check_vocabulary_fits, has_tokenizer, load_model, load_tokenizer, quiet
+from ..loading.folder import quiet
+from ..loading.model import DTYPES, load_model
+from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation", "test")
 

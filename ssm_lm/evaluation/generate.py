@@ -7,7 +7,8 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from ..errors import UserError
-from ..loading.model import check_vocabulary_fits, has_tokenizer, load_model, load_tokenizer
+from ..loading.model import load_model
+from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, load_tokenizer
 from .evaluate import add_model_arguments, place
 
 # how the next token is found -> the arguments that belong to it

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..errors import UserError, one_line
-from ..loading.model import CONFIG, INDEX, WEIGHTS, check_folder
+from ..loading.folder import CONFIG, INDEX, WEIGHTS
+from ..loading.model import check_folder
 from .card import CARD
 
 TEXTS = (CARD, "LICENSE", "merges.txt", "vocab.txt", "chat_template.jinja")

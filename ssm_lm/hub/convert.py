@@ -13,7 +13,8 @@ import torch
 
 from ..errors import UserError, one_line
 from ..files import new_folder
-from ..loading.model import load_tokenizer, quiet
+from ..loading.folder import quiet
+from ..loading.tokenizer import load_tokenizer
 from .upstream import VERSIONS, translate
 
 

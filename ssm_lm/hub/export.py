@@ -14,16 +14,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .. import modeling
 from ..errors import UserError, one_line
 from ..files import new_folder
-from ..loading.model import (
-    CAUSAL_LM,
-    CLASSIFIER,
-    DTYPES,
-    check_vocabulary_fits,
-    has_tokenizer,
-    load_model,
-    load_tokenizer,
-    quiet,
-)
+from ..loading.folder import quiet
+from ..loading.model import CAUSAL_LM, CLASSIFIER, DTYPES, load_model
+from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, load_tokenizer
 from . import card
 
 AUTO_MAP = {

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError, one_line
-from ..loading.model import INDEX
+from ..loading.folder import INDEX
 from .contents import TENSORS, publishable
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from ..files import write_json
-from ..loading.model import COMPLETE as COMPLETE_FILE
+from ..loading.folder import COMPLETE as COMPLETE_FILE
 
 RUN_FILE = "run.json"
 PARTIAL = ".partial"  # beginning of the names of folders that are being written or deleted

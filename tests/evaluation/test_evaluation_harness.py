@@ -19,7 +19,8 @@ from ssm_lm.errors import UserError
 from ssm_lm.evaluation.harness import RecurrentLM, parse_model_args
 from ssm_lm.evaluation.perplexity import full_context_nll
 from ssm_lm.hub.export import export
-from ssm_lm.loading.model import load_model, load_tokenizer
+from ssm_lm.loading.model import load_model
+from ssm_lm.loading.tokenizer import load_tokenizer
 
 TEXT = "the cat sat on the mat, the dog saw the cat\n"
 DOCUMENTS = [TEXT * 12, "a dog", "", "on the mat the cat saw\n" * 5]

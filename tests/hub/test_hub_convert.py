@@ -238,7 +238,7 @@ def words(tmp_path):
 
 
 def test_a_tokenizer_lies_beside_the_model(v4, words, tmp_path):
-    from ssm_lm.loading.model import load_tokenizer
+    from ssm_lm.loading.tokenizer import load_tokenizer
 
     model = converted(v4, tmp_path, tokenizer=words(1000))
     assert model.config.eos_token_id == 0

@@ -21,7 +21,8 @@ from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.cli import main
 from ssm_lm.data.bpe import train_bpe
 from ssm_lm.errors import UserError
-from ssm_lm.loading.model import load_model, load_tokenizer
+from ssm_lm.loading.model import load_model
+from ssm_lm.loading.tokenizer import load_tokenizer
 
 KEYS = [
     *("vocab_size", "hidden_size", "num_hidden_layers", "arch", "ssm", "state_size", "ssm_init", "discretization"),

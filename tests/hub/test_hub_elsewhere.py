@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification
 from ssm_lm.data.bpe import train_bpe
 from ssm_lm.hub.export import AUTO_MAP, code_files, export
-from ssm_lm.loading.model import load_model, load_tokenizer
+from ssm_lm.loading.model import load_model
+from ssm_lm.loading.tokenizer import load_tokenizer
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.3}
 

@@ -16,7 +16,8 @@ from ssm_lm.cli import main
 from ssm_lm.data.bpe import train_bpe
 from ssm_lm.errors import UserError
 from ssm_lm.hub.export import code_files, export
-from ssm_lm.loading.model import load_model, load_tokenizer
+from ssm_lm.loading.model import load_model
+from ssm_lm.loading.tokenizer import load_tokenizer
 
 RESULTS = {
     "tokens": 1000,

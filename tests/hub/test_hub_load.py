@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.errors import UserError
-from ssm_lm.loading.model import check_vocabulary_fits, has_tokenizer, load_model, load_tokenizer
+from ssm_lm.loading.model import load_model
+from ssm_lm.loading.tokenizer import check_vocabulary_fits, has_tokenizer, load_tokenizer
 
 SIZES = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.3)
 

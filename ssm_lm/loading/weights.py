@@ -1,0 +1,102 @@
+"""Whether weights are those of a model, by the names, shapes and dtypes in the headers of their files.
+
+No tensor is read and nothing is allocated, so no number in a file can ask for more memory or time than its weights are
+worth.
+"""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UserError, one_line
+from .folder import CONFIG, INDEX, WEIGHTS, read_json
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # as headers of safetensors call what a model's weights are
+
+
+def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """{name: (shape, dtype)} of all weights, from the headers of the files; UserError for a damaged one."""
+    if (folder / WEIGHTS).is_file():
+        named = None
+        files = [folder / WEIGHTS]
+    elif (folder / INDEX).is_file():
+        named = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise UserError(f"{folder / INDEX}: not an index of weights: weight_map maps names to files")
+        files = [folder / name for name in sorted(set(named.values()))]
+        for file in files:
+            if file.parent != folder or file.suffix != ".safetensors":
+                raise UserError(f"{folder / INDEX}: names {file.name!r}, which is no safetensors file of the folder")
+    else:
+        pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        pickles = [file.name for file in pickles if file.name != "training_args.bin"]
+        if pickles:
+            raise UserError(
+                f"{folder}: the weights are pickled ({pickles[0]}), and a pickle can run code; "
+                f"convert them to {WEIGHTS} first"
+            )
+        raise UserError(f"{folder / WEIGHTS}: no such file; the folder holds a config without weights")
+    headers = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file, and {INDEX} names it; copy the folder again")
+        try:
+            with safe_open(file, "pt") as tensors:  # checks the header against the length of the file
+                for key in tensors.keys():
+                    tensor = tensors.get_slice(key)
+                    headers[key] = tuple(tensor.get_shape()), tensor.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: truncated or damaged ({one_line(error)}); copy it again") from error
+    if named is not None and named.keys() != headers.keys():
+        key = min(named.keys() ^ headers.keys())
+        raise UserError(f"{folder / INDEX}: {key!r} is not in both the index and the files; copy the folder again")
+    return headers
+
+
+def check_counts(folder: Path, values: dict, headers: dict) -> None:
+    """Refuse counts that the weights cannot have: building the model would loop over them."""
+    largest = max((size for shape, _ in headers.values() for size in shape), default=0)
+    for key, limit in (
+        ("num_hidden_layers", len(headers)),
+        ("adaptive_cutoffs", len(headers)),
+        ("adaptive_div_val", largest),
+        ("num_labels", largest),
+    ):
+        value = values.get(key)
+        value = len(value) if isinstance(value, list) else value
+        if isinstance(value, (int, float)) and value > max(limit, 4):
+            raise UserError(f"{folder}: the weights do not fit {CONFIG}: {key} is too large, for they hold {limit}")
+
+
+def check_fit(folder: Path, model, headers: dict) -> None:
+    """Hold the headers of the weights against the parameters and buffers of the model, which is on the meta device."""
+    wanted = model.state_dict(keep_vars=True)
+    if not any(key.startswith(f"{model.base_model_prefix}.") for key in headers):  # saved from the base model
+        headers = {f"{model.base_model_prefix}.{key}": header for key, header in headers.items()}
+    present = {id(wanted[key]) for key in headers if key in wanted}  # tied parameters are one
+    _refuse(folder, "of dtype", [f"{key} ({dtype})" for key, (_, dtype) in headers.items() if dtype not in FLOATS])
+    mismatched = [
+        f"{key} is {_shape(shape)}, not {_shape(wanted[key].shape)}"
+        for key, (shape, _) in headers.items()
+        if key in wanted and shape != tuple(wanted[key].shape)
+    ]
+    _refuse(folder, "of another shape", mismatched)
+    _refuse(folder, "missing", [key for key, tensor in wanted.items() if id(tensor) not in present])
+    _refuse(folder, "unexpected", headers.keys() - wanted.keys())
+
+
+def check_loaded(folder: Path, found: dict) -> None:
+    """Refuse what transformers reports and passes over: it draws such parameters at random."""
+    _refuse(folder, "of another shape", [key for key, *_ in found["mismatched_keys"]])
+    _refuse(folder, "missing", found["missing_keys"])
+    _refuse(folder, "unexpected", found["unexpected_keys"])
+
+
+def _refuse(folder: Path, what: str, keys) -> None:
+    if keys:
+        others = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
+        raise UserError(f"{folder}: the weights do not fit {CONFIG}: {what}: {min(keys)}{others}")
+
+
+def _shape(shape) -> str:
+    return "x".join(map(str, shape))
