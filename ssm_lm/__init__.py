@@ -11,17 +11,11 @@ import importlib
 
 __version__ = "0.1.0"
 
-_NAMES = {
-    "S4Config": "configuration_s4",
-    "S4Model": "modeling_s4",
-    "S4ForCausalLM": "modeling_s4",
-    "S4ForSequenceClassification": "modeling_s4",
-}
 __all__ = ["S4Config", "S4ForCausalLM", "S4ForSequenceClassification", "S4Model", "__version__"]
 
 
 def __getattr__(name):
-    if name not in _NAMES:
+    if name not in __all__:
         raise AttributeError(f"module 'ssm_lm' has no attribute {name!r}")
-    importlib.import_module(".auto", __name__)
-    return getattr(importlib.import_module(f".modeling.{_NAMES[name]}", __name__), name)
+    auto = importlib.import_module(".auto", __name__)
+    return getattr(auto.modeling_s4, name)

@@ -19,12 +19,6 @@ from ..loading.model import CAUSAL_LM, CLASSIFIER, DTYPES, load_model
 from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, load_tokenizer
 from . import card
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_s4.S4Config",
-    "AutoModel": "modeling_s4.S4Model",
-    "AutoModelForCausalLM": "modeling_s4.S4ForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_s4.S4ForSequenceClassification",
-}
 SHARD_SIZE = "5GB"  # what an interrupted upload over LFS sends a second time at most
 
 
@@ -110,6 +104,8 @@ def export(
 
 def write(model, tokenizer, folder: Path, readme: str, max_shard_size: str = SHARD_SIZE) -> None:
     """Write every file of the exported model into `folder`. tokenizer: None for a classifier without one."""
+    from ..auto import AUTO_MAP
+
     model.config.auto_map = dict(AUTO_MAP)
     model.config.kernels = "auto"  # what was forced here is about this machine
     with quiet():
@@ -125,5 +121,7 @@ def write(model, tokenizer, folder: Path, readme: str, max_shard_size: str = SHA
 
 def code_files() -> list[Path]:
     """The model's own code: the modules that AUTO_MAP names, and what they import of their neighbours, and so on."""
+    from ..auto import AUTO_MAP
+
     entries = {Path(modeling.__file__).with_name(f"{name.split('.')[0]}.py") for name in AUTO_MAP.values()}
     return sorted(entries | {Path(file) for entry in entries for file in get_relative_import_files(entry)})

@@ -59,11 +59,13 @@ def check_folder(folder: Path, kinds: tuple[str, ...] = (CAUSAL_LM, CLASSIFIER))
 
     Raises UserError as `load_model` does.
     """
-    config_class, classes = _classes()
-    values = _read_config(folder, config_class.model_type)
+    from ..auto import modeling_s4
+
+    classes = {model.__name__: model for model, *_ in modeling_s4.MODELS}
+    values = _read_config(folder, modeling_s4.S4Config.model_type)
     headers = read_headers(folder)
     check_counts(folder, values, headers)
-    config = _config(config_class, folder, values)
+    config = _config(modeling_s4.S4Config, folder, values)
     kind = CLASSIFIER if CLASSIFIER in (config.architectures or ()) else CAUSAL_LM
     if kind not in kinds:
         raise UserError(f"{folder}: holds {kind}, and {' or '.join(kinds)} is needed here")
@@ -83,12 +85,6 @@ def _dtype(dtype) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown; choose one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _classes() -> tuple[type, dict[str, type]]:
-    from .. import S4Config, S4ForCausalLM, S4ForSequenceClassification
-
-    return S4Config, {CAUSAL_LM: S4ForCausalLM, CLASSIFIER: S4ForSequenceClassification}
 
 
 def _download(repo: str, patterns: tuple[str, ...]) -> Path:

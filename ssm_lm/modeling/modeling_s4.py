@@ -488,10 +488,16 @@ def pool(hidden_states: torch.Tensor, mask: torch.Tensor | None, pooling: str) -
     return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
 
 
-# transformers decides by these names which models shift their labels, and the Trainer smooths unshifted ones without
-for table, cls in (
-    (modeling_auto.MODEL_MAPPING_NAMES, S4Model),
-    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, S4ForCausalLM),
-    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, S4ForSequenceClassification),
-):
-    table.setdefault(S4Config.model_type, cls.__name__)
+# each model, the Auto class of transformers that makes it, and that class's table of names: transformers decides by the
+# names which models shift their labels, and its Trainer smooths unshifted ones without
+MODELS = (
+    (S4Model, "AutoModel", modeling_auto.MODEL_MAPPING_NAMES),
+    (S4ForCausalLM, "AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (
+        S4ForSequenceClassification,
+        "AutoModelForSequenceClassification",
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+)
+for _model, _, _names in MODELS:
+    _names.setdefault(S4Config.model_type, _model.__name__)

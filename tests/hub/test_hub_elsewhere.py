@@ -18,8 +18,9 @@ import torch
 from packaging.requirements import Requirement
 
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification
+from ssm_lm.auto import AUTO_MAP
 from ssm_lm.data.bpe import train_bpe
-from ssm_lm.hub.export import AUTO_MAP, code_files, export
+from ssm_lm.hub.export import code_files, export
 from ssm_lm.loading.model import load_model
 from ssm_lm.loading.tokenizer import load_tokenizer
 
