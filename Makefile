@@ -3,11 +3,13 @@
 # make long-test:  claims of accuracy, speed and memory: minutes of arithmetic, one test at a time, for they measure
 # make test-triton TRITON=3.9.0: the kernels interpreted, and all compiled, with another Triton than the one that is
 #                  pinned; KERNEL_TESTS=tests/kernels for all of their tests
-# All make the virtual environment if it is missing.
+# All make the virtual environment if it is missing: quickstart with what the commands need, the others (and `make venv`)
+# with what the tests need beside it.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # more keys for the training of the quickstart, such as QUICKSTART="--max_steps 50"
 QUICKSTART ?=
 TESTS ?= tests
@@ -17,7 +19,7 @@ KERNEL_TESTS ?= tests/kernels/test_kernels_interpreted.py::test_interpreted test
 
 .PHONY: quickstart test long-test test-triton fast-test lint format venv clean
 
-quickstart: venv
+quickstart: $(VENV)/.installed
 	$(BIN)/ssm-lm prepare --dataset builtin --tokenizer bpe:4096 --output data/builtin
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m ssm_lm train configs/train/quickstart.yaml $(QUICKSTART)
 	$(BIN)/ssm-lm eval runs/quickstart --data data/builtin --split validation --json runs/quickstart/eval.json
@@ -49,11 +51,15 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-venv: $(VENV)/.installed
+venv: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 clean:

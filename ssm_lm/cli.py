@@ -16,6 +16,7 @@ import sys
 import time
 
 from .errors import UserError
+from .noise import drop_known_lines
 
 # verb -> (module, one line for --help)
 VERBS = {
@@ -54,6 +55,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code."""
+    drop_known_lines()
     argv = sys.argv[1:] if argv is None else argv
     # the deepspeed launcher puts --local_rank=N first; the environment says the same
     argv = [word for word in argv if not word.startswith("--local_rank=")]
