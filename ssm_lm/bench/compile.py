@@ -79,26 +79,27 @@ def require_triton() -> None:
         raise UserError("TRITON_INTERPRET is set, so that kernels are interpreted, not compiled: unset it")
 
 
-def kernel_modules() -> list[str]:
-    """The modules of ssm_lm.modeling that hold kernels."""
+def kernel_names() -> list[str]:
+    """What has kernels: the names of modeling's files `triton_<name>.py`."""
     from .. import modeling
 
-    return sorted(m.name for m in pkgutil.iter_modules(modeling.__path__) if m.name.startswith("triton_"))
+    names = [module.name for module in pkgutil.iter_modules(modeling.__path__)]
+    return sorted(name.removeprefix("triton_") for name in names if name.startswith("triton_"))
 
 
-def compile_cases(target: str, modules: list[str] | None = None) -> list[dict]:
-    """The configurations that are shipped for a target, of all kernels or of those in `modules`.
+def compile_cases(target: str) -> list[dict]:
+    """The configurations of all kernels that are shipped for a target.
 
-    Each module with kernels lists its own in `compile_cases(target)`, from the table that its launcher uses. A case has
-    name; kernel; arguments {name: type as Triton writes it, with ":16" where it is divisible by 16}; constexprs;
+    Each file of shipped/ lists its kernel's in `compile_cases(target)`, from the table that the launcher uses. A case
+    has name; kernel; arguments {name: type as Triton writes it, with ":16" where it is divisible by 16}; constexprs;
     options (num_warps, num_stages); tensor_cores, whether it must use them; work, of one launch at the shape of
     `roofline`: bytes, flops, tensor_flops, tensor_dtype, and tokens where they are not those of the shape.
     """
     require_triton()
     cases = []
-    for name in modules or kernel_modules():
-        listed = getattr(importlib.import_module(f"ssm_lm.modeling.{name}"), "compile_cases", None)
-        cases += [{"tensor_cores": False, "module": name} | case for case in (listed(target) if listed else [])]
+    for name in kernel_names():
+        listed = importlib.import_module(f".shipped.{name}", __package__).compile_cases(target)
+        cases += [{"tensor_cores": False, "module": f"triton_{name}"} | case for case in listed]
     return cases
 
 

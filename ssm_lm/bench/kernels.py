@@ -100,7 +100,7 @@ def timed() -> list[dict]:
         raise UserError("bench kernels: this machine has no GPU to time on; --compile-only counts without one")
     if os.environ.get("SSM_LM_KERNELS", "auto") != "auto":
         raise UserError("SSM_LM_KERNELS is set, so that kernels and PyTorch would be the same: unset it")
-    from ..modeling.kernels_s4 import kernel_status
+    from ..modeling.ops import kernel_status
 
     for op, line in kernel_status().items():
         if not line.startswith("Triton"):

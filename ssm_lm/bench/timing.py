@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..modeling.single_steps import Memo
 from ..modeling.ssm import LAYERS
-from ..modeling.state_space import Memo
 from . import roofline
 
 WARM_UP, REPEATS = 3, 20

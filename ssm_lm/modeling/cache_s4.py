@@ -15,7 +15,7 @@ from collections import defaultdict
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
-from .state_space import Memo
+from .single_steps import Memo
 
 
 class Reference:

@@ -2,18 +2,17 @@
 
 Shapes: B batch, L length, H channels, N real states a channel, T tokens a chunk, p real numbers a token and channel:
 1 where a channel is a real signal (S4, S4D), 2 where it is a complex one, as [real | imaginary] (a state of S5).
-Everything runs in the dtype of its inputs, float32 or float64.
+Everything runs in the dtype of its inputs, float32 or float64. The Triton kernels of it are triton_chunk_scan.py.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .activations import ACTIVATIONS
-from .kernels_s4 import architecture, family, use_kernel
+from .real_form import apply_diagonal
 
 
 class ChunkOperators(NamedTuple):
@@ -57,37 +56,9 @@ def toeplitz_adjoint(gradient: torch.Tensor, taps: torch.Tensor) -> torch.Tensor
     return skewed.view(-1, T, 2 * T - 1)[..., :T].sum(1)
 
 
-def apply_diagonal(diagonal: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """Complex product of two vectors in real form: diagonal (..., N) times state (..., N)."""
-    dr, di = diagonal.chunk(2, -1)
-    sr, si = state.chunk(2, -1)
-    return torch.cat([dr * sr - di * si, dr * si + di * sr], -1)
-
-
 # tokens x channels x batch that are cut into chunks at a time; what is cut is a copy in another order, so this bounds
 # the memory beyond input, output and the chunks' states, and keeps the copies of a CPU in its cache
 SEGMENT_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
-
-
-class _GradientInRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y):
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        from .triton_chunk_scan import to_rows
-
-        return to_rows(gradient).permute(1, 2, 0)
-
-
-def gradient_in_rows(y: torch.Tensor) -> torch.Tensor:
-    """y (B, L, H), a view of rows (H, B, L) as the kernel returns it -> the same, whose gradient is one too.
-
-    Put before a matrix product, which takes rows as they are and sends a contiguous gradient back: what is elementwise
-    between the kernel and here then meets one order of memory in both directions, and the kernel needs no transpose.
-    """
-    return _GradientInRows.apply(y)
 
 
 class _Layout(NamedTuple):
@@ -141,238 +112,202 @@ def _layout(u: torch.Tensor, taps: torch.Tensor) -> _Layout:
     return _Layout(B, L // T, T, parts, channels // parts, segment)
 
 
-class _ChunkScan(torch.autograd.Function):
-    """The scan and its backward, which is the same scan, transposed and run in reverse. With h_c the state at the
-    start of chunk c and g_c the gradient that reaches it,
+class Wanted(NamedTuple):
+    """What is asked of a scan beside its final state.
+
+    keep: (B, chunks) bool; where it is False, the chunk starts from a zero state: a new document. None: it never is.
+    has_output: whether y is wanted. activation: what y goes through, one of ACTIVATIONS.
+    """
+
+    keep: torch.Tensor | None = None
+    has_output: bool = True
+    activation: str = "identity"
+
+
+class Saved(NamedTuple):
+    """What the backward of a scan reads: the sequence as it was scanned, the states at the chunks' starts, and y before
+    its activation (None where there is none). Each implementation has an order of memory of its own for them.
+    """
+
+    sequence: torch.Tensor
+    starts: torch.Tensor
+    before: torch.Tensor | None
+
+
+class Implementation(NamedTuple):
+    """Two functions that make a chunk scan: in plain PyTorch, PLAIN, or by the kernels of triton_chunk_scan.py.
+
+    forward(u, operators, initial_state, wanted, save) -> y, final state, Saved
+    backward(saved, operators, wanted, grad_y, grad_final, from_zero) -> gradients of u, initial state, operators
+
+    save: whether a backward is to come. from_zero: there was no initial state. grad_y or grad_final may be None.
+    """
+
+    forward: Callable
+    backward: Callable
+
+
+def forward(u, operators: ChunkOperators, initial_state, wanted: Wanted, save: bool):
+    """See `Implementation`; y (B, L, H), the final state (B, H, N)."""
+    taps, emit, inject, carry = operators
+    layout = _layout(u, taps)
+    dense = carry.dim() == 3
+    H, B, N = layout.H, layout.B, inject.shape[1]
+    carry_t = carry.transpose(-1, -2) if dense else carry.unsqueeze(1)
+    inject_t, emit_t, within_t = (x.transpose(1, 2) for x in (inject, emit, toeplitz(taps)))
+    starts = u.new_empty(H, layout.chunks if save else layout.segment, B, N)
+    state = u.new_zeros(H, B, N) if initial_state is None else initial_state.transpose(0, 1)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format) if wanted.has_output else None
+    u = u.contiguous()
+    for start, stop in layout.segments():
+        rows = layout.cut(u, start, stop)
+        driven = (rows @ inject_t).view(H, stop - start, B, N)
+        at = starts[:, start:stop] if save else starts[:, : stop - start]
+        for c in range(start, stop):
+            if wanted.keep is not None:
+                state = torch.where(wanted.keep[:, c, None], state, 0)
+            at[:, c - start] = state
+            if dense:
+                state = torch.baddbmm(driven[:, c - start], state, carry_t)
+            else:
+                state = apply_diagonal(carry_t, state) + driven[:, c - start]
+        if wanted.has_output:
+            out = rows @ within_t
+            out.baddbmm_(at.reshape(H, -1, N), emit_t)
+            layout.paste(y, start, stop, out)
+    state = state.transpose(0, 1)
+    if not wanted.has_output or wanted.activation == "identity":
+        return y, state, Saved(u, starts, None)
+    return ACTIVATIONS[wanted.activation].function(y), state, Saved(u, starts, y)
+
+
+def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, grad_final, from_zero: bool):
+    """See `Implementation`. It is the same scan, transposed and run in reverse. With h_c the state at the start of
+    chunk c and g_c the gradient that reaches it,
 
         g_c = emit^T grad y_c + carry^T g_{c+1},     grad u_c = toeplitz^T grad y_c + inject^T g_{c+1}
 
     and the operators' gradients are sums of outer products over the chunks. Left to autograd, the slices of a loop
     over chunks would each write a full-size zero gradient: quadratic in the length.
+    """
+    u, starts, before = saved
+    taps, emit, inject, carry = operators
+    if grad_y is not None:
+        grad_y = ACTIVATIONS[wanted.activation].backward(grad_y, before)
+    layout, within = _layout(u, taps), toeplitz(taps)
+    dense = carry.dim() == 3
+    H, B, N = layout.H, layout.B, inject.shape[1]
+    if not dense:
+        re, im = carry.unsqueeze(1).chunk(2, -1)
+        conjugate = torch.cat([re, -im], -1)
+    g = u.new_zeros(H, B, N) if grad_final is None else grad_final.transpose(0, 1)
+    grad_u = torch.empty_like(u)
+    grad_y = None if grad_y is None else grad_y.contiguous()
+    grad_within, grad_emit, grad_inject, grad_carry = (
+        torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (within, emit, inject, carry)
+    )
+    for start, stop in reversed(layout.segments()):
+        rows, states = layout.cut(u, start, stop), starts[:, start:stop].reshape(H, -1, N)
+        driven = u.new_empty(H, stop - start, B, N)  # the gradient of inject u_c
+        if grad_y is not None:
+            grad_rows = layout.cut(grad_y, start, stop)
+            emitted = (grad_rows @ emit).view(H, stop - start, B, N)
+        for c in range(stop - 1, start - 1, -1):
+            driven[:, c - start] = g
+            g = g @ carry if dense else apply_diagonal(conjugate, g)
+            if grad_y is not None:
+                g = g + emitted[:, c - start]
+            if wanted.keep is not None:
+                g = torch.where(wanted.keep[:, c, None], g, 0)
+        driven = driven.view(H, -1, N)
+        out = driven @ inject
+        if grad_y is not None:
+            out.baddbmm_(grad_rows, within)
+            grad_within.baddbmm_(grad_rows.transpose(1, 2), rows)
+            grad_emit.baddbmm_(grad_rows.transpose(1, 2), states)
+        layout.paste(grad_u, start, stop, out)
+        grad_inject.baddbmm_(driven.transpose(1, 2), rows)
+        if dense:
+            grad_carry.baddbmm_(driven.transpose(1, 2), states)
+        else:
+            gr, gi = driven.chunk(2, -1)
+            sr, si = states.chunk(2, -1)
+            grad_carry += torch.cat([(gr * sr + gi * si).sum(1), (gi * sr - gr * si).sum(1)], -1)
+    of_operators = ChunkOperators(toeplitz_adjoint(grad_within, taps), grad_emit, grad_inject, grad_carry)
+    return grad_u, g.transpose(0, 1), of_operators
 
-    Saved for the backward: u, the states at the chunks' starts, and what the operators are made of. The operators
-    themselves are made again: at H = 1024 and N = 64 they and what led to them are 200 MB a layer.
+
+PLAIN = Implementation(forward, backward)
+
+
+# ---- the one wiring into autograd
+
+
+class _ChunkScan(torch.autograd.Function):
+    """An implementation's scan and its backward. The leaves are the operators themselves, or with `make` what they are
+    made of: then they are made again in the backward, where at H = 1024 and N = 64 they and what led to them would be
+    200 MB a layer to keep.
     """
 
     @staticmethod
-    def forward(ctx, make_operators, has_output, kernels, activation, save, u, initial_state, keep, *parameters):
-        operators = make_operators(*parameters)
-        in_kernel = kernels is not None and runs_in_kernel(u, operators, kernels)
-        run = _ChunkScan._run_kernel if in_kernel else _ChunkScan._run
-        saved = save and any(ctx.needs_input_grad)  # the latter says nothing of no_grad
-        y, final, sequence, starts, before = run(u, operators, initial_state, keep, has_output, saved, activation)
-        ctx.save_for_backward(sequence, starts, before, keep, *parameters)
-        ctx.make_operators, ctx.in_kernel, ctx.from_zero = make_operators, in_kernel, initial_state is None
-        ctx.activation = activation
+    def forward(ctx, implementation, make, made, wanted, save, u, initial_state, *leaves):
+        operators = ChunkOperators(*leaves) if make is None else made
+        save = save and any(ctx.needs_input_grad)  # the latter says nothing of no_grad
+        y, final, saved = implementation.forward(u, operators, initial_state, wanted, save)
+        ctx.save_for_backward(*saved, wanted.keep, *leaves)
+        ctx.implementation, ctx.make, ctx.from_zero = implementation, make, initial_state is None
+        ctx.has_output, ctx.activation = wanted.has_output, wanted.activation
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
-    def _run_kernel(u, operators, initial_state, keep, has_output, saved, activation):
-        """y, the final state, u as the backward reads it, the states at the chunks' starts, y before its activation."""
-        from .triton_chunk_scan import scan
-
-        rows = _to_rows(u)
-        y, final, starts, before = scan(rows, *operators, initial_state, keep, has_output, saved, activation)
-        return y.permute(1, 2, 0) if has_output else None, final, rows, starts, before
-
-    @staticmethod
-    def _run(u, operators, initial_state, keep, has_output, saved, activation):
-        """As `_run_kernel`."""
-        taps, emit, inject, carry = operators
-        layout = _layout(u, taps)
-        dense = carry.dim() == 3
-        H, B, N = layout.H, layout.B, inject.shape[1]
-        carry_t = carry.transpose(-1, -2) if dense else carry.unsqueeze(1)
-        inject_t, emit_t, within_t = (x.transpose(1, 2) for x in (inject, emit, toeplitz(taps)))
-        starts = u.new_empty(H, layout.chunks if saved else layout.segment, B, N)
-        state = u.new_zeros(H, B, N) if initial_state is None else initial_state.transpose(0, 1)
-        y = torch.empty_like(u, memory_format=torch.contiguous_format) if has_output else None
-        u = u.contiguous()
-        for start, stop in layout.segments():
-            rows = layout.cut(u, start, stop)
-            driven = (rows @ inject_t).view(H, stop - start, B, N)
-            at = starts[:, start:stop] if saved else starts[:, : stop - start]
-            for c in range(start, stop):
-                if keep is not None:
-                    state = torch.where(keep[:, c, None], state, 0)
-                at[:, c - start] = state
-                if dense:
-                    state = torch.baddbmm(driven[:, c - start], state, carry_t)
-                else:
-                    state = apply_diagonal(carry_t, state) + driven[:, c - start]
-            if has_output:
-                out = rows @ within_t
-                out.baddbmm_(at.reshape(H, -1, N), emit_t)
-                layout.paste(y, start, stop, out)
-        state = state.transpose(0, 1)
-        if not has_output or activation == "identity":
-            return y, state, u, starts, None
-        return ACTIVATIONS[activation].function(y), state, u, starts, y
-
-    @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y, grad_state):
-        u, starts, before, keep, *parameters = ctx.saved_tensors
-        needed = ctx.needs_input_grad[8:]
-        if ctx.make_operators is ChunkOperators:
-            operators = ChunkOperators(*parameters)
+    def backward(ctx, grad_y, grad_final):
+        sequence, starts, before, keep, *leaves = ctx.saved_tensors
+        needed = ctx.needs_input_grad[7:]
+        if ctx.make is None:
+            operators = ChunkOperators(*leaves)
         else:
-            with torch.enable_grad(), torch.autocast(u.device.type, enabled=False):
-                parameters = [p.detach().requires_grad_(needs) for p, needs in zip(parameters, needed, strict=True)]
-                operators = ctx.make_operators(*parameters)
-        if ctx.in_kernel:
-            reverse = partial(_ChunkScan._reverse_kernel, ctx.from_zero)
-            if grad_y is not None:
-                grad_y = _to_rows(grad_y)
-        else:
-            reverse = _ChunkScan._reverse
-        if grad_y is not None:
-            grad_y = ACTIVATIONS[ctx.activation].backward(grad_y, before)
-        gradients = reverse(u, starts, keep, grad_y, grad_state, *(x.detach() for x in operators))
-        grad_u, grad_initial, grad_operators = gradients
-        if not any(needed):  # all of them frozen, as under an adapter
-            grad_operators = [None] * len(needed)
-        elif ctx.make_operators is not ChunkOperators:
-            pairs = [(x, g) for x, g in zip(operators, grad_operators, strict=True) if x.requires_grad]
-            wanted = [p for p in parameters if p.requires_grad]
-            found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
-            grad_operators = [next(found) if needs else None for needs in needed]
-        return (None, None, None, None, None, grad_u, None if ctx.from_zero else grad_initial, None, *grad_operators)
-
-    @staticmethod
-    def _reverse_kernel(from_zero, rows, starts, keep, grad_y, grad_state, *operators):
-        from .triton_chunk_scan import from_rows, operator_gradients, scan_backward
-
-        grad_u, grad_initial, gram = scan_backward(grad_y, grad_state, rows, starts, keep, *operators, from_zero)
-        return from_rows(grad_u), grad_initial, operator_gradients(gram, operators[0], operators[3])
-
-    @staticmethod
-    def _reverse(u, starts, keep, grad_y, grad_state, taps, emit, inject, carry):
-        """Gradients of u, of the initial state and of the operators."""
-        layout, within = _layout(u, taps), toeplitz(taps)
-        dense = carry.dim() == 3
-        H, B, N = layout.H, layout.B, inject.shape[1]
-        if not dense:
-            re, im = carry.unsqueeze(1).chunk(2, -1)
-            conjugate = torch.cat([re, -im], -1)
-        g = u.new_zeros(H, B, N) if grad_state is None else grad_state.transpose(0, 1)
-        grad_u = torch.empty_like(u)
-        grad_y = None if grad_y is None else grad_y.contiguous()
-        grad_within, grad_emit, grad_inject, grad_carry = (
-            torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (within, emit, inject, carry)
+            with torch.enable_grad(), torch.autocast(sequence.device.type, enabled=False):
+                leaves = [x.detach().requires_grad_(needs) for x, needs in zip(leaves, needed, strict=True)]
+                operators = ctx.make(*leaves)
+        grad_u, grad_initial, gradients = ctx.implementation.backward(
+            Saved(sequence, starts, before),
+            ChunkOperators(*(x.detach() for x in operators)),
+            Wanted(keep, ctx.has_output, ctx.activation),
+            grad_y,
+            grad_final,
+            ctx.from_zero,
         )
-        for start, stop in reversed(layout.segments()):
-            rows, states = layout.cut(u, start, stop), starts[:, start:stop].reshape(H, -1, N)
-            driven = u.new_empty(H, stop - start, B, N)  # the gradient of inject u_c
-            if grad_y is not None:
-                grad_rows = layout.cut(grad_y, start, stop)
-                emitted = (grad_rows @ emit).view(H, stop - start, B, N)
-            for c in range(stop - 1, start - 1, -1):
-                driven[:, c - start] = g
-                g = g @ carry if dense else apply_diagonal(conjugate, g)
-                if grad_y is not None:
-                    g = g + emitted[:, c - start]
-                if keep is not None:
-                    g = torch.where(keep[:, c, None], g, 0)
-            driven = driven.view(H, -1, N)
-            out = driven @ inject
-            if grad_y is not None:
-                out.baddbmm_(grad_rows, within)
-                grad_within.baddbmm_(grad_rows.transpose(1, 2), rows)
-                grad_emit.baddbmm_(grad_rows.transpose(1, 2), states)
-            layout.paste(grad_u, start, stop, out)
-            grad_inject.baddbmm_(driven.transpose(1, 2), rows)
-            if dense:
-                grad_carry.baddbmm_(driven.transpose(1, 2), states)
-            else:
-                gr, gi = driven.chunk(2, -1)
-                sr, si = states.chunk(2, -1)
-                grad_carry += torch.cat([(gr * sr + gi * si).sum(1), (gi * sr - gr * si).sum(1)], -1)
-        return grad_u, g.transpose(0, 1), (toeplitz_adjoint(grad_within, taps), grad_emit, grad_inject, grad_carry)
+        if not any(needed):  # all of them frozen, as under an adapter
+            gradients = [None] * len(needed)
+        elif ctx.make is not None:
+            gradients = _through(operators, gradients, leaves)
+        return (None, None, None, None, None, grad_u, None if ctx.from_zero else grad_initial, *gradients)
 
 
-def _to_rows(sequence: torch.Tensor) -> torch.Tensor:
-    from .triton_chunk_scan import to_rows
-
-    return to_rows(sequence)
-
-
-# ---- what the kernels take, beyond which a program's operators leave its registers
-
-KERNEL_DTYPES = (torch.bfloat16, torch.float32)
-LARGEST_STATE = 128
+def _through(operators: ChunkOperators, gradients: ChunkOperators, leaves: list[torch.Tensor]) -> list:
+    """The leaves' gradients from those of the operators that were made of them."""
+    pairs = [(x, g) for x, g in zip(operators, gradients, strict=True) if x.requires_grad]
+    wanted = [x for x in leaves if x.requires_grad]
+    found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in leaves]
 
 
-def longest_chunk(dtype: torch.dtype, N: int, dense: bool) -> int:
-    """How many tokens a chunk may have; dtype: one of KERNEL_DTYPES."""
-    if dtype == torch.bfloat16:
-        return 64
-    return 16 if dense and N > 64 else 32
-
-
-def largest_state(architecture: str, dense: bool) -> int:
-    """How many states a channel may have: of a dense carry, more than 64 take the shared memory (above 100 KiB) that
-    NVIDIA's data centre cards have, and no others.
-    """
-    small = family(architecture) in ("cuda", "blackwell") and architecture not in ("sm_80", "sm_90", "sm_100", "sm_103")
-    return 64 if dense and small else LARGEST_STATE
-
-
-def runs_in_kernel(u: torch.Tensor, operators: ChunkOperators, setting: str = "auto") -> bool:
-    """Whether `chunk_scan` of u (B, L, p H) by these operators runs in the Triton kernel; see `use_kernel`."""
-    taps, _, inject, carry = operators
-    T, N, dense = taps.shape[-1], inject.shape[1], carry.dim() == 3
-    unsupported = unsupported_by_kernel(u, u.dtype, N, dense)
-    if taps.dim() == 3:
-        unsupported = "its signals are complex"
-    elif unsupported is None and T > longest_chunk(u.dtype, N, dense):
-        unsupported = f"its chunks have {T} tokens, more than {longest_chunk(u.dtype, N, dense)}"
-    return use_kernel("chunk_scan", u, unsupported=unsupported, setting=setting, problem=(u.dtype, N, dense))
-
-
-def unsupported_by_kernel(u: torch.Tensor, dtype: torch.dtype, N: int, dense: bool) -> str | None:
-    """What the kernel cannot do of a scan of real signals u, taken as `dtype`, with N states a channel, or None."""
-    if dtype not in KERNEL_DTYPES:
-        return f"its numbers are {dtype}, not bfloat16 or float32"
-    largest = largest_state(architecture(u.device), dense)
-    return f"its state has {N} numbers a channel, more than {largest}" if N > largest else None
-
-
-def chunk_scan(
+def differentiable(
+    implementation: Implementation,
     u: torch.Tensor,
     operators: ChunkOperators | Callable[..., ChunkOperators],
     initial_state: torch.Tensor | None = None,
-    keep: torch.Tensor | None = None,
+    wanted: Wanted = Wanted(),  # noqa: B008  (a tuple)
     parameters: tuple[torch.Tensor, ...] = (),
-    has_output: bool = True,
-    kernels: str | None = "auto",
-    activation: str = "identity",
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Run an LTI state space over u in chunks: O(L), matmuls within a chunk and one small recurrence between them.
-
-    u: (B, L, p H) with L a multiple of the operators' T; initial_state: (B, H, N), None for zero. The kernel takes
-    any L from a zero state, u in bfloat16 beside float32 operators, and returns y as a view of (H, B, L).
-    operators: the four operators, or a function of `parameters` that makes them. They come from the function alone
-    and from nothing else that needs a gradient, and are made a second time in the backward instead of being kept.
-    keep: (B, chunks) bool; where it is False, the chunk starts from a zero state: a new document.
-    kernels: whether the Triton kernel runs; see `use_kernel`. None: it does not, whatever the environment says.
-    activation: what y goes through, one of ACTIVATIONS; the kernel applies it before y is rounded.
-    Returns y (B, L, p H), None without has_output, and the final state (B, H, N). Both are differentiable.
+    """A scan by `implementation`, differentiable in u, the initial state, and the operators or the parameters; see
+    `ops.chunk_scan` for the arguments.
     """
+    save = torch.is_grad_enabled()
     if isinstance(operators, ChunkOperators):
-        if kernels is not None and runs_in_kernel(u, operators, kernels):
-            from .triton_chunk_scan import fused_chunk_scan
-
-            return fused_chunk_scan(u, operators, initial_state, keep, has_output, activation)
-        return plain_chunk_scan(u, operators, initial_state, keep, has_output, activation)
-    save = torch.is_grad_enabled()
-    return _ChunkScan.apply(operators, has_output, kernels, activation, save, u, initial_state, keep, *parameters)
-
-
-def plain_chunk_scan(
-    u, operators: ChunkOperators, initial_state=None, keep=None, has_output=True, activation="identity"
-):
-    """`chunk_scan` in plain PyTorch, whatever the device: the kernel's twin."""
-    save = torch.is_grad_enabled()
-    return _ChunkScan.apply(ChunkOperators, has_output, None, activation, save, u, initial_state, keep, *operators)
+        return _ChunkScan.apply(implementation, None, None, wanted, save, u, initial_state, *operators)
+    with torch.no_grad():
+        made = operators(*parameters)
+    return _ChunkScan.apply(implementation, operators, made, wanted, save, u, initial_state, *parameters)

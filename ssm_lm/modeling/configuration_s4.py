@@ -4,8 +4,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .adaptive import check_adaptive
+from .checks import DISCRETIZATIONS, check_blocks, check_one_of, check_positive, check_sharing, check_system
+from .execution import MODES
+from .hippo import INITIALIZATIONS
 from .kernels_s4 import SETTINGS
-from .ssm import DISCRETIZATIONS, INITIALIZATIONS, MODES
 
 # what one layer is made of; num_hidden_layers counts these
 ARCHITECTURES = {
@@ -130,40 +132,32 @@ class S4Config(PreTrainedConfig):
         """The base class knows attention layers only; "s4" is registered by cache_s4.py."""
 
     def validate_s4(self):
-        def one_of(key, known):
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key} is one of {', '.join(known)}, not {getattr(self, key)!r}")
-
-        one_of("arch", ARCHITECTURES)
-        one_of("ssm", INITIALIZATIONS)
-        one_of("mode", MODES)
-        one_of("kernels", SETTINGS)
-        one_of("ssm_init", INITIALIZATIONS[self.ssm])
-        one_of("discretization", DISCRETIZATIONS[self.ssm])
-        one_of("glu", GATES)
-        one_of("norm", NORMS)
-        one_of("pooling", POOLINGS)
-        positive = "vocab_size hidden_size num_hidden_layers chunk_size intermediate_size n_ssm ssm_blocks input_size"
-        for key in [*positive.split(), "b_clip"]:
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ValueError(f"{key} must be positive, not {value}")
-        if self.ssm != "s5" and self.mode == "associative":
-            raise ValueError(f"mode associative is for ssm: s5, not for {self.ssm}")
-        if self.ssm != "s5" and self.ssm_blocks != 1:
-            raise ValueError(f"ssm_blocks is for ssm: s5, not for {self.ssm}")
-        if self.ssm == "s5" and self.n_ssm != 1:
-            raise ValueError(f"n_ssm must be 1 for ssm: s5, which is one system for all channels, not {self.n_ssm}")
-        if self.ssm == "s5" and self.b_clip is not None:
-            raise ValueError("b_clip is for ssm: s4 and s4d; s5 draws its B")
-        if self.state_size < 2 or self.state_size % 2:
-            raise ValueError(f"state_size must be even and at least 2, not {self.state_size}")
-        if self.state_size % (2 * self.ssm_blocks):
-            raise ValueError(f"ssm_blocks must cut state_size ({self.state_size}) into even parts")
-        if self.hidden_size % self.n_ssm:
-            raise ValueError(f"n_ssm must divide hidden_size ({self.hidden_size}), and {self.n_ssm} does not")
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ValueError(f"0 < dt_min <= dt_max is needed, not dt_min={self.dt_min}, dt_max={self.dt_max}")
+        for key, known in (
+            ("arch", ARCHITECTURES),
+            ("ssm", INITIALIZATIONS),
+            ("mode", MODES),
+            ("kernels", SETTINGS),
+            ("glu", GATES),
+            ("norm", NORMS),
+            ("pooling", POOLINGS),
+        ):
+            check_one_of(key, getattr(self, key), known)
+        counted = "vocab_size hidden_size num_hidden_layers intermediate_size n_ssm ssm_blocks input_size".split()
+        check_positive(**{key: getattr(self, key) for key in counted})
+        self._check_kind()
+        check_system(
+            self.ssm,
+            init=self.ssm_init,
+            discretization=self.discretization,
+            state_size=self.state_size,
+            dt_min=self.dt_min,
+            dt_max=self.dt_max,
+            chunk_size=self.chunk_size,
+            init_key="ssm_init",
+            discretization_key="discretization",
+        )
+        check_blocks(self.state_size, self.ssm_blocks, "ssm_blocks")
+        check_sharing(self.hidden_size, self.n_ssm, self.b_clip)
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size must be positive or null, not {self.loss_chunk_size}")
         if self.adaptive_cutoffs is not None:
@@ -173,3 +167,14 @@ class S4Config(PreTrainedConfig):
         for key in ("dropout", "embedding_dropout", "head_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} is a probability below 1, not {getattr(self, key)}")
+
+    def _check_kind(self):
+        """Keys that belong to one kind of state space alone."""
+        if self.ssm != "s5" and self.mode == "associative":
+            raise ValueError(f"mode associative is for ssm: s5, not for {self.ssm}")
+        if self.ssm != "s5" and self.ssm_blocks != 1:
+            raise ValueError(f"ssm_blocks is for ssm: s5, not for {self.ssm}")
+        if self.ssm == "s5" and self.n_ssm != 1:
+            raise ValueError(f"n_ssm must be 1 for ssm: s5, which is one system for all channels, not {self.n_ssm}")
+        if self.ssm == "s5" and self.b_clip is not None:
+            raise ValueError("b_clip is for ssm: s4 and s4d; s5 draws its B")

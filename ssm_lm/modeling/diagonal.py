@@ -5,12 +5,13 @@
 Source: Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of Diagonal State Space Models" (2022).
 """
 
-from typing import NamedTuple
-
 import torch
 
-from .ops import ChunkOperators, apply_diagonal, powers, vandermonde
-from .state_space import SingleInputSingleOutput, complex_product
+from .chunked import ChunkOperators
+from .discrete import DiscreteDiagonal
+from .ops import vandermonde
+from .real_form import complex_product, powers
+from .siso import SingleInputSingleOutput
 
 
 def discretize_diagonal(method: str, dt: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[tuple, tuple]:
@@ -37,21 +38,6 @@ def discretize_diagonal(method: str, dt: torch.Tensor, a: torch.Tensor, b: torch
     return log, complex_product(numerator, (denominator[0] * scale, -denominator[1] * scale))
 
 
-class DiscreteDiagonal(NamedTuple):
-    """x_t = Lambda_bar x_{t-1} + u_t,  y_t = 2 Re(CB x_t): B_bar is folded into C, so that u itself drives the state.
-
-    log_re, log_im: log Lambda_bar, float64; CB_re, CB_im: C B_bar. All (H, N/2).
-    Lambda_bar, row: the same as real vectors (H, N) for one step.
-    """
-
-    log_re: torch.Tensor
-    log_im: torch.Tensor
-    CB_re: torch.Tensor
-    CB_im: torch.Tensor
-    Lambda_bar: torch.Tensor
-    row: torch.Tensor
-
-
 class S4D(SingleInputSingleOutput):
     """S4D: A = diag(Lambda), zero-order hold or bilinear."""
 
@@ -70,21 +56,11 @@ class S4D(SingleInputSingleOutput):
         Lambda_bar = torch.cat(powers(*log, torch.ones((), device=dt.device)), -1).to(dtype)
         return DiscreteDiagonal(*log, *CB, Lambda_bar, 2 * torch.cat([CB[0], -CB[1]], -1))
 
-    def _advance(self, discrete, u, state):
-        state = apply_diagonal(discrete.Lambda_bar, state)
-        drive = u[..., None]
-        half = self.state_size // 2
-        state = torch.cat([state[..., :half] + drive, state[..., half:]], -1)
-        return (state * discrete.row).sum(-1), state
-
     def transition(self, length):
         """(H, N)"""
         discrete = self.discretize()
         exponent = torch.tensor(length, device=discrete.log_re.device)
         return torch.cat(powers(discrete.log_re, discrete.log_im, exponent), -1).to(self.log_dt.dtype)
-
-    def _step_system(self, discrete):
-        return (torch.stack([discrete.Lambda_bar, discrete.row]),)
 
     def operators(self, length: int, reverse: bool = False) -> ChunkOperators:
         discrete = self.discretize(reverse)

@@ -8,28 +8,14 @@ the kernel of a whole sequence by Cauchy products.
 Source: Gu, Goel, Re, "Efficiently Modeling Long Sequences with Structured State Spaces" (2022).
 """
 
-from typing import NamedTuple
-
 import torch
 
+from .chunked import ChunkOperators
+from .discrete import DiscreteDPLR
 from .hippo import INITIALIZATIONS
-from .ops import ChunkOperators, apply_diagonal, cauchy_products
-from .state_space import SingleInputSingleOutput, complex_product, real_form
-
-
-class DiscreteDPLR(NamedTuple):
-    """The bilinear transform of a diagonal plus low-rank system is one again:
-
-        h_t = (R(E) - F G^T) h_{t-1} + B_bar u_t,   y_t = C_row h_t      R(E): complex product by E, in real form
-
-    E (H, N), B_bar (H, N), C_row (H, N), F and G (H, N, rank).
-    """
-
-    E: torch.Tensor
-    F: torch.Tensor
-    G: torch.Tensor
-    B_bar: torch.Tensor
-    C_row: torch.Tensor
+from .ops import cauchy_products
+from .real_form import complex_product, real_form
+from .siso import SingleInputSingleOutput
 
 
 class S4(SingleInputSingleOutput):
@@ -84,17 +70,6 @@ class S4(SingleInputSingleOutput):
         B_bar = dt * (wB - torch.einsum("hnr,rhm,hm->hn", wPM, p, wB))
         E = torch.cat([2 * w[0] - 1, 2 * w[1]], -1)
         return DiscreteDPLR(E, 2 * wPM, G, B_bar, self._C_row(reverse))
-
-    def _advance(self, discrete, u, state):
-        E, F, G, B_bar, C_row = discrete
-        low_rank = torch.einsum("hnr,bhr->bhn", F, torch.einsum("hnr,bhn->bhr", G, state))
-        state = apply_diagonal(E, state) - low_rank + B_bar * u[..., None]
-        return (state * C_row).sum(-1), state
-
-    def _step_system(self, discrete):
-        E, F, G, B_bar, C_row = discrete
-        pairs = [x[..., r] for r in range(self.rank) for x in (F, G)]
-        return (torch.stack([E, C_row, B_bar, *pairs]),)
 
     def _for_powers(self, reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A_bar (H, N, N), B_bar and C_row (H, N), in the dtype in which their products are to be made.
@@ -173,7 +148,7 @@ class S4(SingleInputSingleOutput):
             self.Lambda_im,
             dt,
             2 * t,
-            kernels=self.kernels,
+            setting=self.kernels,
         )
         dt = dt[:, None]
         r00, r01, r10, r11 = r[:, 0, 0], r[:, 0, 1:], r[:, 1:, 0], r[:, 1:, 1:]

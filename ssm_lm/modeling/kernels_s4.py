@@ -1,11 +1,11 @@
-"""The kernel registry: for every hot operation, whether its Triton kernel runs or its twin in plain PyTorch.
-
-An operation has a name, a twin, and a module `triton_<name>.py` which is imported when a kernel is first asked for:
-the package needs neither Triton nor a driver. Such a module offers `self_check_cases(device, *problem)`, a list of
-`Case`, for the problem that its caller names, by what other machine code depends on, or for those that models have.
+"""The rule: for every hot operation, whether its Triton kernel runs or its twin in plain PyTorch.
 
     CUDA or HIP tensors of a supported shape    the kernel, once it has passed its self-check of that problem there
     anything else                               the twin; on a GPU with one warning that names the cause
+
+A kernel's file, `triton_<name>.py`, is imported when the kernel is first asked for: the package needs neither Triton
+nor a driver. It offers `self_check_cases(device, *problem)`, a list of `Case`, for the problem that its caller names
+(what other machine code depends on), or for those that models have.
 
 The self-check compares kernel and twin on small problems and wants the kernel to repeat itself bit by bit: Triton has
 had silent miscompiles (triton #10590, #10821) that neither an interpreter nor an offline compilation can see.
@@ -14,25 +14,18 @@ SSM_LM_KERNELS = auto | triton | torch, or the key `kernels` of S4Config, forces
 CPU tensors needs Triton's interpreter (TRITON_INTERPRET=1 before the first import) and is how the tests run models.
 """
 
-import contextlib
-import json
 import os
-import re
-import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from .kernel_launch import one_line
+
 SETTINGS = ("auto", "triton", "torch")
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
-
-# the names of custom operators are global in a process, and a model from the Hub brings its own copy of these files
-NAMESPACE = "ssm_lm" if __name__.startswith("ssm_lm.") else re.sub(r"\W", "_", __name__.rpartition(".")[0] or __name__)
 
 
 class Case(NamedTuple):
@@ -46,55 +39,33 @@ class Case(NamedTuple):
     tolerance: float
 
 
-def _chunk_scan():
-    from .triton_chunk_scan import self_check_cases
+class Operation:
+    """A hot operation: its twin in plain PyTorch and its Triton kernel, one of which runs where it is called for.
 
-    return self_check_cases
+    twin: what runs wherever the kernel does not. load: imports the kernel's file and returns (kernel, its
+    `self_check_cases`). Both of the same signature. An operation is made once, in ops.py, which registers it here.
+    """
 
+    def __init__(self, name: str, twin, load: Callable[[], tuple]):
+        self.name, self.twin, self.load = name, twin, load
+        OPERATIONS[name] = self
 
-def _cauchy():
-    from .triton_cauchy import self_check_cases
+    def either(self, run_kernel: bool):
+        """The kernel or the twin."""
+        return self.load()[0] if run_kernel else self.twin
 
-    return self_check_cases
-
-
-def _vandermonde():
-    from .triton_vandermonde import self_check_cases
-
-    return self_check_cases
-
-
-def _s5_scan():
-    from .triton_s5_scan import self_check_cases
-
-    return self_check_cases
+    def runs_kernel(self, *tensors: torch.Tensor, **keys) -> bool:
+        """See `use_kernel`."""
+        return use_kernel(self.name, *tensors, **keys)
 
 
-def _step():
-    from .triton_step import self_check_cases
-
-    return self_check_cases
-
-
-# operation -> what imports its kernel and returns its self-check
-KERNELS: dict[str, Callable[[], Callable[..., list[Case]]]] = {
-    "chunk_scan": _chunk_scan,
-    "cauchy": _cauchy,
-    "vandermonde": _vandermonde,
-    "s5_scan": _s5_scan,
-    "step": _step,
-}
+OPERATIONS: dict[str, Operation] = {}
 
 # (operation, device, problem) -> why its kernel is not used there, None: it is
 _causes: dict[tuple[str, str, tuple], str | None] = {}
 _errors: dict[tuple[str, str, tuple], float] = {}  # -> the self-check's largest difference, in units of its tolerance
 _warned: set[tuple[str, str]] = set()
 _thread = threading.local()
-
-
-def qualified(name: str) -> str:
-    """The full name of a custom operator."""
-    return f"{NAMESPACE}::{name}"
 
 
 # ---- the choice
@@ -170,9 +141,9 @@ def _find_cause(op: str, device: str, problem: tuple = ()) -> str | None:
     try:
         from triton import knobs
 
-        cases = KERNELS[op]()
+        cases = OPERATIONS[op].load()[1]
     except Exception as error:  # not installed, or installed without what it needs
-        return f"Triton cannot be imported ({type(error).__name__}: {_one_line(error)})"
+        return f"Triton cannot be imported ({type(error).__name__}: {one_line(error)})"
     if knobs.runtime.interpret:
         return None if device == "cpu" else "TRITON_INTERPRET is set"
     if not device.startswith("cuda") or not torch.cuda.is_available():
@@ -202,7 +173,7 @@ def self_check(cases: Callable[[torch.device], list[Case]], device: torch.device
         try:
             found.append(_compare(cases(device)))
         except Exception as error:  # of the compiler, of the launch
-            found.append((f"its self-check failed ({type(error).__name__}: {_one_line(error)})", float("inf")))
+            found.append((f"its self-check failed ({type(error).__name__}: {one_line(error)})", float("inf")))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -235,138 +206,13 @@ def kernel_status() -> dict[str, str]:
     """Operation -> one line: what runs here, and why. On a GPU this runs the self-checks that have not run yet."""
     setting = os.environ.get("SSM_LM_KERNELS", "auto")
     if setting == "torch":
-        return {op: "PyTorch: SSM_LM_KERNELS=torch" for op in KERNELS}
+        return {op: "PyTorch: SSM_LM_KERNELS=torch" for op in OPERATIONS}
     if not torch.cuda.is_available():
-        return {op: f"PyTorch: {_cause(op, 'cpu') or 'CPU tensors, unless SSM_LM_KERNELS=triton'}" for op in KERNELS}
+        return {op: f"PyTorch: {_cause(op, 'cpu') or 'CPU tensors, unless SSM_LM_KERNELS=triton'}" for op in OPERATIONS}
     report = {}
     device = f"cuda:{torch.cuda.current_device()}"
-    for op in KERNELS:
+    for op in OPERATIONS:
         cause = _cause(op, device)
         passed = f"Triton on {device}: self-check passed, at {_errors.get((op, device, ()), 0):.0%} of its tolerance"
         report[op] = passed if cause is None else f"PyTorch: {cause}"
     return report
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-# ---- which configuration of a kernel
-
-
-def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", or "interpreter" where there is no GPU."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return "interpreter"
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-architecture._dynamo_marked_constant = True
-
-
-def family(architecture: str) -> str:
-    """What a table of configurations is ordered by: "cuda", "blackwell", "hip" or "interpreter".
-
-    Blackwell (compute capability 10 to 12) is apart for Triton's open miscompiles there: its configurations have one
-    stage and small tiles, so that no tcgen05 instruction is used.
-    """
-    if architecture.startswith("gfx"):
-        return "hip"
-    if not architecture.startswith("sm_"):
-        return "interpreter"
-    return "blackwell" if int(re.match(r"sm_(\d+)", architecture)[1]) >= 100 else "cuda"
-
-
-def on_device(device: torch.device):
-    """A context in which a kernel is launched on the device of its tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-_numbered: int | None = None  # which configuration a self-check runs
-
-
-@contextlib.contextmanager
-def numbered_configuration(number: int):
-    """`tuned` takes this one of the configurations, so that a self-check runs each of them. Not the thread's alone: a
-    backward runs in others. What these launch meanwhile is shipped as well.
-    """
-    global _numbered
-    _numbered = number
-    try:
-        yield
-    finally:
-        _numbered = None
-
-
-def tuned(op: str, problem: str, configurations: Sequence, run: Callable[[object], None], device: torch.device):
-    """The configuration to run: the only one, or the fastest on this device by a measurement that is made once and
-    kept in a file for all later processes.
-
-    problem: what the choice depends on, as a string; run: launches the kernel in a configuration.
-    The first configuration is the default: where SSM_LM_KERNEL_TUNING is 0, where nothing can be timed, and for the
-    ranks of a node but its first, which read what an earlier process has written. The file is replaced as a whole, so
-    writers at the same time can at most lose an entry, which the next process measures again.
-    """
-    if _numbered is not None:
-        return configurations[_numbered % len(configurations)]
-    default = configurations[0]
-    if len(configurations) == 1 or device.type != "cuda" or os.environ.get("SSM_LM_KERNEL_TUNING", "1") == "0":
-        return default
-    file, key = _tuning_file(device), f"{op} {problem}"
-    known = {repr(configuration): configuration for configuration in configurations}
-    if file not in _tuned:
-        _tuned[file] = _read(file)
-    if _tuned[file].get(key) not in known:
-        if os.environ.get("LOCAL_RANK", "0") != "0" or torch.cuda.is_current_stream_capturing():
-            return default
-        _tuned[file] = _read(file) | _tuned[file] | {key: repr(min(configurations, key=lambda one: _seconds(run, one)))}
-        _write(file, _tuned[file])
-    return known[_tuned[file][key]]
-
-
-def _seconds(run: Callable[[object], None], configuration, repeats: int = 5) -> float:
-    """The shortest of some launches, after one that compiles; infinite where it cannot be launched."""
-    try:
-        run(configuration)
-    except Exception as error:  # it does not compile, or asks for more than the card has
-        warnings.warn(f"{configuration} is passed over: {_one_line(error)}", stacklevel=2)
-        return float("inf")
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run(configuration)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return min(times)
-
-
-_tuned: dict[Path, dict[str, str]] = {}
-
-
-def _tuning_file(device: torch.device) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    version = getattr(sys.modules.get("triton"), "__version__", "unknown")  # it is imported: a kernel is about to run
-    name = f"{torch.cuda.get_device_name(device)} {architecture(device)} triton {version}"
-    return cache / "ssm_lm" / "kernels" / (re.sub(r"[^\w.]+", "-", name) + ".json")
-
-
-def _read(file: Path) -> dict[str, str]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or not one of ours
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write(file: Path, choices: dict[str, str]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as partial:
-            json.dump(choices, partial, indent=2, sort_keys=True)
-        os.replace(partial.name, file)
-    except OSError:
-        pass  # a home that cannot be written: the choice lasts as long as the process

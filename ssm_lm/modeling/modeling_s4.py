@@ -32,11 +32,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, tied_keys
 from .cache_s4 import S4CacheLayer  # noqa: F401  (importing it registers the "s4" cache layer)
-from .chunked import gradient_in_rows
 from .configuration_s4 import S4Config
 from .decoding_s4 import STRATEGIES
 from .documents import Documents, find_documents, from_position_ids
 from .losses import LanguageModelHead, average, causal_targets
+from .ops import gradient_in_rows
 from .ssm import LAYERS, StateSpace
 
 
@@ -77,8 +77,6 @@ def make_state_space(config: S4Config) -> StateSpace:
 class S4Mixer(nn.Module):
     """A state space, then a position-wise layer, gated or not, that mixes the channels. (B, L, H) -> (B, L, H)"""
 
-    few_tokens = 32  # see `_is_short`
-
     def __init__(self, config: S4Config, layer_index: int, state_index: int):
         super().__init__()
         self.layer_index, self.state_index = layer_index, state_index  # where the cache holds the state
@@ -97,9 +95,18 @@ class S4Mixer(nn.Module):
             hidden_states = hidden_states * mask.to(hidden_states.dtype)
         cache = None if past_key_values is None else past_key_values.layers[self.layer_index]
         state = None if cache is None else cache.get_state(self.state_index)
+        execution = self.ssm.decide(
+            hidden_states,
+            self.mode,
+            state,
+            needs_state=cache is not None,
+            documents=documents is not None,
+            activation=self.activation,
+            cached=cache is not None,
+        )
         y, state = self.ssm(
             hidden_states,
-            mode="recurrent" if cache is not None and self._is_short(hidden_states.shape[1]) else self.mode,
+            mode=self.mode,
             initial_state=state,
             output_final_state=cache is not None,
             memo=cache.get_memo(self.state_index) if cache is not None and not torch.is_grad_enabled() else None,
@@ -107,14 +114,16 @@ class S4Mixer(nn.Module):
             activation=self.activation,
             # a cache that records the past still needs the old state
             in_place=cache is not None and not torch.is_grad_enabled() and not cache.record_past,
+            execution=execution,
         )
         if cache is not None:
             recorded = {"ssm": self.ssm, "inputs": hidden_states, "documents": documents} if cache.record_past else {}
             cache.update_state(self.state_index, state, hidden_states.shape[1], **recorded)
+        return self._mix(self.dropout(y), execution.in_rows)
+
+    def _mix(self, y, in_rows: bool):
         # a quantised projection may read memory as it lies
-        in_rows = type(self.out_proj) is nn.Linear and self.ssm.has_rows(y)
-        y = self.dropout(y)
-        if in_rows:  # the order of memory in which the chunk scan's kernel works
+        if in_rows and type(self.out_proj) is nn.Linear:  # the order of memory in which the chunk scan's kernel works
             y = gradient_in_rows(y)
             projected = self.out_proj(y.flatten(0, 1)).view(*y.shape[:2], -1)
         else:
@@ -122,14 +131,6 @@ class S4Mixer(nn.Module):
         if self.glu == "half":
             return y * torch.sigmoid(projected)
         return nn.functional.glu(projected, dim=-1) if self.glu == "glu" else projected
-
-    def _is_short(self, length: int) -> bool:
-        """Whether tokens go through a cache one by one. That is exact to the bit with decoding, so that tokens that
-        were drafted are judged as they would have been chosen; and for few tokens it takes less time than the scan,
-        whose operators cost as much as hundreds of steps. Training and compiled graphs scan.
-        """
-        unroll = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return length <= (self.few_tokens if unroll else 1)
 
 
 class S4FeedForward(nn.Module):

@@ -9,27 +9,18 @@ Source: Smith, Warrington, Linderman, "Simplified State Space Layers for Sequenc
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 
+from .checks import check_blocks
+from .chunked import ChunkOperators
 from .diagonal import discretize_diagonal
+from .discrete import DiscreteMIMO
 from .hippo import INITIALIZATIONS
-from .ops import ChunkOperators, apply_diagonal, associative_scan, powers, use_kernel
-from .state_space import MIN_DECAY, StateSpace, complex_product, real_form
-
-
-class DiscreteMIMO(NamedTuple):
-    """x_t = Lambda_bar x_{t-1} + u_t B_bar,  y_t = x_t C_row, with the states in real form.
-
-    log_re, log_im: log Lambda_bar, float64, (P/2,). Lambda_bar (P,), B_bar (H, P), C_row (P, H).
-    """
-
-    log_re: torch.Tensor
-    log_im: torch.Tensor
-    Lambda_bar: torch.Tensor
-    B_bar: torch.Tensor
-    C_row: torch.Tensor
+from .kernel_limits import limit_of_s5_scan
+from .ops import associative_scan, mimo_step, s5_scan
+from .real_form import complex_product, powers, real_form
+from .state_space import MIN_DECAY, StateSpace
 
 
 class S5(StateSpace):
@@ -40,6 +31,7 @@ class S5(StateSpace):
     """
 
     name = "s5"
+    has_chunk_kernel = False  # its signals are complex, which is another kernel: S5's scan
 
     def __init__(
         self,
@@ -54,8 +46,7 @@ class S5(StateSpace):
         bidirectional: bool = False,
     ):
         super().__init__(hidden_size, state_size, init, discretization, dt_min, dt_max, chunk_size, bidirectional)
-        if blocks < 1 or state_size % (2 * blocks):
-            raise ValueError(f"blocks must cut state_size ({state_size}) into even parts, and {blocks} does not")
+        check_blocks(state_size, blocks)
         self.blocks = blocks
         half = state_size // 2
         self._declare(
@@ -114,35 +105,34 @@ class S5(StateSpace):
         C_re, C_im = self._C(reverse).chunk(2, -1)
         return 2 * torch.cat([C_re, -C_im], -1).T
 
-    def _advance(self, discrete, u, state):
-        state = apply_diagonal(discrete.Lambda_bar, state) + (u @ discrete.B_bar)[:, None]
-        return state[:, 0] @ discrete.C_row, state
+    # ---- its kernels
 
-    def _step_system(self, discrete):
-        return discrete.Lambda_bar, discrete.B_bar.T.contiguous(), discrete.C_row.T.contiguous()
+    @property
+    def step_state_size(self):
+        return 0  # many programs share the states
 
-    def _step_kernel(self, u, state, system, activation):
-        from .triton_step import mimo_step_
+    def step_on_kernel(self, u, state, coefficients, activation):
+        return mimo_step(u, state, *coefficients, self.D, activation)
 
-        return mimo_step_(u, state, *system, self.D, activation)
+    def scan_dtype(self, dtype):
+        return self.log_dt.dtype
 
-    def _scans_on_kernel(self, x) -> bool:
-        unsupported = None if x.dtype == torch.float32 else f"parameters of {x.dtype}"
-        return use_kernel("s5_scan", x, self.log_dt, unsupported=unsupported, setting=self.kernels)
+    def scan_kernel(self, architecture, dtype):
+        return "s5_scan", limit_of_s5_scan(dtype), ()
 
-    def _final_state(self, x, state):
-        return self._run_chunk(x, state, None, False)[1] if self._scans_on_kernel(x) else super()._final_state(x, state)
-
-    def _run_chunk(self, x, state, documents, reverse):
+    def run_chunk(self, x, state, documents, execution, reverse=False):
         """On a GPU, the scan of its own kernel, which knows documents without moving them apart."""
-        if not self._scans_on_kernel(x):
-            return super()._run_chunk(x, state, documents, reverse)
-        from .triton_s5_scan import s5_scan
-
+        if not execution.kernel:
+            return super().run_chunk(x, state, documents, execution, reverse)
         log, _ = self._discrete_Lambda()
         begins = None if documents is None else documents.begins
-        signal, final = s5_scan(self._drive(x), *log, None if state is None else state[:, 0], begins)
-        return self._read(signal, x, skipped=True, reverse=reverse), final[:, None]
+        signal, final = s5_scan(self.drive(x), *log, None if state is None else state[:, 0], begins)
+        return self.read(signal, x, skipped=True, reverse=reverse), final[:, None]
+
+    def scan_to_end(self, x, state, execution):
+        if not execution.kernel:
+            return super().scan_to_end(x, state, execution)
+        return self.run_chunk(x, state, None, execution)[1]
 
     # ---- what is scanned: B_bar u, P/2 complex signals as [real | imaginary], which become the states themselves
 
@@ -150,23 +140,20 @@ class S5(StateSpace):
     def state_shape(self):
         return 1, self.state_size
 
-    def _in_kernel(self, u):
-        return False  # its signals are complex, which is another kernel
-
-    def _drive(self, x):
+    def drive(self, x):
         return x @ self._B_bar()
 
-    def _read(self, signal, x, skipped, reverse):
+    def read(self, signal, x, skipped, reverse):
         y = signal @ self._C_row(reverse)
         return y if reverse else torch.addcmul(y, x, self.D)
 
-    def _with_skip(self, operators):
+    def with_skip(self, operators):
         return operators  # D does not belong to a state
 
-    def _scan_state(self, state):
+    def to_scan_state(self, state):
         return state.view(len(state), 2, -1).transpose(1, 2)  # (B, P/2, 2)
 
-    def _layer_state(self, state):
+    def from_scan_state(self, state):
         return state.transpose(1, 2).flatten(1)[:, None]
 
     def operators(self, length: int, reverse: bool = False) -> ChunkOperators:
@@ -179,7 +166,7 @@ class S5(StateSpace):
         inject = _as_rotation(re[:, None, :length].flip(-1), im[:, None, :length].flip(-1))  # Lambda^(T-1-j)
         return ChunkOperators(taps, emit, inject, torch.stack([re[:, -1], im[:, -1]], -1))
 
-    def _fft(self, signal, reverse):
+    def convolve(self, signal, reverse):
         """Every state's recurrence as the convolution with its powers."""
         L = signal.shape[1]
         log, _ = self._discrete_Lambda()
@@ -190,7 +177,7 @@ class S5(StateSpace):
         states = torch.fft.ifft(torch.fft.fft(drive, n=size) * torch.fft.fft(kernel, n=size))[..., :L]
         return real_form(states.transpose(1, 2))
 
-    def _associative(self, signal, reverse):
+    def associative_scan(self, signal, reverse):
         log, _ = self._discrete_Lambda()
         return associative_scan(*log, signal)
 

@@ -1,4 +1,4 @@
-"""The Cauchy products of S4's kernel on a GPU, forward and backward; the twin is `cauchy_products_twin` in ops.py.
+"""The Cauchy products of S4's kernel on a GPU, forward and backward; the twin is cauchy.py.
 
 With Lambda = a + i b, a < 0, and nodes on the imaginary axis a pair of conjugate poles is one fraction,
 
@@ -17,8 +17,9 @@ channel: channel h reads set h mod n_ssm.
 
 import torch
 
-from .kernels_s4 import Case, on_device, qualified
-from .ops import cauchy_products_twin, cauchy_scale
+from .cauchy import cauchy_products, cauchy_scale
+from .kernel_launch import on_device, qualified
+from .kernels_s4 import Case
 
 try:
     import triton
@@ -481,7 +482,7 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def cauchy_products_kernel(C, B, P, Lambda_re, Lambda_im, dt, nodes) -> torch.Tensor:
-    """`cauchy_products` of ops.py in float32, for rank 1 and 2."""
+    """`cauchy_products` of cauchy.py in float32, for rank 1 and 2."""
     out = torch.view_as_complex(_forward(C, B, P, Lambda_re, Lambda_im, dt, nodes))
     return out.unflatten(1, (1 + len(P), 1 + len(P)))
 
@@ -523,49 +524,8 @@ def self_check_cases(device: torch.device) -> list[Case]:
             Case(
                 f"rank {rank}",
                 lambda inputs=inputs: _with_gradients(cauchy_products_kernel, inputs),
-                lambda double=double: _with_gradients(cauchy_products_twin, double),
+                lambda double=double: _with_gradients(cauchy_products, double),
                 1e-4,
             )
-        )
-    return cases
-
-
-def compile_cases(target: str) -> list[dict]:
-    """The configurations that are shipped for `target`, for ssm_lm.bench.compile."""
-    pointer, cases = "*fp32:16", []
-    for rank in RANKS:
-        products, sums = (1 + rank) ** 2, 9 if rank == 1 else 16
-        common = dict.fromkeys(("C", "B", "P", "Lambda_re", "Lambda_im", "rate", "inverse_scale", "nodes"), pointer)
-        sizes = {"L": "i32", "HALF": "i32:16", "n_ssm": "i32"}
-        H, half, nodes = 1024, 32, 4096  # of the roofline's shape
-        block, warps = FORWARD[rank]
-        cases.append(
-            {
-                "name": f"cauchy_forward rank {rank}",
-                "kernel": cauchy_forward_kernel,
-                "arguments": common | {"out": pointer} | sizes,
-                "constexprs": {"RANK": rank, "BLOCK": block},
-                "options": {"num_warps": warps, "num_stages": 1},
-                # a node and pole: 23 of the resolvent, and 8 of a product with both V and W, 4 of one with either
-                "work": {
-                    "bytes": 8 * H * products * nodes + 4 * H * 2 * half,
-                    "flops": H * nodes * half * (23 + (28 if rank == 1 else 56)),
-                },
-            }
-        )
-        rows, warps = BACKWARD[rank]
-        cases.append(
-            {
-                "name": f"cauchy_backward rank {rank}",
-                "kernel": cauchy_backward_kernel,
-                "arguments": common | {"grad": pointer, "sums": pointer} | sizes | {"H": "i32:16", "splits": "i32"},
-                "constexprs": {"RANK": rank, "ROWS": rows, "BLOCK": BLOCK_N},
-                "options": {"num_warps": warps, "num_stages": 1},
-                # beside the resolvent 14 of Y and Z, 16 of a and b; 7 or 14 sums, and what weighs g
-                "work": {
-                    "bytes": 8 * H * products * nodes + 4 * H * (2 + sums) * half,
-                    "flops": H * nodes * half * (53 + (28 + 28 if rank == 1 else 58 + 60)),
-                },
-            }
         )
     return cases

@@ -29,8 +29,18 @@ from typing import NamedTuple
 import torch
 
 from .activations import ACTIVATIONS
-from .chunked import ChunkOperators, largest_state, longest_chunk, plain_chunk_scan, toeplitz_adjoint
-from .kernels_s4 import Case, architecture, family, numbered_configuration, on_device, qualified, tuned
+from .chunked import (
+    PLAIN,
+    ChunkOperators,
+    Implementation,
+    Saved,
+    Wanted,
+    differentiable,
+    toeplitz_adjoint,
+)
+from .kernel_launch import architecture, family, numbered_configuration, on_device, qualified, tuned
+from .kernel_limits import longest_chunk
+from .kernels_s4 import Case
 from .triton_step import activate
 
 try:
@@ -279,7 +289,7 @@ def precisions(family: str, dtype: torch.dtype) -> tuple[str, str]:
     return ("ieee", "bf16x3") if dtype == torch.bfloat16 else ("bf16x6", "bf16x6")
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
@@ -300,7 +310,7 @@ def launch_scan(x, y, operators, first, last, states, keep, pad, reverse, activa
         return
     kind = family(architecture(x.device))
     product, carried = precisions(kind, x.dtype)
-    TP, NP = _power_of_two(T), _power_of_two(N if dense else N // 2)
+    TP, NP = power_of_two(T), power_of_two(N if dense else N // 2)
     C = -(-(L + pad) // T)
 
     def run(launch):
@@ -377,9 +387,6 @@ def transpose(x: torch.Tensor) -> torch.Tensor:
 @transpose.register_fake
 def _(x):
     return x.new_empty(x.shape[1], x.shape[0])
-
-
-transpose.register_autograd(lambda ctx, gradient: transpose(gradient))
 
 
 @torch.library.custom_op(qualified("chunk_scan"), mutates_args=())
@@ -489,28 +496,6 @@ def operator_gradients(gram: torch.Tensor, taps: torch.Tensor, carry: torch.Tens
     return ChunkOperators(toeplitz_adjoint(gram[:, :T, :T], taps), gram[:, :T, T:], gram[:, T:, :T], of_carry)
 
 
-def _setup_context(ctx, inputs, output):
-    x, taps, emit, inject, carry, initial_state, keep, _, _, ctx.activation = inputs
-    _, _, starts, before = output
-    ctx.save_for_backward(x, starts, before, keep, taps, emit, inject, carry)
-    ctx.from_zero = initial_state is None
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_y, grad_final, *_):
-    x, starts, before, keep, *operators = ctx.saved_tensors
-    if grad_y is not None and grad_y.numel() == 0:  # of an output that was not asked for
-        grad_y = None if x.numel() else grad_y.view_as(x)
-    if grad_y is not None:
-        grad_y = ACTIVATIONS[ctx.activation].backward(grad_y, before)
-    grad_x, grad_initial, gram = scan_backward(grad_y, grad_final, x, starts, keep, *operators, ctx.from_zero)
-    gradients = operator_gradients(gram, operators[0], operators[3])
-    return grad_x, *gradients, None if ctx.from_zero else grad_initial, None, None, None, None
-
-
-scan.register_autograd(_backward, setup_context=_setup_context)
-
-
 # ---- from and to the model's layout
 
 
@@ -526,124 +511,27 @@ def from_rows(rows: torch.Tensor) -> torch.Tensor:
     return transpose(rows.flatten(1)).view(B, L, H)
 
 
-def fused_chunk_scan(u, operators, initial_state=None, keep=None, has_output=True, activation="identity"):
-    """`chunk_scan` by the kernels, for the operators themselves; differentiable. The output is a view of rows."""
-    tensors = [u, *operators] if initial_state is None else [u, *operators, initial_state]
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    y, final, *_ = scan(to_rows(u), *operators, initial_state, keep, has_output, save, activation)
-    return y.permute(1, 2, 0) if has_output else None, final
+# ---- the implementation
 
 
-# ---- what is shipped
+def forward(u, operators: ChunkOperators, initial_state, wanted: Wanted, save: bool):
+    """See `chunked.Implementation`; y is a (B, L, H) view of rows, and what is saved lies in rows."""
+    rows = to_rows(u)
+    options = wanted.keep, wanted.has_output, save, wanted.activation
+    y, final, starts, before = scan(rows, *operators, initial_state, *options)
+    return y.permute(1, 2, 0) if wanted.has_output else None, final, Saved(rows, starts, before)
 
 
-def compile_cases(target: str) -> list[dict]:
-    """The configurations that are shipped for `target`, for ssm_lm.bench.compile."""
-    kind = family(target)
-    cases = [_transpose_case()]
-    for dtype in (torch.bfloat16, torch.float32):
-        cases.append(_gram_case(kind, dtype))
-        for dense in (False, True):
-            default, *others = scan_configurations(kind, dtype, 64, dense)
-            for way, activation in _WAYS:
-                cases.append(_scan_case(kind, dtype, dense, 64, default, way, activation))
-            cases += [_scan_case(kind, dtype, dense, 64, other, "training") for other in others]
-            if largest_state(target, dense) > 64:
-                for large in scan_configurations(kind, dtype, 128, dense):
-                    for way, activation in _WAYS[-2:]:
-                        cases.append(_scan_case(kind, dtype, dense, 128, large, way, activation))
-    return cases
+def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, grad_final, from_zero: bool):
+    """See `chunked.Implementation`."""
+    rows, starts, before = saved
+    if grad_y is not None:
+        grad_y = ACTIVATIONS[wanted.activation].backward(to_rows(grad_y), before)
+    grad_u, grad_initial, gram = scan_backward(grad_y, grad_final, rows, starts, wanted.keep, *operators, from_zero)
+    return from_rows(grad_u), grad_initial, operator_gradients(gram, operators.taps, operators.carry)
 
 
-_WAYS = (
-    ("forward", "identity"),
-    ("training", "identity"),
-    ("forward", "gelu"),
-    ("training", "gelu"),
-    ("reverse", "identity"),
-)
-
-# of the roofline: B rows of L tokens, H channels, and what a number takes in memory and on tensor cores
-_B, _L, _H = 8, 8192, 1024
-_TYPES = {torch.bfloat16: ("bf16", 2, 1), torch.float32: ("fp32", 4, 6)}
-
-
-def _scan_case(kind, dtype, dense, N, launch, way, activation="identity"):
-    """forward: no gradient needed; training: what the backward reads is saved; reverse: the backward's scan."""
-    name, size, products = _TYPES[dtype]
-    T, elements, activates = longest_chunk(dtype, N, dense), _B * _L * _H, activation != "identity"
-    trains, keeps_before = way != "forward", way == "training" and activates
-    operators = 4 * _H * (T + 2 * T * N + (N * N if dense else N))
-    rows = -(-_B // launch.rows) * launch.rows / _B  # with the empty ones
-    carried = 2 * N * N / T * (3 if dtype == torch.bfloat16 else 6) if dense else 0
-    product, carry = precisions(kind, dtype)
-    pointers = dict.fromkeys(("x", "y"), f"*{name}:16") | dict.fromkeys(
-        ("taps", "emit", "inject", "carry", "last"), "*fp32:16"
-    )
-    pointers |= {"first": "*fp32:16", "states": f"*{name}:16", "keep": "*u8:16"} if trains else {}
-    pointers |= {"before": f"*{name}:16"} if keeps_before else {}
-    sizes = {"B": "i32", "H": "i32:16", "L": "i32:16", "C": "i32:16", "T": "i32:16", "N": "i32:16", "pad": "i32:16"}
-    return {
-        "name": f"chunk_scan {way} {f'{activation} ' if activates else ''}{'dense' if dense else 'diagonal'} {name} "
-        f"N={N} w{launch.num_warps}s{launch.num_stages}",
-        "kernel": scan_kernel,
-        "arguments": pointers | sizes,
-        "constexprs": ({} if trains else {"first": None, "states": None, "keep": None})
-        | ({} if keeps_before else {"before": None})
-        | {
-            "REVERSE": way == "reverse",
-            "DENSE": dense,
-            "HAS_OUTPUT": True,
-            "ACTIVATION": activation,
-            "TP": T,
-            "NP": _power_of_two(N if dense else N // 2),
-            "M": launch.rows,
-            "PRECISION": product,
-            "CARRY_PRECISION": carry,
-        },
-        "options": launch.options(kind),
-        "tensor_cores": True,
-        "work": {
-            "bytes": elements * size * (2 + N / T * trains + keeps_before) + operators,
-            "flops": elements * ((0 if dense else 4 * N / T) + (30 if activates else 0)),  # 30 or so
-            "tensor_flops": elements * rows * ((2 * T + 4 * N) * products + carried),
-            "tensor_dtype": "bf16",
-        },
-    }
-
-
-def _gram_case(kind, dtype):
-    name, size, products = _TYPES[dtype]
-    (launch,) = gram_configurations(kind, dtype)
-    N, T, elements = 64, longest_chunk(dtype, 64, False), _B * _L * _H
-    P = gram_block(kind, dtype, T, N)
-    blocks = 1 + N // P
-    return {
-        "name": f"chunk_scan gradients of operators {name}",
-        "kernel": gram_kernel,
-        "arguments": dict.fromkeys(("grad_y", "driven", "u", "starts"), f"*{name}:16")
-        | {"gram": "*fp32:16", "B": "i32", "L": "i32:16", "C": "i32:16", "T": "i32:16", "N": "i32:16", "pad": "i32:16"},
-        "constexprs": {"P": P, "R": launch.rows, "PRECISION": precisions(kind, dtype)[0]},
-        "options": launch.options(kind),
-        "tensor_cores": True,
-        # every operand is read by several programs of a channel, from the cache but for once: they run side by side
-        "work": {
-            "bytes": elements * size * 2 * (1 + N / T) + 4 * _H * (T + N) ** 2,
-            "tensor_flops": blocks**2 * 2 * P * P * elements / T * products,
-            "tensor_dtype": "bf16",
-        },
-    }
-
-
-def _transpose_case():
-    return {
-        "name": "chunk_scan transpose bf16",
-        "kernel": transpose_kernel,
-        "arguments": {"x": "*bf16:16", "y": "*bf16:16", "rows": "i32:16", "columns": "i32:16"},
-        "constexprs": {"ROWS": 64, "COLUMNS": 64},
-        "options": {"num_warps": 4, "num_stages": 1},
-        "work": {"bytes": 4 * _B * _L * _H},
-    }
+FUSED = Implementation(forward, backward)
 
 
 # ---- the self-check
@@ -684,10 +572,10 @@ def _case(device, dtype, dense, N, tolerance, bare, number, H=2, B=15, chunks=18
     keep = torch.ones(B, chunks, dtype=torch.bool, device=device)
     keep[1, 2] = keep[3, 0] = False
 
-    def run(scan_function, cast):
+    def run(implementation, cast):
         inputs = [cast(x).requires_grad_() for x in (u, *operators, *([] if bare else [state]))]
-        rest = [None, None, True, "gelu"] if bare else [inputs[5], keep]
-        y, final = scan_function(inputs[0], ChunkOperators(*inputs[1:5]), *rest)
+        rest = [None, Wanted(activation="gelu")] if bare else [inputs[5], Wanted(keep)]
+        y, final = differentiable(implementation, inputs[0], ChunkOperators(*inputs[1:5]), *rest)
         gradients = torch.autograd.grad([y, final], inputs, [cast(grad_y).to(y.dtype), cast(grad_state)])
         return [y.detach(), final.detach(), *gradients]
 
@@ -698,11 +586,11 @@ def _case(device, dtype, dense, N, tolerance, bare, number, H=2, B=15, chunks=18
 
     def run_kernel():
         with numbered_configuration(number):
-            return run(fused_chunk_scan, lambda x: x.detach().clone())
+            return run(FUSED, lambda x: x.detach().clone())
 
     return Case(
         label,
         run_kernel,
-        lambda: run(plain_chunk_scan, lambda x: x.detach().double()),
+        lambda: run(PLAIN, lambda x: x.detach().double()),
         tolerance,
     )

@@ -19,8 +19,9 @@ from functools import partial
 import torch
 
 from .activations import ACTIVATIONS
-from .kernels_s4 import Case, on_device, qualified
-from .ops import mimo_step, siso_step
+from .discrete import DiscreteDiagonal, DiscreteDPLR, DiscreteMIMO
+from .kernel_launch import on_device, qualified
+from .kernels_s4 import Case
 
 try:
     import triton
@@ -321,7 +322,7 @@ def _(u, state, Lambda, weight_in, weight_out, skip, activation):
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
-# ---- what the registry and the compiler of the bench ask for
+# ---- what the registry asks for
 
 
 def self_check_cases(device: torch.device) -> list[Case]:
@@ -340,101 +341,42 @@ def self_check_cases(device: torch.device) -> list[Case]:
             outputs.append(y.float())
         return [*outputs, state.float()]
 
-    cases = []
-    for name, shape, dtype, tolerance in (
-        ("S4D", (2, 2, 13, 34), torch.float32, 1e-5),
-        ("S4", (5, 33, 5, 64), torch.float32, 1e-5),
-        ("S4 of rank 2", (7, 2, 13, 64), torch.bfloat16, 1e-2),
-        ("S4 of many states", (5, 2, 3, 300), torch.float16, 1e-2),
-        ("S5", (None, 2, 45, 70), torch.float32, 1e-5),
-        ("S5, a batch", (None, 19, 45, 70), torch.bfloat16, 1e-2),
-    ):
-        K, B, H, N = shape
-        inputs, skip = normal(2, B, H).to(dtype), normal(H)
-        if K:
-            system = (normal(K, H, N) / N**0.5,)
-            state, kernel, twin = normal(B, H, N), siso_step_, siso_step
-        else:
-            system = (normal(N) / 2, normal(N, H) / H**0.5, normal(H, N) / N**0.5)
-            state, kernel, twin = normal(B, 1, N), mimo_step_, mimo_step
+    def siso(rank, B, H, N):
+        """A system with its state: diagonal for rank 0."""
+        E, C_row, B_bar = (normal(H, N) / N**0.5 for _ in range(3))
+        if not rank:
+            log = C_re = normal(H, N // 2)  # what a step does not read
+            return DiscreteDiagonal(log, log, C_re, C_re, E, C_row), normal(B, H, N)
+        return DiscreteDPLR(E, *(normal(H, N, rank) / N**0.5 for _ in range(2)), B_bar, C_row), normal(B, H, N)
 
-        def by_kernel(u, state, kernel=kernel, system=system, skip=skip):
-            return kernel(u, state, *system, skip, "gelu"), state
+    def mimo(B, H, P):
+        log = normal(P // 2)
+        return DiscreteMIMO(log, log, normal(P) / 2, normal(H, P) / H**0.5, normal(P, H) / P**0.5), normal(B, 1, P)
 
-        def by_twin(u, state, twin=twin, system=system, skip=skip):
-            y, state = twin(u, state, *(x.double() for x in system), skip.double())
-            return ACTIVATIONS["gelu"].function(y), state
+    def case(name, kernel, system, state, dtype, tolerance):
+        B, H = len(state), 45 if kernel is mimo_step_ else state.shape[1]
+        inputs, skip, coefficients = normal(2, B, H).to(dtype), normal(H), system.coefficients()
+        exact, exact_skip = type(system)(*(x.double() for x in system)), skip.double()
 
-        cases.append(
-            Case(
-                f"{name}, {dtype}",
-                partial(run, by_kernel, inputs, state, dtype),
-                partial(run, by_twin, inputs, state.double(), torch.float64),
-                tolerance,
-            )
+        def by_kernel(u, state):
+            return kernel(u, state, *coefficients, skip, "gelu"), state
+
+        def by_twin(u, state):
+            y, state = exact.step(u, state)
+            return ACTIVATIONS["gelu"].function(y + exact_skip * u), state
+
+        return Case(
+            f"{name}, {dtype}",
+            partial(run, by_kernel, inputs, state, dtype),
+            partial(run, by_twin, inputs, state.double(), torch.float64),
+            tolerance,
         )
-    return cases
 
-
-def compile_cases(arch: str) -> list[dict]:
-    """The configurations that are shipped for `arch`, for ssm_lm.bench.compile; all of them on every GPU. The work is
-    that of a token of 1024 channels, N = 64, for as many rows as the name says.
-    """
-    H, N = 1024, 64
-    f32, aligned = "*fp32:16", "i32:16"
-    cases = []
-    for K, name in ((2, "diagonal"), (5, "rank 1"), (7, "rank 2")):
-        for B in (1, 1024) if K == 5 else (1024,):
-            blocks = siso_blocks(B, N)
-            cases.append(
-                {
-                    "name": f"siso_step {name} N={N} B={B}",
-                    "kernel": siso_step_kernel,
-                    "arguments": {
-                        **{"u": "*bf16:16", "state": f32, "coefficients": f32, "skip": f32, "y": "*bf16:16"},
-                        **{"B": "i32", "H": aligned},
-                    },
-                    "constexprs": {
-                        **{"HALF": N // 2, "RANK": (K - 2) // 2, "ACTIVATION": "gelu"},
-                        **{key: value for key, value in blocks.items() if key.isupper()},
-                    },
-                    "options": {key: value for key, value in blocks.items() if key.islower()},
-                    "work": {
-                        "tokens": B,
-                        "bytes": 4 * H * (K * N + 1) + B * H * (8 * N + 4),
-                        "flops": B * H * N * (6 + 4 * (K - 2) // 2),
-                    },
-                }
-            )
-    for B in (1, 64):
-        drive, read = mimo_blocks(B)
-        sizes = {"B": "i32", "H": aligned}
-        for name, kernel, blocks, arguments, constexprs, moved in (
-            (
-                "drive",
-                mimo_drive_kernel,
-                drive,
-                {"u": "*bf16:16", "state": f32, "Lambda": f32, "weight": f32, **sizes, "HALF": aligned},
-                {},
-                4 * N * (H + 1) + B * (2 * H + 8 * N),
-            ),
-            (
-                "read",
-                mimo_read_kernel,
-                read,
-                {"state": f32, "weight": f32, "u": "*bf16:16", "skip": f32, "y": "*bf16:16", **sizes, "P": aligned},
-                {"ACTIVATION": "gelu"},
-                4 * H * (N + 1) + B * (4 * H + 4 * N),
-            ),
-        ):
-            cases.append(
-                {
-                    "name": f"mimo_step {name} N={N} B={B}",
-                    "kernel": kernel,
-                    "arguments": arguments,
-                    "constexprs": {**constexprs, **{key: value for key, value in blocks.items() if key.isupper()}},
-                    "options": {key: value for key, value in blocks.items() if key.islower()},
-                    "work": {"tokens": B, "bytes": moved, "flops": 2 * B * H * N},
-                }
-            )
-    return cases
+    return [
+        case("S4D", siso_step_, *siso(0, 2, 13, 34), torch.float32, 1e-5),
+        case("S4", siso_step_, *siso(1, 33, 5, 64), torch.float32, 1e-5),
+        case("S4 of rank 2", siso_step_, *siso(2, 2, 13, 64), torch.bfloat16, 1e-2),
+        case("S4 of many states", siso_step_, *siso(1, 2, 3, 300), torch.float16, 1e-2),
+        case("S5", mimo_step_, *mimo(2, 45, 70), torch.float32, 1e-5),
+        case("S5, a batch", mimo_step_, *mimo(19, 45, 70), torch.bfloat16, 1e-2),
+    ]

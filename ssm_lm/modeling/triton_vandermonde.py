@@ -1,5 +1,5 @@
 """The kernel of a diagonal system on a GPU, out[h, l] = 2 Re sum_n v w^l with w = exp(log w), forward and backward; the
-twin is `vandermonde_twin` in ops.py.
+twin is vandermonde.py.
 
 A tile holds ROWS x COLUMNS taps, l = first + row COLUMNS + column, and w^l = w^(first + row COLUMNS) w^column, so that
 it takes ROWS + COLUMNS powers of a pole and one matrix product. The powers are made where they are used: no tensor of
@@ -14,8 +14,9 @@ import math
 
 import torch
 
-from .kernels_s4 import Case, on_device, qualified
-from .ops import vandermonde_twin
+from .kernel_launch import on_device, qualified
+from .kernels_s4 import Case
+from .vandermonde import vandermonde
 
 try:
     import triton
@@ -210,7 +211,7 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def vandermonde_kernel(v_re, v_im, log_re, log_im, length: int) -> torch.Tensor:
-    """`vandermonde` of ops.py for a float32 v."""
+    """`vandermonde` of vandermonde.py for a float32 v."""
     return _forward(v_re, v_im, log_re, log_im, length)
 
 
@@ -242,46 +243,7 @@ def self_check_cases(device: torch.device) -> list[Case]:
         Case(
             "length 9001",
             lambda: run(vandermonde_kernel, torch.float32),
-            lambda: run(vandermonde_twin, torch.float64),
+            lambda: run(vandermonde, torch.float64),
             1e-4,
         )
-    ]
-
-
-def compile_cases(target: str) -> list[dict]:
-    """The configurations that are shipped for `target`, for ssm_lm.bench.compile."""
-    H, half, L = 1024, 32, 8192  # of the roofline's shape
-
-    def shipped(rows, columns, warps):
-        # a tile of rows * columns taps takes rows + columns powers of a pole, 40 operations each
-        return {
-            "constexprs": {"ROWS": rows, "COLUMNS": columns, "BLOCK": BLOCK_N},
-            "options": {"num_warps": warps, "num_stages": 1},
-        }, 40 * (rows + columns) / (rows * columns)
-
-    forward, forward_powers = shipped(*FORWARD)
-    backward, backward_powers = shipped(*BACKWARD)
-    coefficients = {"log_re": "*fp32:16", "phase": "*i64:16"}
-    values = dict.fromkeys(("v_re", "v_im"), "*fp32:16")
-    return [
-        forward
-        | {
-            "name": "vandermonde_forward",
-            "kernel": vandermonde_forward_kernel,
-            "arguments": values | coefficients | {"out": "*fp32:16", "L": "i32:16", "HALF": "i32:16"},
-            "work": {"bytes": 4 * H * L + 20 * H * half, "flops": int(H * L * half * (4 + forward_powers))},
-        },
-        backward
-        | {
-            "name": "vandermonde_backward",
-            "kernel": vandermonde_backward_kernel,
-            "arguments": {"grad": "*fp32:16", "sums": "*fp32:16"}
-            | coefficients
-            | {"L": "i32:16", "H": "i32:16", "HALF": "i32:16", "splits": "i32"},
-            # every block of poles reads the gradient
-            "work": {
-                "bytes": 4 * H * L * half // BLOCK_N + 28 * H * half,
-                "flops": int(H * L * half * (8 + backward_powers)),
-            },
-        },
     ]

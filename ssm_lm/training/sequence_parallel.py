@@ -103,6 +103,7 @@ def _forward_of(parallel: SequenceParallel):
             # nothing but u is kept of this scan: its states at the chunks' starts would be as large as u
             left = checkpoint(layer.advance, u, zero, use_reentrant=False, preserve_rng_state=False)
             initial_state = parallel.start_state(layer, left, u.shape[1])
+            options.pop("execution", None)  # it was decided without that state
         return plain(layer, u, mode, initial_state, output_final_state, **options)
 
     return forward

@@ -11,7 +11,7 @@ import torch
 from ssm_lm.bench import timing
 from ssm_lm.bench.timing import measure, rows
 from ssm_lm.cli import main
-from ssm_lm.modeling import kernels_s4
+from ssm_lm.modeling import ops
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -93,7 +93,7 @@ def test_times():
 
 def test_kernels_that_do_not_run_are_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernels_s4, "kernel_status", lambda: {"step": "PyTorch: its self-check failed"})
+    monkeypatch.setattr(ops, "kernel_status", lambda: {"step": "PyTorch: its self-check failed"})
     assert main(["bench", "kernels"]) == 2
     assert "step does not run in its kernel" in capsys.readouterr().err
     monkeypatch.setenv("SSM_LM_KERNELS", "torch")

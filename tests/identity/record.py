@@ -109,7 +109,11 @@ def observe(run: Path) -> dict[str, str]:
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     curve = [[e.get(key) for key in ("step", "loss", "grad_norm", "learning_rate", "eval_loss")] for e in history]
     weights = load_file(run / "model.safetensors")
-    checkpoint = sorted(str(file.relative_to(run)) for file in (run / "checkpoint-10").rglob("*") if file.is_file())
+    checkpoint = sorted(
+        str(file.relative_to(run))
+        for file in (run / "checkpoint-10").rglob("*")
+        if file.is_file() and file.suffix != ".py"
+    )
     model = S4ForCausalLM.from_pretrained(run).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 20, (2, 37), generator=generator)

@@ -80,7 +80,8 @@ def broken(names: list[str]):
 def operation(name):
     """The same of an operation: every kernel that it ships, launched by its self-check."""
     module = importlib.import_module(f"ssm_lm.modeling.triton_{name}")
-    shipped = [case["kernel"] for arch in ("sm_90", "gfx942") for case in module.compile_cases(arch)]
+    listed = importlib.import_module(f"ssm_lm.bench.shipped.{name}")
+    shipped = [case["kernel"] for arch in ("sm_90", "gfx942") for case in listed.compile_cases(arch)]
     names = [name for name, value in vars(module).items() if any(value is kernel for kernel in shipped)]
     return module, names, [case.kernel for case in module.self_check_cases(torch.device("cpu"))]
 

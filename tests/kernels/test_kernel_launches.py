@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ssm_lm.bench import compile
+from ssm_lm.modeling.ops import ChunkOperators, chunk_scan
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -16,7 +17,7 @@ if importlib.util.find_spec("triton") is None:
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-MODULES = compile.kernel_modules()
+MODULES = [f"triton_{name}" for name in compile.kernel_names()]
 
 
 class Driver:
@@ -108,8 +109,8 @@ def test_smallest_sizes(launched, name, target):
             for H, T, N in ((1, 2, 2), (16, 16, 64)):
                 u = torch.ones(1, T - 1, H, dtype=dtype, requires_grad=True)
                 for carry in (torch.ones(H, N), torch.ones(H, N, N)):
-                    operators = module.ChunkOperators(torch.ones(H, T), torch.ones(H, T, N), torch.ones(H, N, T), carry)
-                    module.fused_chunk_scan(u, operators)[0].sum().backward()
+                    operators = ChunkOperators(torch.ones(H, T), torch.ones(H, T, N), torch.ones(H, N, T), carry)
+                    chunk_scan(u, operators, run_kernel=True)[0].sum().backward()
     elif name == "s5_scan":
         for half in (1, 32):
             u = torch.ones(1, 1, 2 * half, requires_grad=True)

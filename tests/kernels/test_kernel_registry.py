@@ -10,9 +10,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from ssm_lm import S4Config
-from ssm_lm.modeling import kernels_s4
-from ssm_lm.modeling.chunked import runs_in_kernel
-from ssm_lm.modeling.kernels_s4 import Case, family, kernel_status, self_check, tuned, use_kernel
+from ssm_lm.modeling import kernel_launch, kernels_s4
+from ssm_lm.modeling.kernel_launch import family, tuned
+from ssm_lm.modeling.kernels_s4 import Case, self_check
+from ssm_lm.modeling.ops import kernel_status, use_kernel
 
 CPU = torch.zeros(2)
 
@@ -20,8 +21,8 @@ CPU = torch.zeros(2)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """A registry that has seen nothing."""
-    for name in ("_causes", "_errors", "_tuned"):
-        monkeypatch.setattr(kernels_s4, name, {})
+    for module, name in ((kernels_s4, "_causes"), (kernels_s4, "_errors"), (kernel_launch, "_tuned")):
+        monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(kernels_s4, "_warned", set())
     monkeypatch.delenv("SSM_LM_KERNELS", raising=False)
 
@@ -68,14 +69,15 @@ def test_every_problem_is_checked_once(gpu):
 
 @pytest.mark.parametrize(("ssm", "dense"), [("s4", True), ("s4d", False)])
 def test_a_layer_names_its_problem(gpu, monkeypatch, ssm, dense):
-    """As the scan itself does, which chooses with the operators at hand: otherwise two checks would run."""
+    """What its machine code depends on, so that just that is checked."""
     from ssm_lm.modeling import ssm as layers
 
     _, asked = gpu
     monkeypatch.setattr(kernels_s4, "_name", lambda device: "cuda:0")
     layer = getattr(layers, ssm.upper())(hidden_size=2, state_size=6)
-    assert layer._in_kernel(torch.zeros(1, 8, 2))
-    assert runs_in_kernel(torch.zeros(1, 8, 2), layer.operators(8))
+    execution = layer.decide(torch.zeros(1, 8, 2))
+    assert execution.kernel
+    assert execution.mode == "chunk"
     assert asked == [("chunk_scan", "cuda:0", torch.float32, 6, dense)]
 
 
@@ -117,7 +119,7 @@ def test_tensors_on_several_devices():
 
 def test_status(monkeypatch):
     lines = kernel_status()
-    assert set(lines) == set(kernels_s4.KERNELS)
+    assert set(lines) == set(kernels_s4.OPERATIONS)
     assert all(line.startswith("PyTorch: ") and "\n" not in line for line in lines.values())
     monkeypatch.setenv("SSM_LM_KERNELS", "torch")
     assert set(kernel_status().values()) == {"PyTorch: SSM_LM_KERNELS=torch"}
@@ -181,7 +183,7 @@ def test_families(architecture, expected):
 def tuner(monkeypatch, tmp_path):
     """tune(times) -> the choice, on a GPU on which configuration i takes times[i]; tune.launches counts."""
     file = tmp_path / "kernels" / "card.json"
-    monkeypatch.setattr(kernels_s4, "_tuning_file", lambda device: file)
+    monkeypatch.setattr(kernel_launch, "_tuning_file", lambda device: file)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for name in ("LOCAL_RANK", "SSM_LM_KERNEL_TUNING"):
         monkeypatch.delenv(name, raising=False)
@@ -191,7 +193,7 @@ def tuner(monkeypatch, tmp_path):
             tune.launches += 1
             return times[configuration]
 
-        monkeypatch.setattr(kernels_s4, "_seconds", seconds)
+        monkeypatch.setattr(kernel_launch, "_seconds", seconds)
         return tuned(op, problem, list(times), lambda configuration: None, torch.device("cuda"))
 
     tune.launches, tune.file = 0, file
@@ -201,7 +203,7 @@ def tuner(monkeypatch, tmp_path):
 def test_the_fastest_is_measured_once_and_kept(tuner, monkeypatch):
     assert tuner({"a": 2, "b": 1}) == "b"
     assert tuner({"a": 1, "b": 2}) == "b"  # of the process
-    monkeypatch.setattr(kernels_s4, "_tuned", {})
+    monkeypatch.setattr(kernel_launch, "_tuned", {})
     assert tuner({"a": 1, "b": 2}) == "b"  # of the file
     assert tuner.launches == 2
     assert json.loads(tuner.file.read_text()) == {"chunk_scan N64": "'b'"}
@@ -218,7 +220,7 @@ def test_default_without_tuning(tuner, monkeypatch):
     assert tuner.launches == 0
     tuner.file.parent.mkdir()
     tuner.file.write_text(json.dumps({"chunk_scan N64": "'b'"}))
-    monkeypatch.setattr(kernels_s4, "_tuned", {})
+    monkeypatch.setattr(kernel_launch, "_tuned", {})
     assert tuner({"a": 2, "b": 1}) == "b"  # what another process has written
 
 
@@ -250,7 +252,9 @@ def test_writers_at_the_same_time(tmp_path):
     reader = threading.Thread(target=read)
     reader.start()
     entries = {f"op {i}": "x" * 50 for i in range(500)}
-    writers = [threading.Thread(target=lambda: [kernels_s4._write(file, entries) for _ in range(20)]) for _ in range(3)]
+    writers = [
+        threading.Thread(target=lambda: [kernel_launch._write(file, entries) for _ in range(20)]) for _ in range(3)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ssm_lm.modeling.kernels_s4 import KERNELS
+from ssm_lm.bench.compile import kernel_names
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +86,7 @@ def run(preparation: str) -> dict:
 def test_without_triton(preparation):
     report = run(preparation)
     assert report["torch"]["triton"] is None
-    assert set(report["kernels"]) == set(KERNELS)
+    assert set(report["kernels"]) == set(kernel_names())
     for line in report["kernels"].values():
         assert line.startswith("PyTorch: Triton cannot be imported")
         assert "No module named 'triton'" in line
@@ -97,7 +97,7 @@ def test_without_a_driver():
     pytest.importorskip("triton")
     report = run("")
     assert "no driver" in report["torch"]["triton"]
-    assert set(report["kernels"]) == set(KERNELS)
+    assert set(report["kernels"]) == set(kernel_names())
     for line in report["kernels"].values():
         assert line.startswith("PyTorch: there is no GPU")
     assert report["self-check"]["passed"]
@@ -111,5 +111,5 @@ def test_doctor_prints_a_line_for_every_kernel():
         text=True,
         check=True,
     )
-    for op in KERNELS:
+    for op in kernel_names():
         assert any(op in line and "PyTorch: SSM_LM_KERNELS=torch" in line for line in result.stdout.splitlines()), op

@@ -3,14 +3,16 @@
 import copy
 import gc
 import pickle
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
 from ssm_lm import S4Config, S4ForCausalLM
+from ssm_lm.modeling import execution
 from ssm_lm.modeling.cache_s4 import S4CacheLayer
-from ssm_lm.modeling.state_space import Memo
+from ssm_lm.modeling.single_steps import Memo
 
 VOCAB = 61
 KINDS = [("s4", "s4"), ("s4", "s4-ffn"), ("s4d", "s4"), ("s4d", "s4-ffn"), ("s5", "s4"), ("s5", "s4-ffn")]
@@ -47,12 +49,8 @@ def states(cache):
 def from_scratch(model, ids, **inputs):
     """The states after ids in one forward, by the chunk scan."""
     cache = DynamicCache(config=model.config)
-    mixers = [module for module in model.modules() if hasattr(module, "few_tokens")]
-    for mixer in mixers:
-        mixer.few_tokens = 1
-    model(ids, past_key_values=cache, **inputs)
-    for mixer in mixers:
-        del mixer.few_tokens
+    with patch.object(execution, "FEW_TOKENS", 1):
+        model(ids, past_key_values=cache, **inputs)
     return cache
 
 

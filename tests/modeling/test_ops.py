@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from ssm_lm.modeling import chunked, ops
+from ssm_lm.modeling import cauchy, chunked, ops
 from ssm_lm.modeling.ops import ChunkOperators
 
 
@@ -141,7 +141,7 @@ def materialised_cauchy(v_re, v_im, nodes, Lambda_re, Lambda_im):
 
 @pytest.mark.parametrize("block_elements", [1, 40, 1 << 20])
 def test_cauchy_equals_the_materialised_sum(block_elements, monkeypatch):
-    monkeypatch.setitem(ops.CAUCHY_BLOCK_ELEMENTS, "cpu", block_elements)
+    monkeypatch.setitem(cauchy.CAUCHY_BLOCK_ELEMENTS, "cpu", block_elements)
     torch.manual_seed(0)
     inputs = (random(3, 4, 5), random(3, 4, 5), random(17), -torch.rand(3, 5, dtype=torch.float64), random(3, 5))
     torch.testing.assert_close(torch.complex(*ops.cauchy(*inputs)), materialised_cauchy(*inputs))
@@ -149,7 +149,7 @@ def test_cauchy_equals_the_materialised_sum(block_elements, monkeypatch):
 
 @pytest.mark.parametrize("block_elements", [1, 1 << 20])
 def test_cauchy_gradients(block_elements, monkeypatch):
-    monkeypatch.setitem(ops.CAUCHY_BLOCK_ELEMENTS, "cpu", block_elements)
+    monkeypatch.setitem(cauchy.CAUCHY_BLOCK_ELEMENTS, "cpu", block_elements)
     torch.manual_seed(0)
     Lambda_re = (-torch.rand(2, 3, dtype=torch.float64) - 0.1).requires_grad_()
     inputs = (random(2, 2, 3, grad=True), random(2, 2, 3, grad=True), random(5), Lambda_re, random(2, 3, grad=True))

@@ -11,8 +11,7 @@ from kernel_checks import assert_close, compare_with_twin, gapped
 
 from ssm_lm.modeling import kernels_s4, triton_chunk_scan
 from ssm_lm.modeling.activations import ACTIVATIONS
-from ssm_lm.modeling.chunked import ChunkOperators, chunk_scan, plain_chunk_scan
-from ssm_lm.modeling.triton_chunk_scan import fused_chunk_scan
+from ssm_lm.modeling.ops import ChunkOperators, chunk_scan
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -33,13 +32,14 @@ def problem(B, L, H, N, T, dense, dtype=torch.float32, state=False, resets=False
 
 
 def kernel(u, taps, emit, inject, carry, state, keep, has_output=True, activation="identity"):
-    return fused_chunk_scan(u, ChunkOperators(taps, emit, inject, carry), state, keep, has_output, activation)
+    operators = ChunkOperators(taps, emit, inject, carry)
+    return chunk_scan(u, operators, state, keep, has_output=has_output, activation=activation, run_kernel=True)
 
 
 def twin(u, taps, emit, inject, carry, state, keep, has_output=True):
     padding = -u.shape[1] % taps.shape[-1]  # zeros before the first token change nothing in a zero state
     u = F.pad(u, (0, 0, padding, 0))
-    y, final = plain_chunk_scan(u, ChunkOperators(taps, emit, inject, carry), state, keep, has_output)
+    y, final = chunk_scan(u, ChunkOperators(taps, emit, inject, carry), state, keep, has_output=has_output)
     return y[:, padding:] if has_output else None, final
 
 
@@ -124,7 +124,7 @@ def test_activation(activation, dtype):
     plain = problem(2, 32, 2, 6, 16, False, dtype, state=True, resets=True)
     compare_with_twin(
         lambda *x: kernel(*x, activation=activation)[0],
-        lambda u, *x: plain_chunk_scan(u, ChunkOperators(*x[:4]), *x[4:], activation=activation)[0],
+        lambda u, *x: chunk_scan(u, ChunkOperators(*x[:4]), *x[4:], activation=activation)[0],
         plain,
         TOLERANCE[dtype],
     )
@@ -148,16 +148,18 @@ def test_output_is_a_view_of_rows_and_rows_are_not_copied():
     torch.testing.assert_close(triton_chunk_scan.from_rows(rows), y.contiguous(), rtol=0, atol=0)
 
 
-def test_operators_made_again_in_the_backward(monkeypatch):
-    monkeypatch.setenv("SSM_LM_KERNELS", "triton")
+def test_operators_made_again_in_the_backward():
     u, *operators, state, _ = problem(2, 32, 2, 6, 16, True, state=True)
 
     def run(scan):
         y, final = scan()
         return [y, final, *torch.autograd.grad([y.square().sum() + final.sum()], [u, *operators, state])]
 
-    made = run(lambda: chunk_scan(u, lambda *x: ChunkOperators(*(2 * o for o in x)), state, None, tuple(operators)))
-    given = run(lambda: plain_chunk_scan(u, ChunkOperators(*(2 * o for o in operators)), state))
+    def make(*leaves):
+        return ChunkOperators(*(2 * x for x in leaves))
+
+    made = run(lambda: chunk_scan(u, make, state, None, tuple(operators), run_kernel=True))
+    given = run(lambda: chunk_scan(u, make(*operators), state))
     for ours, expected in zip(made, given, strict=True):
         assert_close(ours, expected, 1e-5)
 

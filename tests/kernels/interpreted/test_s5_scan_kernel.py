@@ -10,7 +10,7 @@ from torch.library import opcheck
 from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling import triton_s5_scan
 from ssm_lm.modeling.kernels_s4 import self_check
-from ssm_lm.modeling.ops import complex_scan
+from ssm_lm.modeling.prefix_scans import complex_scan
 from ssm_lm.modeling.ssm import S5
 from ssm_lm.modeling.triton_s5_scan import s5_scan, s5_scan_backward, self_check_cases
 

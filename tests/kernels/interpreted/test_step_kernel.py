@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 
 from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling.activations import ACTIVATIONS
+from ssm_lm.modeling.discrete import DiscreteDiagonal, DiscreteDPLR, DiscreteMIMO
 from ssm_lm.modeling.kernels_s4 import self_check
-from ssm_lm.modeling.ops import mimo_step, siso_step
+from ssm_lm.modeling.single_steps import Memo
 from ssm_lm.modeling.ssm import S4, S4D, S5
-from ssm_lm.modeling.state_space import Memo
 from ssm_lm.modeling.triton_step import mimo_step_, self_check_cases, siso_step_
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -28,6 +28,23 @@ def mimo(B, H, P, dtype=torch.float32):
     """u, state, Lambda, weight_in, weight_out, skip"""
     weights = torch.randn(P, H) / H**0.5, torch.randn(H, P) / P**0.5
     return torch.randn(B, H).to(dtype), torch.randn(B, 1, P), torch.randn(P), *weights, torch.randn(H)
+
+
+def siso_step(u, state, coefficients, skip):
+    """The twin, of the discrete system that has these coefficients."""
+    E, C_row, *others = coefficients
+    if others:
+        B_bar, *pairs = others
+        system = DiscreteDPLR(E, torch.stack(pairs[::2], -1), torch.stack(pairs[1::2], -1), B_bar, C_row)
+    else:
+        system = DiscreteDiagonal(None, None, None, None, E, C_row)
+    y, state = system.step(u, state)
+    return y + skip * u, state
+
+
+def mimo_step(u, state, Lambda, weight_in, weight_out, skip):
+    y, state = DiscreteMIMO(None, None, Lambda, weight_in.T, weight_out.T).step(u, state)
+    return y + skip * u, state
 
 
 def compare(kernel, twin, inputs, activation="gelu"):

@@ -8,16 +8,16 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_close, compare_with_twin, gapped
 
-from ssm_lm.modeling.ops import vandermonde_twin
 from ssm_lm.modeling.ssm import S4D
 from ssm_lm.modeling.triton_vandermonde import _backward, _forward, example, vandermonde_kernel
+from ssm_lm.modeling.vandermonde import vandermonde
 
 TOLERANCE = 1e-5
 
 
 def check(inputs, length):
     inputs = [x.requires_grad_() for x in inputs]
-    compare_with_twin(vandermonde_kernel, vandermonde_twin, [*inputs, length], TOLERANCE)
+    compare_with_twin(vandermonde_kernel, vandermonde, [*inputs, length], TOLERANCE)
 
 
 @pytest.mark.parametrize(("H", "N", "length"), [(2, 64, 301), (3, 10, 1), (1, 2, 9001), (2, 34, 64)])
@@ -41,9 +41,7 @@ def test_phases_of_a_long_sequence():
 def test_strides():
     check([gapped(x) for x in example(3, 10)], 65)
     v_re, v_im, log_re, log_im = example(3, 10)
-    compare_with_twin(
-        vandermonde_kernel, vandermonde_twin, [v_re[:, :1].expand(3, 5), v_im, log_re, log_im, 65], TOLERANCE
-    )
+    compare_with_twin(vandermonde_kernel, vandermonde, [v_re[:, :1].expand(3, 5), v_im, log_re, log_im, 65], TOLERANCE)
 
 
 def test_empty():

@@ -1,0 +1,125 @@
+"""The configurations of the chunk scan that are shipped, with what one launch of each moves and computes."""
+
+import torch
+
+from ...modeling.kernel_launch import family
+from ...modeling.kernel_limits import largest_state, longest_chunk
+from ...modeling.triton_chunk_scan import (
+    gram_block,
+    gram_configurations,
+    gram_kernel,
+    power_of_two,
+    precisions,
+    scan_configurations,
+    scan_kernel,
+    transpose_kernel,
+)
+
+
+def compile_cases(target: str) -> list[dict]:
+    """The configurations that are shipped for `target`."""
+    kind = family(target)
+    cases = [_transpose_case()]
+    for dtype in (torch.bfloat16, torch.float32):
+        cases.append(_gram_case(kind, dtype))
+        for dense in (False, True):
+            default, *others = scan_configurations(kind, dtype, 64, dense)
+            for way, activation in _WAYS:
+                cases.append(_scan_case(kind, dtype, dense, 64, default, way, activation))
+            cases += [_scan_case(kind, dtype, dense, 64, other, "training") for other in others]
+            if largest_state(target, dense) > 64:
+                for large in scan_configurations(kind, dtype, 128, dense):
+                    for way, activation in _WAYS[-2:]:
+                        cases.append(_scan_case(kind, dtype, dense, 128, large, way, activation))
+    return cases
+
+
+_WAYS = (
+    ("forward", "identity"),
+    ("training", "identity"),
+    ("forward", "gelu"),
+    ("training", "gelu"),
+    ("reverse", "identity"),
+)
+
+# of the roofline: B rows of L tokens, H channels, and what a number takes in memory and on tensor cores
+_B, _L, _H = 8, 8192, 1024
+_TYPES = {torch.bfloat16: ("bf16", 2, 1), torch.float32: ("fp32", 4, 6)}
+
+
+def _scan_case(kind, dtype, dense, N, launch, way, activation="identity"):
+    """forward: no gradient needed; training: what the backward reads is saved; reverse: the backward's scan."""
+    name, size, products = _TYPES[dtype]
+    T, elements, activates = longest_chunk(dtype, N, dense), _B * _L * _H, activation != "identity"
+    trains, keeps_before = way != "forward", way == "training" and activates
+    operators = 4 * _H * (T + 2 * T * N + (N * N if dense else N))
+    rows = -(-_B // launch.rows) * launch.rows / _B  # with the empty ones
+    carried = 2 * N * N / T * (3 if dtype == torch.bfloat16 else 6) if dense else 0
+    product, carry = precisions(kind, dtype)
+    pointers = dict.fromkeys(("x", "y"), f"*{name}:16") | dict.fromkeys(
+        ("taps", "emit", "inject", "carry", "last"), "*fp32:16"
+    )
+    pointers |= {"first": "*fp32:16", "states": f"*{name}:16", "keep": "*u8:16"} if trains else {}
+    pointers |= {"before": f"*{name}:16"} if keeps_before else {}
+    sizes = {"B": "i32", "H": "i32:16", "L": "i32:16", "C": "i32:16", "T": "i32:16", "N": "i32:16", "pad": "i32:16"}
+    return {
+        "name": f"chunk_scan {way} {f'{activation} ' if activates else ''}{'dense' if dense else 'diagonal'} {name} "
+        f"N={N} w{launch.num_warps}s{launch.num_stages}",
+        "kernel": scan_kernel,
+        "arguments": pointers | sizes,
+        "constexprs": ({} if trains else {"first": None, "states": None, "keep": None})
+        | ({} if keeps_before else {"before": None})
+        | {
+            "REVERSE": way == "reverse",
+            "DENSE": dense,
+            "HAS_OUTPUT": True,
+            "ACTIVATION": activation,
+            "TP": T,
+            "NP": power_of_two(N if dense else N // 2),
+            "M": launch.rows,
+            "PRECISION": product,
+            "CARRY_PRECISION": carry,
+        },
+        "options": launch.options(kind),
+        "tensor_cores": True,
+        "work": {
+            "bytes": elements * size * (2 + N / T * trains + keeps_before) + operators,
+            "flops": elements * ((0 if dense else 4 * N / T) + (30 if activates else 0)),  # 30 or so
+            "tensor_flops": elements * rows * ((2 * T + 4 * N) * products + carried),
+            "tensor_dtype": "bf16",
+        },
+    }
+
+
+def _gram_case(kind, dtype):
+    name, size, products = _TYPES[dtype]
+    (launch,) = gram_configurations(kind, dtype)
+    N, T, elements = 64, longest_chunk(dtype, 64, False), _B * _L * _H
+    P = gram_block(kind, dtype, T, N)
+    blocks = 1 + N // P
+    return {
+        "name": f"chunk_scan gradients of operators {name}",
+        "kernel": gram_kernel,
+        "arguments": dict.fromkeys(("grad_y", "driven", "u", "starts"), f"*{name}:16")
+        | {"gram": "*fp32:16", "B": "i32", "L": "i32:16", "C": "i32:16", "T": "i32:16", "N": "i32:16", "pad": "i32:16"},
+        "constexprs": {"P": P, "R": launch.rows, "PRECISION": precisions(kind, dtype)[0]},
+        "options": launch.options(kind),
+        "tensor_cores": True,
+        # every operand is read by several programs of a channel, from the cache but for once: they run side by side
+        "work": {
+            "bytes": elements * size * 2 * (1 + N / T) + 4 * _H * (T + N) ** 2,
+            "tensor_flops": blocks**2 * 2 * P * P * elements / T * products,
+            "tensor_dtype": "bf16",
+        },
+    }
+
+
+def _transpose_case():
+    return {
+        "name": "chunk_scan transpose bf16",
+        "kernel": transpose_kernel,
+        "arguments": {"x": "*bf16:16", "y": "*bf16:16", "rows": "i32:16", "columns": "i32:16"},
+        "constexprs": {"ROWS": 64, "COLUMNS": 64},
+        "options": {"num_warps": 4, "num_stages": 1},
+        "work": {"bytes": 4 * _B * _L * _H},
+    }

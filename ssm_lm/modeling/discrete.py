@@ -1,0 +1,90 @@
+"""The discrete systems that the layers come down to, and one token of each in plain PyTorch.
+
+Every class holds what a layer derives from its parameters for single steps, all in real form:
+
+    step(u, state)     y (B, H) without D u, and the next state. It is what runs on a CPU and wherever a gradient is
+                       needed, and what the kernels of triton_step.py are checked against
+    coefficients()     the same system as those kernels read it
+
+Shapes: B batch, H channels, N states a channel; S5 has P states for all channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .real_form import apply_diagonal
+
+
+class DiscreteDPLR(NamedTuple):
+    """S4. The bilinear transform of a diagonal plus low-rank system is one again:
+
+        h_t = (R(E) - F G^T) h_{t-1} + B_bar u_t,   y_t = C_row h_t      R(E): complex product by E, in real form
+
+    E (H, N), B_bar (H, N), C_row (H, N), F and G (H, N, rank). A state is (B, H, N).
+    """
+
+    E: torch.Tensor
+    F: torch.Tensor
+    G: torch.Tensor
+    B_bar: torch.Tensor
+    C_row: torch.Tensor
+
+    def step(self, u: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        low_rank = torch.einsum("hnr,bhr->bhn", self.F, torch.einsum("hnr,bhn->bhr", self.G, state))
+        state = apply_diagonal(self.E, state) - low_rank + self.B_bar * u[..., None]
+        return (state * self.C_row).sum(-1), state
+
+    def coefficients(self) -> tuple[torch.Tensor, ...]:
+        """[E, C_row, B_bar, F_1, G_1, ...], (3 + 2 rank, H, N)."""
+        pairs = [x[..., r] for r in range(self.F.shape[-1]) for x in (self.F, self.G)]
+        return (torch.stack([self.E, self.C_row, self.B_bar, *pairs]),)
+
+
+class DiscreteDiagonal(NamedTuple):
+    """S4D. x_t = Lambda_bar x_{t-1} + u_t,  y_t = 2 Re(CB x_t): B_bar is folded into C, so that u drives the state.
+
+    log_re, log_im: log Lambda_bar, float64; CB_re, CB_im: C B_bar. All (H, N/2).
+    Lambda_bar, row: the same as real vectors (H, N) for one step. A state is (B, H, N).
+    """
+
+    log_re: torch.Tensor
+    log_im: torch.Tensor
+    CB_re: torch.Tensor
+    CB_im: torch.Tensor
+    Lambda_bar: torch.Tensor
+    row: torch.Tensor
+
+    def step(self, u: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        state = apply_diagonal(self.Lambda_bar, state)
+        half = state.shape[-1] // 2
+        state = torch.cat([state[..., :half] + u[..., None], state[..., half:]], -1)
+        return (state * self.row).sum(-1), state
+
+    def coefficients(self) -> tuple[torch.Tensor, ...]:
+        """[Lambda_bar, row], (2, H, N)."""
+        return (torch.stack([self.Lambda_bar, self.row]),)
+
+
+class DiscreteMIMO(NamedTuple):
+    """S5. x_t = Lambda_bar x_{t-1} + u_t B_bar,  y_t = x_t C_row.
+
+    log_re, log_im: log Lambda_bar, float64, (P/2,). Lambda_bar (P,), B_bar (H, P), C_row (P, H). A state is (B, 1, P).
+    """
+
+    log_re: torch.Tensor
+    log_im: torch.Tensor
+    Lambda_bar: torch.Tensor
+    B_bar: torch.Tensor
+    C_row: torch.Tensor
+
+    def step(self, u: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        state = apply_diagonal(self.Lambda_bar, state) + (u @ self.B_bar)[:, None]
+        return state[:, 0] @ self.C_row, state
+
+    def coefficients(self) -> tuple[torch.Tensor, ...]:
+        """Lambda_bar (P,), what drives (P, H), what reads (H, P)."""
+        return self.Lambda_bar, self.B_bar.T.contiguous(), self.C_row.T.contiguous()
+
+
+Discrete = DiscreteDPLR | DiscreteDiagonal | DiscreteMIMO

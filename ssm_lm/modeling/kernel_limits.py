@@ -1,0 +1,63 @@
+"""What each Triton kernel can do: every function returns what of a problem its kernel cannot do, in words, or None.
+
+They ask for dtypes, sizes and an architecture alone, no tensor: `ssm-lm estimate` answers for a GPU that is not there.
+"""
+
+import torch
+
+from .kernel_launch import family
+
+# ---- the chunk scan: beyond these a program's operators leave its registers
+
+SCAN_DTYPES = (torch.bfloat16, torch.float32)
+LARGEST_STATE = 128
+
+
+def longest_chunk(dtype: torch.dtype, N: int, dense: bool) -> int:
+    """How many tokens a chunk of the chunk scan's kernel may have; dtype: one of SCAN_DTYPES."""
+    if dtype == torch.bfloat16:
+        return 64
+    return 16 if dense and N > 64 else 32
+
+
+def largest_state(architecture: str, dense: bool) -> int:
+    """How many states a channel may have: of a dense carry, more than 64 take the shared memory (above 100 KiB) that
+    NVIDIA's data centre cards have, and no others.
+    """
+    small = family(architecture) in ("cuda", "blackwell") and architecture not in ("sm_80", "sm_90", "sm_100", "sm_103")
+    return 64 if dense and small else LARGEST_STATE
+
+
+def limit_of_chunk_scan(architecture: str, dtype: torch.dtype, N: int, dense: bool) -> str | None:
+    """A scan of real signals in `dtype` with N states a channel, a dense carry or a diagonal one."""
+    if dtype not in SCAN_DTYPES:
+        return f"its numbers are {dtype}, not bfloat16 or float32"
+    largest = largest_state(architecture, dense)
+    return f"its state has {N} numbers a channel, more than {largest}" if N > largest else None
+
+
+# ---- the others
+
+
+def limit_of_s5_scan(dtype: torch.dtype) -> str | None:
+    return None if dtype == torch.float32 else f"parameters of {dtype}"
+
+
+LARGEST_STEP_STATE = 1024  # of a channel, which one program of the step's kernel holds
+
+
+def limit_of_step(u: torch.dtype, parameters: torch.dtype, N: int) -> str | None:
+    """A step on inputs of dtype `u`, N states a channel; S5's states, which many programs share, count as none."""
+    if parameters != torch.float32 or u not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"inputs of {u}, parameters of {parameters}"
+    return f"state_size {N}" if N > LARGEST_STEP_STATE else None
+
+
+def limit_of_cauchy(dtype: torch.dtype, rank: int) -> str | None:
+    if dtype == torch.float32 and rank in (1, 2):
+        return None
+    return f"{dtype}, rank {rank}; it has float32 and rank 1 and 2"
+
+
+def limit_of_vandermonde(dtype: torch.dtype) -> str | None:
+    return None if dtype == torch.float32 else f"{dtype}; it has float32"
