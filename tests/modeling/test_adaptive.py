@@ -1,10 +1,12 @@
 """Adaptive embedding and softmax against a computation from their definition, in float64 and without clusters."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -16,15 +18,13 @@ V, H, CUTOFFS = 100, 16, [20, 60]
 BOUNDS = [(0, 20), (20, 60), (60, 100)]
 
 
-def config(**kw):
-    defaults = {"vocab_size": V, "hidden_size": H, "num_hidden_layers": 1, "state_size": 8}
-    return S4Config(**(defaults | {"adaptive_cutoffs": CUTOFFS} | kw))
+OWN = {"vocab_size": V, "hidden_size": H, "num_hidden_layers": 1, "initializer_range": 0.02}
+config = partial(tiny_config, **OWN, adaptive_cutoffs=CUTOFFS)
 
 
 def model(seed=0, **kw):
     """With parameters that training has moved: nothing at its special starting value."""
-    torch.manual_seed(seed)
-    m = S4ForCausalLM(config(**kw)).eval()
+    m = tiny_model(seed=seed, **(OWN | {"adaptive_cutoffs": CUTOFFS} | kw))
     with torch.no_grad():
         for parameter in m.lm_head.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

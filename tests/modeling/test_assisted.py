@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from tiny import ENDLESS, tiny_model
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
@@ -16,22 +17,8 @@ VOCAB = 97
 
 
 def build(ssm="s4", arch="s4", layers=2, hidden_size=32, seed=1, **values):
-    torch.manual_seed(seed)
-    config = S4Config(
-        vocab_size=VOCAB,
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        state_size=8,
-        ssm=ssm,
-        arch=arch,
-        initializer_range=0.3,
-        tie_word_embeddings=False,  # a random tied model repeats its input
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        **values,
-    )
-    return S4ForCausalLM(config).eval()
+    sizes = {"vocab_size": VOCAB, "hidden_size": hidden_size, "num_hidden_layers": layers}
+    return tiny_model(seed=seed, ssm=ssm, arch=arch, **sizes, **ENDLESS, **values)
 
 
 def random_prompt(seed):

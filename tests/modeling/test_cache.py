@@ -1,12 +1,13 @@
 """The cache between calls and in the hands of transformers: reordered, repeated, selected, moved, gone on from."""
 
 import copy
+from functools import partial
 
 import pytest
+import tiny
 import torch
+from tiny import ENDLESS, tiny_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
-
-from ssm_lm import S4Config, S4ForCausalLM
 
 VOCAB = 97
 SSMS = ("s4", "s4d", "s5")
@@ -14,25 +15,10 @@ SSMS = ("s4", "s4d", "s5")
 
 @pytest.fixture(scope="module", params=SSMS)
 def model(request):
-    torch.manual_seed(1)
-    config = S4Config(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        num_hidden_layers=2,
-        state_size=8,
-        chunk_size=16,
-        ssm=request.param,
-        arch="s4-ffn",
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return S4ForCausalLM(config).eval()
+    return tiny_model(seed=1, vocab_size=VOCAB, chunk_size=16, ssm=request.param, arch="s4-ffn", **ENDLESS)
 
 
-def prompt(length, batch=1, seed=0):
-    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+prompt = partial(tiny.prompt, vocabulary=VOCAB)
 
 
 def generate(model, ids, tokens, mask=None, cache=None, **options):

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+from tiny import tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from ssm_lm import S4Config, S4ForSequenceClassification
+from ssm_lm import S4ForSequenceClassification
 
 POOLINGS = ("mean", "last", "max")
 
 
 def classifier(**kw):
-    torch.manual_seed(0)
-    defaults = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "state_size": 8, "num_labels": 3}
-    return S4ForSequenceClassification(S4Config(**(defaults | {"chunk_size": 8, "initializer_range": 0.3} | kw))).eval()
+    defaults = {"vocab_size": 30, "hidden_size": 8, "num_labels": 3, "chunk_size": 8}
+    return tiny_model(S4ForSequenceClassification, **(defaults | kw))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

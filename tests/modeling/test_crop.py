@@ -7,9 +7,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from tiny import tiny_model
 from transformers import DynamicCache, StaticCache
 
-from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling import execution
 from ssm_lm.modeling.cache_s4 import S4CacheLayer
 from ssm_lm.modeling.single_steps import Memo
@@ -20,11 +20,8 @@ BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def build(ssm="s4", arch="s4", dtype=torch.float32, **values):
-    torch.manual_seed(1)
-    config = S4Config(
-        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=8, ssm=ssm, arch=arch, chunk_size=16, **values
-    )
-    model = S4ForCausalLM(config).eval().to(dtype)
+    sizes = {"vocab_size": VOCAB, "initializer_range": 0.02, "chunk_size": 16}
+    model = tiny_model(seed=1, ssm=ssm, arch=arch, **(sizes | values)).to(dtype)
     with torch.no_grad():  # random numbers in place of initial values that are the same for every channel
         for name, parameter in model.named_parameters():
             if name.endswith("Lambda_log_re"):

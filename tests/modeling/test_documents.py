@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_model
 
-from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling.documents import find_documents, from_position_ids
 from ssm_lm.modeling.ssm import S4, S4D, S5
 
@@ -181,9 +181,7 @@ def test_position_ids():
 
 
 def model(**kw):
-    torch.manual_seed(0)
-    defaults = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.2}
-    return S4ForCausalLM(S4Config(**(defaults | {"chunk_size": 8} | kw))).eval()
+    return tiny_model(**({"vocab_size": 50, "initializer_range": 0.2, "chunk_size": 8} | kw))
 
 
 @pytest.mark.parametrize("how", ["seq_idx", "position_ids"])

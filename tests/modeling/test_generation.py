@@ -1,31 +1,18 @@
 """generate() against full forwards: states that are carried, reordered, padded or prefilled in parts change nothing."""
 
-import pytest
-import torch
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from functools import partial
 
-from ssm_lm import S4Config, S4ForCausalLM
+import pytest
+import tiny
+import torch
+from tiny import ENDLESS, tiny_model
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 VOCAB = 97
 
 
 def build(ssm="s4", arch="s4", **values):
-    torch.manual_seed(1)
-    config = S4Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        state_size=8,
-        ssm=ssm,
-        arch=arch,
-        initializer_range=0.3,
-        tie_word_embeddings=False,  # a random tied model repeats its input
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        **values,
-    )
-    return S4ForCausalLM(config).eval()
+    return tiny_model(seed=1, vocab_size=VOCAB, hidden_size=32, ssm=ssm, arch=arch, **ENDLESS, **values)
 
 
 @pytest.fixture(scope="module", params=[("s4", "s4"), ("s4", "s4-ffn"), ("s4d", "s4"), ("s4d", "s4-ffn")], ids="-".join)
@@ -33,9 +20,7 @@ def model(request):
     return build(*request.param)
 
 
-def prompt(length, batch=1, seed=0):
-    # without 0, which generate() takes for padding where it is given no mask
-    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+prompt = partial(tiny.prompt, vocabulary=VOCAB)
 
 
 def generate(model, ids, tokens, **options):

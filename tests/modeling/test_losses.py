@@ -5,10 +5,10 @@ import types
 
 import pytest
 import torch
+from tiny import tiny_model
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling import losses
 from ssm_lm.modeling.losses import LanguageModelHead, average, causal_targets, linear_cross_entropy
 
@@ -113,9 +113,7 @@ def test_targets_and_average_are_those_of_transformers():
 
 
 def model(**kw):
-    torch.manual_seed(0)
-    defaults = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "initializer_range": 0.2}
-    return S4ForCausalLM(S4Config(**(defaults | kw)))
+    return tiny_model(**({"num_hidden_layers": 1, "initializer_range": 0.2} | kw)).train()
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_items_in_batch": 7}, {"shift_labels": True}])

@@ -1,19 +1,15 @@
+from functools import partial
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from tiny import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ssm_lm import S4Config, S4ForCausalLM, S4Model
 
-
-def config(**kw):
-    defaults = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.2}
-    return S4Config(**(defaults | kw))
-
-
-def model(**kw):
-    torch.manual_seed(0)
-    return S4ForCausalLM(config(**kw)).eval()
+config = partial(tiny_config, initializer_range=0.2)
+model = partial(tiny_model, initializer_range=0.2)
 
 
 @pytest.mark.parametrize(("arch", "kinds"), [("s4", ["ssm", "ssm", "ffn"]), ("s4-ffn", ["ssm", "ffn"])])

@@ -1,17 +1,17 @@
 """State space parameters, operators and states stay float32 whatever happens to the model around them."""
 
+from functools import partial
+
 import pytest
 import torch
+from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssm_lm import S4Config, S4ForCausalLM
+from ssm_lm import S4ForCausalLM
 from ssm_lm.modeling import dplr
 from ssm_lm.modeling.ssm import S4, S4D, StateSpace
 
-
-def tiny(**kw):
-    torch.manual_seed(0)
-    return S4ForCausalLM(S4Config(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=8, **kw)).eval()
+tiny = partial(tiny_model, vocab_size=50, num_hidden_layers=1, initializer_range=0.02)
 
 
 def ssm_parameters(model):

@@ -1,10 +1,13 @@
 """The decoding strategies against plain computations over full forwards, without a cache."""
 
 import threading
+from functools import partial
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
+from tiny import ENDLESS, tiny_model
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -15,24 +18,12 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from ssm_lm import S4Config, S4ForCausalLM
-
 VOCAB = 23
 
 
 def build(ssm="s4", seed=1, dtype=torch.float32, **values):
-    torch.manual_seed(seed)
-    values = {"hidden_size": 24, "num_hidden_layers": 1, "state_size": 8, "vocab_size": VOCAB, **values}
-    config = S4Config(
-        ssm=ssm,
-        initializer_range=0.4,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        **values,
-    )
-    return S4ForCausalLM(config).eval().to(dtype)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 1, "initializer_range": 0.4}
+    return tiny_model(seed=seed, ssm=ssm, **(sizes | ENDLESS | values)).to(dtype)
 
 
 @pytest.fixture(scope="module", params=["s4", "s4d", "s5"])
@@ -40,8 +31,7 @@ def model(request):
     return build(request.param)
 
 
-def prompt(length, batch=1, seed=0):
-    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+prompt = partial(tiny.prompt, vocabulary=VOCAB)
 
 
 def generate(model, ids, tokens, strategy=None, mask=None, own=None, **options):

@@ -3,24 +3,23 @@
 import json
 
 import pytest
+import tiny
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from tiny import SIZES, tiny_model
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification, S4Model
 
-SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.3}
 SSMS = ("s4", "s4d", "s5")
 
 
-def build(cls=S4ForCausalLM, **kw):
-    torch.manual_seed(0)
-    return cls(S4Config(**(SIZES | kw))).eval()
+build = tiny_model
 
 
 def prompt(length=12, batch=2):
-    return torch.randint(1, 60, (batch, length), generator=torch.Generator().manual_seed(0))
+    return tiny.prompt(length, batch)
 
 
 # ---- configuration

@@ -1,25 +1,26 @@
 """PEFT, quantised linear layers, pipelines and torch.compile, as with any other causal LM of transformers."""
 
 import pytest
+import tiny
 import torch
+from tiny import tiny_model
 from torch._dynamo.testing import CompileCounter
 from transformers import GenerationConfig, PreTrainedTokenizerFast, StaticCache, pipeline
 
-from ssm_lm import S4Config, S4ForCausalLM, S4Model
+from ssm_lm import S4ForCausalLM, S4Model
 from ssm_lm.data.bpe import train_bpe
 
-SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8, "chunk_size": 8}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "chunk_size": 8}
 ENDLESS = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
 PROJECTIONS = ["out_proj", "up_proj", "down_proj"]
 
 
 def build(**kw):
-    torch.manual_seed(0)
-    return S4ForCausalLM(S4Config(**(SIZES | ENDLESS | {"initializer_range": 0.3} | kw))).eval()
+    return tiny_model(**(SIZES | ENDLESS | kw))
 
 
 def prompt(length=12, batch=2, vocabulary=60):
-    return torch.randint(1, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    return tiny.prompt(length, batch, vocabulary=vocabulary)
 
 
 def greedy(model, ids, tokens=8, **options):

@@ -8,21 +8,18 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import SIZES, tiny_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification
+from ssm_lm import S4ForCausalLM, S4ForSequenceClassification
 from ssm_lm.config.arguments import S4TrainingArguments
 from ssm_lm.modeling.ssm import StateSpace
 from ssm_lm.training.trainer import S4Trainer
 
-SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.3}
 VARIANTS = [{}, {"ssm": "s4d", "arch": "s4-ffn"}, {"ssm": "s5"}, {"adaptive_cutoffs": [20, 40]}, {"loss_chunk_size": 8}]
 
-
-def build(cls=S4ForCausalLM, **kw):
-    torch.manual_seed(0)
-    return cls(S4Config(**(SIZES | kw))).eval()
+build = tiny_model
 
 
 class Rows(Dataset):
