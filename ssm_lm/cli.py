@@ -8,7 +8,6 @@ by a signal and can go on; 1 anything else.
 """
 
 import argparse
-import atexit
 import importlib
 import os
 import signal
@@ -16,6 +15,7 @@ import sys
 import time
 
 from .errors import UserError
+from .internals.python import leave
 from .noise import drop_known_lines
 
 # verb -> (module, one line for --help)
@@ -97,10 +97,7 @@ def entry(argv: list[str] | None = None) -> None:
     except SystemExit as leaving:
         code = leaving.code or 0
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code, run_exit_functions=True)
     sys.exit(code)
 
 

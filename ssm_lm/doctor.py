@@ -5,7 +5,6 @@ deepspeed, srun) `--network` measures the network between the ranks instead: see
 """
 
 import argparse
-import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -88,6 +87,8 @@ def torch_and_devices() -> dict:
     """torch, its threads, the GPUs it sees, bfloat16 in hardware, and Triton."""
     import torch
 
+    from .internals.torch import bf16_instructions
+
     report = {"version": torch.__version__, "threads": torch.get_num_threads(), "cuda_build": torch.version.cuda}
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -98,9 +99,7 @@ def torch_and_devices() -> dict:
         report["bf16_on_gpu"] = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         report["gpu"] = None
-    flags = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
-    found = [name for name, flag in flags.items() if getattr(torch.cpu, flag, bool)()]
-    report["bf16_on_cpu"] = ", ".join(found) or "emulated"
+    report["bf16_on_cpu"] = ", ".join(bf16_instructions()) or "emulated"
     report["triton"] = _triton()
     return report
 
@@ -123,6 +122,8 @@ def packages() -> dict[str, dict]:
 
 def deepspeed_readiness() -> dict:
     """What DeepSpeed could do here. It is not imported, for that may start the compilation of its operators."""
+    from .internals.deepspeed import built_operators
+
     launcher = _tool("deepspeed")
     compiler = bool(shutil.which("g++") and _tool("ninja"))
     return {
@@ -133,7 +134,7 @@ def deepspeed_readiness() -> dict:
         else "ssh alone"
         if shutil.which("ssh")
         else "neither pdsh nor ssh",
-        "built_operators": ", ".join(_built_operators()) or "none",
+        "built_operators": ", ".join(built_operators()) or "none",
         "builds_operators_when_used": compiler,
     }
 
@@ -258,18 +259,3 @@ def _triton() -> str | None:
         return f"{version}, driver {driver.active.get_current_target().backend}"
     except Exception as error:  # of the import, of the driver's library, of a missing GPU
         return f"{version}, no driver ({' '.join(str(error).split())})"
-
-
-def _built_operators() -> list[str]:
-    """DeepSpeed's operators that its installation holds compiled, read from the file in which its setup notes them."""
-    spec = importlib.util.find_spec("deepspeed")
-    if spec is None or spec.origin is None:
-        return []
-    try:
-        text = Path(spec.origin).with_name("git_version_info_installed.py").read_text()
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "installed_ops":
-                return [name for name, built in ast.literal_eval(node.value).items() if built]
-    except (OSError, ValueError, SyntaxError):
-        pass
-    return []

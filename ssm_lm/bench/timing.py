@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..internals.torch import spin
 from ..modeling.single_steps import Memo
 from ..modeling.ssm import LAYERS
 from . import roofline
@@ -45,7 +46,7 @@ def _host_seconds(function) -> float:
 def _gpu_seconds(function, flush) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.zero_()
-    torch.cuda._sleep(AHEAD)
+    spin(AHEAD)
     start.record()
     function()
     end.record()

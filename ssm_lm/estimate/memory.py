@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..internals.torch import FakeTensorMode
 from ..modeling import chunked
 from ..modeling.configuration_s4 import S4Config
 from .trace import Trace, trace
@@ -85,7 +85,7 @@ class _LanguageModelHead(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.norm, self.head = model.model.norm, model.lm_head
-        self.loss = model._loss_without_logits
+        self.loss = model.loss_without_logits
 
     def forward(self, hidden_states, labels):
         return self.loss(self.norm(hidden_states), labels)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from ..internals.torch import TorchDispatchMode, operator_name, storage_key, tree_leaves
 
 # operators that touch no data
 NO_TRAFFIC = (
@@ -43,7 +43,7 @@ class StorageCounter(TorchDispatchMode):
         made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         for tensor in made:
             self.add(tensor)
-        if function.namespace == "aten" and not function.is_view and function._opname not in NO_TRAFFIC:
+        if function.namespace == "aten" and not function.is_view and operator_name(function) not in NO_TRAFFIC:
             # an expanded tensor is read once
             self.traffic += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in read + made)
         return result
@@ -51,7 +51,7 @@ class StorageCounter(TorchDispatchMode):
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage, if it is not counted yet."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key not in self._known:
             size = storage.nbytes()
             self._known[key] = weakref.finalize(storage, self._free, key, size)

@@ -1,4 +1,53 @@
-"""What reaches into DeepSpeed's engines and optimizers."""
+"""What reaches into DeepSpeed's engines, ZeRO optimizers and files.
+
+DeepSpeed itself is imported where a function calls it and not before: its import probes the machine, and doctor and the
+runs without it are to do without that.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+from . import Part
+
+ADAM = ("exp_avg", "exp_avg_sq")
+
+
+# ---- the process
+
+
+def leave_out_shared_memory_all_reduce() -> None:
+    """Do not compile an all-reduce that is for inference: it takes two minutes at the first start of a CPU process
+    group, and training never calls it.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def built_operators() -> list[str]:
+    """DeepSpeed's operators that its installation holds compiled, read from the file in which its setup notes them."""
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        return []
+    try:
+        text = Path(spec.origin).with_name("git_version_info_installed.py").read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "installed_ops":
+                return [name for name, built in ast.literal_eval(node.value).items() if built]
+    except (OSError, ValueError, SyntaxError):
+        pass
+    return []
+
+
+# ---- the engine
 
 
 def share_master_weights(engine) -> None:
@@ -14,3 +63,217 @@ def share_master_weights(engine) -> None:
         # None, and elsewhere, where they are offloaded
         if parameter is not None and (parameter.dtype, parameter.device) == (master.dtype, master.device):
             master.data = parameter.data
+
+
+def gradient_norm(engine) -> float | None:
+    """The norm before clipping of the last step's gradient, where a ZeRO optimizer has found it, else None."""
+    return getattr(getattr(engine, "optimizer", None), "_global_grad_norm", None)
+
+
+def before_clipping(engine, observe: Callable[[object], None]) -> None:
+    """Call observe(norm) before an engine at stage 0 clips its gradients: the norm is seen nowhere else.
+
+    Nothing happens under an engine that does not clip in this way.
+    """
+    clip = getattr(engine, "clip_fp32_gradients", None)
+    if clip is None:
+        return
+
+    def measure_and_clip():
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        observe(torch.nn.utils.get_total_norm(gradients))
+        clip()
+
+    engine.clip_fp32_gradients = measure_and_clip
+
+
+def set_steps(engine, steps: int) -> None:
+    """Let an engine go on counting from `steps`."""
+    engine.global_steps = steps
+
+
+# ---- checkpoints
+
+
+def engine_folder(checkpoint: Path) -> Path:
+    """Where in a checkpoint the engine's own files lie."""
+    return checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
+
+
+def convert_to_universal(source: Path, target: Path) -> None:
+    """Write the universal form of an engine's folder: a file for each parameter and state. Nothing is printed."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        ds_to_universal.main(arguments)
+
+
+def placer(optimizer, steps: int) -> Callable[[torch.nn.Parameter, dict[str, torch.Tensor]], None]:
+    """What puts (parameter, {"fp32": ..., "exp_avg": ..., "exp_avg_sq": ...}, all flat) where the optimizer keeps them.
+
+    optimizer: torch's, for stage 0 and without DeepSpeed, or a ZeRO optimizer; Adam is then `steps` steps old.
+    """
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return PlaceZero3(optimizer, steps)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return PlaceZero12(optimizer, steps)
+    return PlaceWhole(optimizer, steps)
+
+
+class PlaceWhole:
+    """Every rank has all of every parameter."""
+
+    def __init__(self, optimizer, steps):
+        self.optimizer, self.steps = optimizer, steps
+
+    def __call__(self, parameter, values):
+        parameter.data.copy_(values["fp32"].view_as(parameter))
+        if parameter.requires_grad:
+            state = _adam_state(self.optimizer, parameter, self.steps)
+            for key in ADAM:
+                state[key].copy_(values[key].view_as(parameter))
+
+
+class PlaceZero12:
+    """A rank has a slice of each group's flat float32 buffer, and all weights in the model."""
+
+    def __init__(self, zero, steps):
+        self.buffers = {}
+        for flat, parameters in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+            state = _adam_state(zero.optimizer, flat, steps)
+            for parameter in parameters:
+                self.buffers[id(parameter)] = {"fp32": flat.data, **{key: state[key] for key in ADAM}}
+
+    def __call__(self, parameter, values):
+        parameter.data.copy_(values["fp32"].view_as(parameter))
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is not None:  # some of it is in this rank's slice
+            here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+            for key, buffer in self.buffers[id(parameter)].items():
+                buffer.narrow(0, here.start, here.numel).copy_(values[key].narrow(0, there.start, there.numel))
+
+
+class PlaceZero3:
+    """A rank has a slice of every parameter, side by side in the flat float32 buffers of sub-groups."""
+
+    def __init__(self, zero, steps):
+        if getattr(zero, "swap_optimizer", False):
+            raise UserError("optimizer states on NVMe cannot be resharded; resume with as many ranks as before")
+        self.zero = zero
+        self.buffers = []
+        for flat in zero.fp32_partitioned_groups_flat:
+            state = _adam_state(zero.optimizer, flat, steps)
+            self.buffers.append({"fp32": flat.data, **{key: state[key] for key in ADAM}})
+
+    def __call__(self, parameter, values):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                parameter.data.copy_(values["fp32"].view_as(parameter))
+        group, start, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        first = length * self.zero._get_param_partition_rank(parameter)
+        for key, buffer in self.buffers[group].items():
+            part = values[key][first : first + length]  # the last rank's is shorter: what follows is padding
+            buffer.narrow(0, start, length).zero_()
+            buffer.narrow(0, start, len(part)).copy_(part)
+
+
+def _adam_state(optimizer, tensor, steps: int) -> dict:
+    """The optimizer's state of a tensor, made if it has not stepped yet."""
+    state = optimizer.state[tensor]
+    state["step"] = torch.tensor(float(steps), device=tensor.device if _is_capturable(optimizer) else "cpu")
+    for key in ADAM:
+        if key not in state:
+            state[key] = torch.zeros_like(tensor.data)
+    return state
+
+
+def _is_capturable(optimizer) -> bool:
+    return any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
+
+
+STAGE_12 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
+STAGE_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
+RESHARDING = "DeepSpeed's own way back (load_universal) cannot change the stage and mixes up the parameter groups"
+UNTIL_UNIVERSAL = "load_universal changes the stage and keeps the groups' learning rates"
+
+PARTS = (
+    Part(
+        "deepspeed.ops.__compatible_ops__",
+        "written: one operator is not built",
+        "accelerate's CPU process group would compile it for two minutes",
+        "DeepSpeed builds it when it is called",
+    ),
+    Part(
+        "deepspeed.git_version_info_installed.installed_ops",
+        "read from the file by doctor",
+        "to import DeepSpeed may start a compilation",
+        "DeepSpeed says which operators are built without being imported",
+    ),
+    Part(
+        f"{STAGE_3}.fp16_partitioned_groups_flat",
+        "read, and the masters made the same memory",
+        "0.19.8 compares a device with a string and keeps float32 parameters twice",
+        "the comparison is mended",
+    ),
+    Part(f"{STAGE_3}.fp32_partitioned_groups_flat", "written, by a checkpoint", RESHARDING, UNTIL_UNIVERSAL),
+    Part(f"{STAGE_3}.grad_position", "read, for a parameter's place in the buffers", RESHARDING, UNTIL_UNIVERSAL),
+    Part(f"{STAGE_3}.get_param_id", "called, likewise", RESHARDING, UNTIL_UNIVERSAL),
+    Part(f"{STAGE_3}._get_param_partition_rank", "called, likewise", RESHARDING, UNTIL_UNIVERSAL),
+    Part(f"{STAGE_3}.swap_optimizer", "read: states on NVMe are refused", RESHARDING, UNTIL_UNIVERSAL),
+    Part(f"{STAGE_12}.single_partition_of_fp32_groups", "written, by a checkpoint", RESHARDING, UNTIL_UNIVERSAL),
+    Part(f"{STAGE_12}.bit16_groups", "read, for the parameters of a buffer", RESHARDING, UNTIL_UNIVERSAL),
+    Part(
+        "deepspeed.utils.mixed_precision_linkage._hp_mapping",
+        "read from a parameter, for its place in the buffers",
+        RESHARDING,
+        UNTIL_UNIVERSAL,
+    ),
+    Part(
+        "deepspeed.utils.tensor_fragment.tensor_fragment.hp_fragment_address",
+        "read from that",
+        RESHARDING,
+        UNTIL_UNIVERSAL,
+    ),
+    Part(
+        "deepspeed.utils.tensor_fragment.tensor_fragment.lp_fragment_address",
+        "read from that",
+        RESHARDING,
+        UNTIL_UNIVERSAL,
+    ),
+    Part(
+        "deepspeed.checkpoint.ds_to_universal.main",
+        "called with the arguments of its command line",
+        "the converter is a script; as a process it would import torch once more and print",
+        "it is a function with a documented signature",
+    ),
+    Part(
+        f"{STAGE_12}._global_grad_norm",
+        "read, for the guard",
+        "engine.get_global_grad_norm() is told after the optimizer's step, and the guard decides before it",
+        "the norm is told before the step",
+    ),
+    Part(f"{STAGE_3}._global_grad_norm", "read, for the guard", "as above", "as above"),
+    Part(
+        "deepspeed.runtime.engine.DeepSpeedEngine.clip_fp32_gradients",
+        "replaced on one engine, by a measure and the same",
+        "at stage 0 the norm before clipping is seen nowhere else",
+        "the engine tells it",
+    ),
+    Part(
+        "deepspeed.runtime.engine.DeepSpeedEngine.global_steps",
+        "written, after a checkpoint that the engine did not read",
+        "it names the engine's files and is shown in its lines",
+        UNTIL_UNIVERSAL,
+    ),
+)

@@ -412,14 +412,14 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
         logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         loss = None
         if labels is not None and (skip_logits or adaptive):
-            loss = self._loss_without_logits(hidden_states, labels, **kwargs)
+            loss = self.loss_without_logits(hidden_states, labels, **kwargs)
         elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def _loss_without_logits(self, hidden_states, labels, num_items_in_batch=None, shift_labels=None, **kwargs):
+    def loss_without_logits(self, hidden_states, labels, num_items_in_batch=None, shift_labels=None, **kwargs):
         """The causal loss of transformers (its arguments and its meaning) from hidden states (B, L, H)."""
         if not isinstance(self.lm_head, (LanguageModelHead, AdaptiveSoftmax)):
             # an adapter, a quantizer or a resize has put its own module there, of which only the logits are known

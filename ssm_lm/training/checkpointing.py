@@ -7,24 +7,22 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer
-from transformers import trainer as trainer_module
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ..errors import UserError, one_line
+from ..internals.deepspeed import set_steps
+from ..internals.transformers import OpenTrainer
 from .checkpoints import PARTIAL, check_resumable, last_complete_checkpoint, publish, read_mark, rotate
 from .environment import agree
 from .param_groups import parameter_groups
 from .universal import adam_steps, convert, engine_name, is_native, open_reader, put
 
 
-class CheckpointedTrainer(Trainer):
+class CheckpointedTrainer(OpenTrainer):
     """A Trainer whose checkpoints are there whole or not at all, and go on under another engine or number of ranks."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._partial = None  # where a checkpoint is being written
         self.checkpoint_facts = {}  # what else the marks of this run's checkpoints say
         self._reshard = None  # (checkpoint, mark) where one is taken up that another engine or other ranks wrote
 
@@ -34,35 +32,32 @@ class CheckpointedTrainer(Trainer):
     def load_state(self, folder: Path) -> None:
         """The inverse of `save_state`."""
 
-    def _get_output_dir(self, trial):
-        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
-
-    def _save_checkpoint(self, model, trial):
+    def write_checkpoint(self, model, trial):
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         best = self.state.best_global_step
-        self._partial = output_dir / PARTIAL
+        self.writing_into = output_dir / PARTIAL
         try:
-            super()._save_checkpoint(model, trial)
+            super().write_checkpoint(model, trial)
             if best:  # not where it is being written
                 self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
-            self.save_state(self._partial / name)
+            self.save_state(self.writing_into / name)
             if self.args.should_save:
-                self.state.save_to_json(str(self._partial / name / TRAINER_STATE_NAME))
+                self.state.save_to_json(str(self.writing_into / name / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 facts = self.checkpoint_facts | {
                     "step": self.state.global_step,
                     "world_size": self.args.world_size,
                     "engine": engine_name(self._zero_stage()),
-                    "optimizer_steps": adam_steps(self._engine_optimizer()),
+                    "optimizer_steps": adam_steps(self.engine_optimizer()),
                 }
-                publish(self._partial / name, output_dir / name, facts)
+                publish(self.writing_into / name, output_dir / name, facts)
                 rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
             raise self._cannot_save(name, error) from error
         finally:
-            self._partial = None
+            self.writing_into = None
 
     def _cannot_save(self, name: str, error: Exception) -> Exception:
         """What to raise for a checkpoint that could not be written: a UserError where the disk is to blame."""
@@ -79,7 +74,7 @@ class CheckpointedTrainer(Trainer):
     def _zero_stage(self) -> int | None:
         return self.args.deepspeed["zero_optimization"]["stage"] if self.args.deepspeed else None
 
-    def _engine_optimizer(self):
+    def engine_optimizer(self):
         """torch's optimizer or the ZeRO one, without accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
@@ -92,13 +87,7 @@ class CheckpointedTrainer(Trainer):
             if not self._is_native(checkpoint, mark):
                 self._reshard = (checkpoint, mark)
                 self._convert(checkpoint, mark)
-        # what the Trainer would do with a DeepSpeed engine; `_load_optimizer_and_scheduler` comes after it
-        if self._reshard is not None:
-            trainer_module.deepspeed_load_checkpoint = lambda *args, **kwargs: None
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            trainer_module.deepspeed_load_checkpoint = deepspeed_load_checkpoint
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _is_native(self, checkpoint: Path, mark: dict) -> bool:
         return is_native(checkpoint, mark, engine_name(self._zero_stage()), self.args.world_size)
@@ -112,18 +101,18 @@ class CheckpointedTrainer(Trainer):
                 problem = f"{checkpoint} could not be converted ({one_line(error)})"
         agree(problem)
 
-    def _load_best_model(self):
+    def take_up_best_model(self):
         best = Path(self.state.best_model_checkpoint)
         mark = read_mark(best)
         if not self.is_deepspeed_enabled or mark is None or self._is_native(best, mark):
-            return super()._load_best_model()
+            return super().take_up_best_model()
         self._convert(best, mark)
         self._put(best, mark)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        trainer_module.deepspeed_load_checkpoint = deepspeed_load_checkpoint
-        if self._reshard is None or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
+    def takes_up(self, checkpoint):
+        return self._reshard is not None
+
+    def take_up(self, checkpoint):
         folder, mark = self._reshard
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         self._put(folder, mark)
@@ -132,12 +121,12 @@ class CheckpointedTrainer(Trainer):
         groups = parameter_groups(self.model, 0.0, 0.0, 0.0)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         trained = [names[id(parameter)] for group in groups for parameter in group["params"]]
-        optimizer, steps = self._engine_optimizer(), mark.get("optimizer_steps", mark["step"])
+        optimizer, steps = self.engine_optimizer(), mark.get("optimizer_steps", mark["step"])
         put(self.model, optimizer, open_reader(folder, mark, trained), steps)
         for group, rate in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         if self.is_deepspeed_enabled:
-            self.deepspeed.global_steps = mark["step"]
+            set_steps(self.deepspeed, mark["step"])
 
 
 def _is_disk_error(error: Exception) -> bool:

@@ -1,7 +1,6 @@
 """The process that training runs in: a device, a process group, and DeepSpeed's traps on a machine without a GPU."""
 
 import contextlib
-import datetime
 import gc
 import logging
 import os
@@ -10,6 +9,7 @@ import sys
 import warnings
 
 from ..errors import UserError
+from ..internals.python import leave
 
 
 def on_cpu() -> bool:
@@ -38,12 +38,10 @@ def prepare_process(uses_deepspeed: bool) -> None:
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
     # DeepSpeed calls it every step, and nothing that a user does can change that
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
-    import deepspeed
-
     if on_cpu():
-        # a shared-memory all-reduce for inference, compiled for two minutes at the first start of a CPU process group
-        # and never called in training
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        from ..internals.deepspeed import leave_out_shared_memory_all_reduce
+
+        leave_out_shared_memory_all_reduce()
 
 
 def _free_port() -> int:
@@ -70,10 +68,9 @@ def dry_run():
         yield
     finally:
         _pretended_ranks = None
-        from accelerate import PartialState
+        from ..internals.accelerate import forget_pretended_ranks
 
-        if PartialState._shared_state:  # of the whole process, in which something else may follow
-            PartialState().num_processes = 1
+        forget_pretended_ranks()  # something else may follow in this process
         for name in names:
             os.environ.pop(name, None)
         os.environ.update(given)
@@ -108,20 +105,6 @@ def agree(problem: str | None, facts: dict | None = None) -> None:
                 )
 
 
-def limit_waiting(seconds: float) -> None:
-    """Let no collective of any process group wait longer than this.
-
-    ddp_timeout reaches the group that transformers makes. DeepSpeed makes its own groups beside it, without a
-    timeout, which is torch's default of 30 minutes (10 with NCCL): there a pulled cable is waited for.
-    """
-    import torch.distributed as dist
-    from torch.distributed import distributed_c10d
-
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for group in list(distributed_c10d._world.pg_map):
-            distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
-
-
 @contextlib.contextmanager
 def named_timeouts(args):
     """Within the block, a collective that failed because another rank is gone or hung says so in one line."""
@@ -139,7 +122,7 @@ def named_timeouts(args):
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # what is left of the process group would wait for that rank once more
+        leave(1)  # what is left of the process group would wait for that rank once more
 
 
 def release_trainer() -> None:
@@ -147,9 +130,10 @@ def release_trainer() -> None:
     references, and accelerate knows one DeepSpeed config at a time.
     """
     import torch
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state()
+    from ..internals.accelerate import forget_engine
+
+    forget_engine()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -7,14 +7,14 @@ import json
 import math
 import signal
 from pathlib import Path
-from types import MethodType
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
 from ..files import write_json
-from .environment import limit_waiting
+from ..internals.deepspeed import before_clipping, gradient_norm
+from ..internals.torch import guard_step, limit_waiting
 from .guard import StepGuard
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -69,16 +69,15 @@ class Faults(TrainerCallback):
         self._norm = norm
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make `optimizer.step` do nothing in a step that is skipped. Every engine, DeepSpeed's too, calls it last."""
-        take = optimizer.step
-
-        def step(self_, closure=None):
-            self.judge()
-            return None if self._reason else take(closure)
-
-        optimizer.step = MethodType(step, optimizer)
+        """Make `optimizer.step` do nothing in a step that is skipped."""
+        guard_step(optimizer, self.may_step)
 
     # ---- the decision
+
+    def may_step(self) -> bool:
+        """Whether the optimizer takes this step."""
+        self.judge()
+        return self._reason is None
 
     def judge(self) -> None:
         """Decide about this step, once: ZeRO 3 calls the optimizer for every group of parameters."""
@@ -96,8 +95,7 @@ class Faults(TrainerCallback):
         self._judged = True
 
     def _gradient_norm(self) -> float:
-        zero = getattr(self.trainer.model_wrapped, "optimizer", None)  # of a DeepSpeed engine
-        norm = getattr(zero, "_global_grad_norm", None)
+        norm = gradient_norm(self.trainer.model_wrapped)
         if norm is None:
             norm = self._norm
         if norm is None:
@@ -109,17 +107,7 @@ class Faults(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         limit_waiting(args.ddp_timeout)
-        engine = self.trainer.model_wrapped
-        if hasattr(engine, "clip_fp32_gradients"):  # at ZeRO stage 0 the norm before clipping is seen nowhere else
-            clip = engine.clip_fp32_gradients
-
-            def measure_and_clip():
-                self.observe_norm(
-                    torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-                )
-                clip()
-
-            engine.clip_fp32_gradients = measure_and_clip
+        before_clipping(self.trainer.model_wrapped, self.observe_norm)
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self._judged:  # the engine found the gradient not finite, and did not come to the optimizer

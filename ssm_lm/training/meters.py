@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 
 from ..costs.devices import known_device
 from ..costs.flops import total, training_flops
+from ..internals.torch import events_of
 
 METRICS_FILE = "metrics.jsonl"
 # collectives as the profiler names them: NCCL's kernels on a GPU, Gloo's own ranges on a CPU
@@ -207,8 +208,7 @@ class CommunicationSample(TrainerCallback):
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - self.start
         self.profiler.stop()
-        events = self.profiler.profiler.kineto_results.events()
-        spans = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if COLLECTIVES.match(e.name())]
+        spans = [(start, end) for name, start, end in events_of(self.profiler) if COLLECTIVES.match(name)]
         self.meters.communication_share = min(1.0, covered(spans) / 1e9 / elapsed)
         self.profiler = None
 

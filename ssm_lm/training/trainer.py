@@ -135,25 +135,22 @@ class S4Trainer(CheckpointedTrainer):
     def load_state(self, folder):
         self.faults.load(folder)
 
-    def _finalize_training(self, *args, **kwargs):
+    def before_the_end(self):
         if self.faults.stopped or self.faults.bad_steps:
             self.state.best_model_checkpoint = None  # nothing is final yet: no best model to load, none to clear for
-        return super()._finalize_training(*args, **kwargs)
 
-    def _save_checkpoint(self, model, trial):
+    def write_checkpoint(self, model, trial):
         with self.meters.timing("checkpoint"):
-            super()._save_checkpoint(model, trial)
+            super().write_checkpoint(model, trial)
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
+    def observe_gradient_norm(self, norm):
         self.faults.observe_norm(norm)  # before clipping, without DeepSpeed
-        return norm
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._meter is None:
             check_ssm_precision(model)  # on the engine as it is, not on the config
             share_master_weights(model)
-            check_ssm_group(self._engine_optimizer(), self.args.ssm_learning_rate)
+            check_ssm_group(self.engine_optimizer(), self.args.ssm_learning_rate)
             self._meter = (time.perf_counter(), self.state.global_step)
         self.meters.saw(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
@@ -220,10 +217,10 @@ class LanguageModelTrainer(S4Trainer):
         )
         self._carried = None
         if args.carry_state:
-            per_row = self._get_train_sampler().windows_per_row
+            per_row = self.train_sampler().windows_per_row
             self._carried = CarriedState(model.config, per_row, args.gradient_accumulation_steps)
 
-    def _get_train_sampler(self, train_dataset=None):
+    def train_sampler(self, dataset=None):
         rows = self.args.global_batch_size
         total = self.args.max_steps * rows
         if self.args.carry_state:

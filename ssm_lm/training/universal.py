@@ -7,20 +7,18 @@ change the stage, and at stage 3 with several parameter groups it gives all of t
 counts Adam's steps once a group.
 """
 
-import contextlib
 import os
 import shutil
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from ..errors import UserError
+from ..internals.deepspeed import ADAM, convert_to_universal, engine_folder, placer
 from .checkpoints import PARTIAL
 
 UNIVERSAL = "universal"  # the converted form, a folder within the checkpoint
-ADAM = ("exp_avg", "exp_avg_sq")
 
 # a parameter's name -> {"fp32": weights, "exp_avg": ..., "exp_avg_sq": ...}, float32, of any shape
 Reader = Callable[[str], dict[str, torch.Tensor]]
@@ -51,21 +49,9 @@ def convert(checkpoint: Path, mark: dict) -> None:
     target = checkpoint / UNIVERSAL
     if written_by(checkpoint, mark) in ("torch", "zero0") or target.is_dir():
         return
-    from deepspeed.checkpoint import ds_to_universal
-
     partial = checkpoint / f"{PARTIAL}-{UNIVERSAL}"
     shutil.rmtree(partial, ignore_errors=True)
-    arguments = Namespace(
-        input_folder=str(_engine_folder(checkpoint)),
-        output_folder=str(partial),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        ds_to_universal.main(arguments)
+    convert_to_universal(engine_folder(checkpoint), partial)
     os.rename(partial, target)
 
 
@@ -92,7 +78,7 @@ def open_reader(checkpoint: Path, mark: dict, names: list[str]) -> Reader:
 
         weights, optimizer = load_file(checkpoint / "model.safetensors"), _load(checkpoint / "optimizer.pt")
     else:
-        states = _load(_engine_folder(checkpoint) / "mp_rank_00_model_states.pt")
+        states = _load(engine_folder(checkpoint) / "mp_rank_00_model_states.pt")
         weights, optimizer = states["module"], states["optimizer"]
     numbers = {name: number for number, name in enumerate(names)}
 
@@ -108,12 +94,7 @@ def put(module: torch.nn.Module, optimizer, read: Reader, steps: int) -> None:
 
     optimizer: torch's, for stage 0 and without DeepSpeed, or a ZeRO optimizer. Every rank calls it.
     """
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        place = _PlaceZero3(optimizer, steps)
-    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
-        place = _PlaceZero12(optimizer, steps)
-    else:
-        place = _PlaceWhole(optimizer, steps)
+    place = placer(optimizer, steps)
     for name, parameter in module.named_parameters():
         values = read(name)
         missing = [key for key in ("fp32", *ADAM) if key not in values and (key == "fp32" or parameter.requires_grad)]
@@ -124,87 +105,10 @@ def put(module: torch.nn.Module, optimizer, read: Reader, steps: int) -> None:
         place(parameter, {key: value.flatten() for key, value in values.items()})
 
 
-class _PlaceWhole:
-    """Every rank has all of every parameter."""
-
-    def __init__(self, optimizer, steps):
-        self.optimizer, self.steps = optimizer, steps
-
-    def __call__(self, parameter, values):
-        parameter.data.copy_(values["fp32"].view_as(parameter))
-        if parameter.requires_grad:
-            state = _adam_state(self.optimizer, parameter, self.steps)
-            for key in ADAM:
-                state[key].copy_(values[key].view_as(parameter))
-
-
-class _PlaceZero12:
-    """A rank has a slice of each group's flat float32 buffer, and all weights in the model."""
-
-    def __init__(self, zero, steps):
-        self.buffers = {}
-        for flat, parameters in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
-            state = _adam_state(zero.optimizer, flat, steps)
-            for parameter in parameters:
-                self.buffers[id(parameter)] = {"fp32": flat.data, **{key: state[key] for key in ADAM}}
-
-    def __call__(self, parameter, values):
-        parameter.data.copy_(values["fp32"].view_as(parameter))
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is not None:  # some of it is in this rank's slice
-            here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-            for key, buffer in self.buffers[id(parameter)].items():
-                buffer.narrow(0, here.start, here.numel).copy_(values[key].narrow(0, there.start, there.numel))
-
-
-class _PlaceZero3:
-    """A rank has a slice of every parameter, side by side in the flat float32 buffers of sub-groups."""
-
-    def __init__(self, zero, steps):
-        if getattr(zero, "swap_optimizer", False):
-            raise UserError("optimizer states on NVMe cannot be resharded; resume with as many ranks as before")
-        self.zero = zero
-        self.buffers = []
-        for flat in zero.fp32_partitioned_groups_flat:
-            state = _adam_state(zero.optimizer, flat, steps)
-            self.buffers.append({"fp32": flat.data, **{key: state[key] for key in ADAM}})
-
-    def __call__(self, parameter, values):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if torch.distributed.get_rank() == 0:
-                parameter.data.copy_(values["fp32"].view_as(parameter))
-        group, start, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
-        first = length * self.zero._get_param_partition_rank(parameter)
-        for key, buffer in self.buffers[group].items():
-            part = values[key][first : first + length]  # the last rank's is shorter: what follows is padding
-            buffer.narrow(0, start, length).zero_()
-            buffer.narrow(0, start, len(part)).copy_(part)
-
-
-def _adam_state(optimizer, tensor, steps: int) -> dict:
-    """The optimizer's state of a tensor, made if it has not stepped yet."""
-    state = optimizer.state[tensor]
-    state["step"] = torch.tensor(float(steps), device=tensor.device if _is_capturable(optimizer) else "cpu")
-    for key in ADAM:
-        if key not in state:
-            state[key] = torch.zeros_like(tensor.data)
-    return state
-
-
-def _is_capturable(optimizer) -> bool:
-    return any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
-
-
 def adam_steps(optimizer) -> int:
     """Steps that Adam has taken; steps that were skipped are none."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     return int(max((float(state["step"]) for state in optimizer.state.values() if "step" in state), default=0))
-
-
-def _engine_folder(checkpoint: Path) -> Path:
-    return checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
 
 
 def _load(path: Path):

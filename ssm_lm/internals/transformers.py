@@ -1,0 +1,127 @@
+"""What reaches into transformers' Trainer."""
+
+from pathlib import Path
+
+from transformers import Trainer
+
+from . import Part
+
+
+class OpenTrainer(Trainer):
+    """transformers' Trainer with a public name for each of its private moments that this project steps into.
+
+    A subclass overrides the public names and calls them through super(); the private ones stand here alone.
+    """
+
+    # where a checkpoint is being written, a folder beside the finished ones; None: output_dir
+    writing_into: Path | None = None
+
+    def write_checkpoint(self, model, trial) -> None:
+        """Write the checkpoint of this step, on every rank."""
+        super()._save_checkpoint(model, trial)
+
+    def takes_up(self, checkpoint: str) -> bool:
+        """Whether `take_up` restores the weights and the optimizer from a checkpoint, and not the Trainer."""
+        return False
+
+    def take_up(self, checkpoint: str) -> None:
+        """Restore weights, optimizer and schedule, once the engine is made; every rank calls it."""
+        raise NotImplementedError
+
+    def take_up_best_model(self) -> None:
+        """Load the weights of the best checkpoint, at the end of the training."""
+        super()._load_best_model()
+
+    def before_the_end(self) -> None:
+        """Called when the last step is taken, before the best model is loaded."""
+
+    def observe_gradient_norm(self, norm) -> None:
+        """Called with the norm before clipping in every step; with DeepSpeed, once the engine has clipped."""
+
+    def train_sampler(self, dataset=None):
+        """The order of the training examples."""
+        return super()._get_train_sampler(dataset)
+
+    # ---- the Trainer's own names
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self.writing_into is None else str(self.writing_into)
+
+    def _save_checkpoint(self, model, trial):
+        self.write_checkpoint(model, trial)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if resume_from_checkpoint is None or not self.takes_up(resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # as if there were none: the engine is made, and nothing of the checkpoint is read into it
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.take_up(resume_from_checkpoint)
+        self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+    def _load_best_model(self):
+        self.take_up_best_model()
+
+    def _finalize_training(self, *args, **kwargs):
+        self.before_the_end()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.observe_gradient_norm(norm)
+        return norm
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.train_sampler(train_dataset)
+
+
+PARTS = (
+    Part(
+        "transformers.Trainer._get_output_dir",
+        "overridden: another folder while a checkpoint is written",
+        "a checkpoint is written beside its place and renamed when it is whole",
+        "the Trainer writes checkpoints under another name first",
+    ),
+    Part(
+        "transformers.Trainer._save_checkpoint",
+        "overridden: what else a checkpoint holds, its mark, its rename, the time it took",
+        "on_save comes after the old checkpoints were deleted, and cannot fail the save",
+        "the same",
+    ),
+    Part(
+        "transformers.Trainer._prepare_for_training",
+        "overridden: a checkpoint of another engine or other ranks is put into the engine here",
+        "the Trainer hands it to DeepSpeed, which refuses it; there is no hook between the engine and the first step",
+        "DeepSpeed's universal checkpoints change the ZeRO stage and keep the parameter groups",
+    ),
+    Part(
+        "transformers.Trainer._load_scaler",
+        "called, after such a checkpoint",
+        "float16's scale goes on from the checkpoint, as where the Trainer reads it",
+        "the same",
+    ),
+    Part(
+        "transformers.Trainer._load_best_model",
+        "overridden: a best checkpoint that other ranks wrote",
+        "as above",
+        "the same",
+    ),
+    Part(
+        "transformers.Trainer._finalize_training",
+        "overridden: no best model where the training is not over",
+        "a run that was asked to end, or goes back, would load its best model and delete other checkpoints",
+        "training that a callback stopped leaves the best model alone",
+    ),
+    Part(
+        "transformers.Trainer._get_grad_norm",
+        "overridden: the norm is kept for the guard",
+        "without DeepSpeed, callbacks see the norm rounded to the log's steps alone",
+        "callbacks are told the norm of each step",
+    ),
+    Part(
+        "transformers.Trainer._get_train_sampler",
+        "overridden: an order that is a function of the seed and the step",
+        "a sampler is no argument of the Trainer",
+        "it is one",
+    ),
+)

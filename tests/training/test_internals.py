@@ -1,0 +1,163 @@
+"""What the package reaches into in other libraries is there: an upgrade that takes a part away fails by its name."""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import ssm_lm
+from ssm_lm import internals
+
+PACKAGE = Path(ssm_lm.__file__).parent
+FILES = sorted(path.stem for path in (PACKAGE / "internals").glob("*.py") if path.stem != "__init__")
+PARTS = {part.name: part for file in FILES for part in importlib.import_module(f"ssm_lm.internals.{file}").PARTS}
+# modeling/ is published file by file, so its own uses stay in it
+GENERATION = "transformers.generation.utils.GenerationMixin"
+MODELING = (
+    f"{GENERATION}._check_early_stop_heuristic",
+    f"{GENERATION}._beam_search_has_unfinished_sequences",
+    f"{GENERATION}._extract_generation_mode_kwargs",
+    f"{GENERATION}._get_running_beams_for_next_iteration",
+    f"{GENERATION}._get_top_k_continuations",
+    f"{GENERATION}._prefill",
+    f"{GENERATION}._update_finished_beams",
+    f"{GENERATION}._update_model_kwargs_for_generation",
+    f"{GENERATION}._eos_token_tensor",
+    f"{GENERATION}._pad_token_tensor",
+    f"{GENERATION}._is_user_defined",  # which it sets on a cache
+    "transformers.PreTrainedModel._init_weights",
+    "transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES",
+    "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "transformers.models.auto.modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "torch._dynamo",
+    "torch.nn.Module._apply",
+    "torch.compiler.assume_constant_result",  # sets _dynamo_marked_constant
+    "torch._dynamo.decorators._dynamo_marked_constant",
+)
+DOCUMENTED = {"_asdict", "_replace", "_fields", "_make", "_exit"}  # of a NamedTuple, and of os
+
+
+def found(name: str) -> bool:
+    """Whether a dotted name leads somewhere: by import and getattr, or, for its last part, by an assignment to it."""
+    words = name.split(".")
+    for length in range(len(words), 0, -1):
+        try:
+            place = importlib.import_module(".".join(words[:length]))
+            break
+        except ImportError:
+            continue
+    else:
+        return False
+    for position, word in enumerate(words[length:], length):
+        if not hasattr(place, word):
+            return position == len(words) - 1 and word in assigned_in(place)
+        place = getattr(place, word)
+    return True
+
+
+def assigned_in(place) -> set[str]:
+    """Attributes that the code of a class, of those it inherits from, or of a module sets on some object."""
+    modules = {inspect.getmodule(cls) for cls in place.__mro__} if inspect.isclass(place) else {place}
+    names = set()
+    for module in modules:
+        try:
+            source = inspect.getsource(module)
+        except (OSError, TypeError):  # built in
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names.add(node.attr)
+            elif isinstance(node, ast.AnnAssign | ast.arg) and isinstance(getattr(node, "target", None), ast.Name):
+                names.add(node.target.id)
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr":
+                names |= {word.value for word in node.args[1:2] if isinstance(word, ast.Constant)}
+    return names
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_that_the_package_reaches_into_is_there(name):
+    if name == "deepspeed.git_version_info_installed.installed_ops":
+        from ssm_lm.internals.deepspeed import built_operators
+
+        file = Path(importlib.util.find_spec("deepspeed").origin).with_name("git_version_info_installed.py")
+        assert "installed_ops" in file.read_text(), name
+        assert isinstance(built_operators(), list)
+        return
+    assert found(name), f"{name} is gone: {PARTS[name].use}, because {PARTS[name].why}"
+
+
+@pytest.mark.parametrize("name", MODELING)
+def test_a_part_that_the_model_reaches_into_is_there(name):
+    assert found(name), f"{name} is gone"
+
+
+def test_the_list_of_the_model_is_whole():
+    files = sorted((PACKAGE / "modeling").glob("*.py"))
+    ours = {name for path in files for name in defined(path)}
+    used = {name for path in files for name in private_uses(path)} - ours
+    assert used <= {name.rpartition(".")[2] for name in MODELING}
+
+
+@pytest.mark.parametrize("name", ["torch.cuda._nothing", "transformers.Trainer._nothing", "nothing.at_all"])
+def test_a_part_that_is_gone_is_noticed(name):
+    assert not found(name)
+
+
+def defined(path: Path) -> set[str]:
+    """The names of a file's functions, methods and classes, and of what it sets on its own objects."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names |= {node.attr} if getattr(node.value, "id", "") in ("self", "cls", "ctx") else set()
+    return names
+
+
+def private_uses(path: Path) -> set[str]:
+    """Names with a leading underscore that a file uses of objects that are not its own."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    used, inherited = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+            own |= {node.attr} if isinstance(node.ctx, ast.Store) else set()
+        elif isinstance(node, ast.Attribute):
+            used.add(node.attr)
+            if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super":
+                inherited.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            used |= {alias.name for alias in node.names}
+            used |= {"_module"} if any(part.startswith("_") for part in node.module.split(".")) else set()
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
+            used |= {word.value for word in node.args[1:2] if isinstance(word, ast.Constant)}
+    # an override that calls super() is of another's method too, though the file defines it
+    return {
+        name
+        for name in used - (own - inherited) - DOCUMENTED
+        if isinstance(name, str) and name.startswith("_") and not name.startswith("__")
+    }
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_list_of_a_file_is_whole(file):
+    """Every private name that the code uses is in a list of parts."""
+    listed = {name.rpartition(".")[2] for name in PARTS} | {"_module"}
+    assert private_uses(PACKAGE / "internals" / f"{file}.py") <= listed
+    parts = importlib.import_module(f"ssm_lm.internals.{file}").PARTS
+    assert parts
+    assert all(isinstance(part, internals.Part) and all(part) for part in parts)
+
+
+def test_nothing_else_reaches_into_another_library():
+    """But modeling/, whose uses are listed above, and modules of its own."""
+    ours = {name for path in PACKAGE.rglob("*.py") for name in defined(path)}
+    reached = {}
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name not in ("internals", "modeling"):
+            for name in private_uses(path):
+                if name not in ours:
+                    reached[name] = str(path.relative_to(PACKAGE))
+    assert reached == {}
