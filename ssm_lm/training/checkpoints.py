@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import UserError
 from ..files import write_json
 from ..loading.folder import COMPLETE as COMPLETE_FILE
+from .identity import without_speed
 
 RUN_FILE = "run.json"
 PARTIAL = ".partial"  # beginning of the names of folders that are being written or deleted
@@ -125,7 +126,7 @@ def check_resumable(checkpoint: Path, identity: dict | None = None) -> dict:
             "damaged); name another one"
         )
     theirs = mark.get("identity")
-    if identity is not None and theirs is not None and theirs != identity:
+    if identity is not None and theirs is not None and (theirs := without_speed(theirs)) != identity:
         key = next(key for key in {**theirs, **identity} if theirs.get(key) != identity.get(key))
         difference = _difference(key, theirs.get(key), identity.get(key))
         raise UserError(f"{checkpoint}: is of another run ({difference}); name one of this run")
@@ -147,8 +148,8 @@ def claim(output_dir: Path, identity: dict) -> dict:
         return {}
     try:
         run = json.loads(run_file.read_text(encoding="utf-8"))
-        theirs = run["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        theirs = without_speed(run["identity"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run_file} does not describe a run of ssm-lm ({error}); choose another output_dir") from error
     for key in identity:
         if theirs.get(key) != identity[key]:

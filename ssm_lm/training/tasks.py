@@ -4,7 +4,6 @@ A task brings the data, the config of the model and the Trainer; `train.py` does
 Making one reads and checks everything and writes nothing.
 """
 
-import json
 from pathlib import Path
 
 from ..config.arguments import S4TrainingArguments
@@ -124,16 +123,3 @@ class Classification:
             results |= {"task": self.task.name, "examples": len(self.task.splits["test"])}
             write_json(Path(trainer.args.output_dir) / "test_results.json", results)
             print(f"test      accuracy {results['test_accuracy']:.2%} of {results['examples']:,}")
-
-
-def run_identity(values: dict, task, global_batch_size: int) -> dict:
-    """What makes this run this run: two configs with the same identity may share an output folder.
-
-    Not in it: what changes the speed and not the result, and what only says how long and how often.
-    """
-    speed_only = ("mode", "chunk_size", "loss_chunk_size")
-    model = {key: value for key, value in task.config.to_diff_dict().items() if key not in speed_only}
-    model = json.loads(json.dumps({key: value for key, value in model.items() if key != "transformers_version"}))
-    keys = ("sequence_length", "carry_state", "seed", "learning_rate", "ssm_learning_rate", "weight_decay", "init_from")
-    training = {key: values.get(key, getattr(S4TrainingArguments, key)) for key in keys}
-    return {"model": model, "data": task.fingerprint, "global_batch_size": global_batch_size, **training}

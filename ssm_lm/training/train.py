@@ -71,7 +71,8 @@ def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
     from ..config.arguments import S4TrainingArguments
     from ..config.deepspeed import deepspeed_config
     from .faults import PREEMPTED, StopSignals
-    from .tasks import make_task, run_identity
+    from .identity import run_identity
+    from .tasks import make_task
     from .trainer import batch_of_step
 
     # ---- everything that can be wrong, before the first file is written

@@ -26,6 +26,7 @@ MODELING = (
     f"{GENERATION}._update_model_kwargs_for_generation",
     f"{GENERATION}._eos_token_tensor",
     f"{GENERATION}._pad_token_tensor",
+    f"{GENERATION}._is_user_defined",
     f"{GENERATION}._is_user_defined",  # which it sets on a cache
     "transformers.PreTrainedModel._init_weights",
     "transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES",
