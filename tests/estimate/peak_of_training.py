@@ -1,12 +1,11 @@
 """The peak of a real training step, from every allocation that PyTorch's CPU allocator reports to its profiler.
 
-Deterministic, unlike the resident size of a process; what operators allocate inside themselves is in it. Under
-torchrun every rank runs this file with a JSON of arguments for `measure`, and rank 0 writes the result.
+Deterministic, unlike the resident size of a process; what operators allocate inside themselves is in it. Every
+rank of a group runs this file with a JSON of arguments for `measure`, and rank 0 writes the result.
 """
 
 import gc
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -110,5 +109,5 @@ if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
     torch.distributed.all_reduce = let_go_by_gloo(torch.distributed.all_reduce)
     found = measure(**json.loads(sys.argv[1]))
-    if os.environ["RANK"] == "0":
+    if torch.distributed.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(found))

@@ -1,7 +1,6 @@
 """Estimated memory against the allocator's own record of a real training step: within 15%."""
 
 import json
-import sys
 
 import peak_of_training
 import pytest
@@ -48,12 +47,11 @@ def test_one_process(keys, checkpointing, bf16):
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 1), (2, 2), (3, 2)])
 def test_zero_stages(tmp_path, stage, ranks):
     """A wide model and short windows, so that parameters and the optimizer are what the memory is."""
-    from harness import run
+    import forked
 
     keys = SMALL | {"ssm": "s4d", "hidden_size": 256}
     arguments = {"keys": keys, "batch_size": 1, "length": 32, "stage": stage, "bucket": 200_000}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    run([sys.executable, *launcher, peak_of_training.__file__, json.dumps(arguments), str(tmp_path / "peak.json")])
+    forked.run([peak_of_training.__file__, json.dumps(arguments), str(tmp_path / "peak.json")], ranks)
     found = json.loads((tmp_path / "peak.json").read_text())
     expected = estimated(keys, 1, 32, stage=stage, ranks=ranks, reduce_bucket=200_000)
     assert expected == pytest.approx(found, rel=TOLERANCE)

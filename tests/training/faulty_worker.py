@@ -2,19 +2,20 @@
 
 FAULT_STEPS   steps (from 0) whose loss is spoilt, as "5" or "6,7,8"
 FAULT_WINDOWS the same, but bound to the batch: the first eight token ids of its first window; ";" between batches
-FAULT_FACTOR  what the loss is multiplied by: "nan" or "100"
+FAULT_FACTOR  what the loss is multiplied by: "nan" or "100"; "wait": it stays, and the rank waits for a signal
 FAULT_RANK    the rank that it happens on; all of them without it
 RANK_OPTIONS  words that are added to the command on rank 1
 """
 
 import os
 import sys
+import time
 
 import ssm_lm.training.trainer as trainer_module
 from ssm_lm.cli import entry
 
 rank = int(os.environ.get("RANK", "0"))
-factor = float(os.environ.get("FAULT_FACTOR", "1"))
+factor = os.environ.get("FAULT_FACTOR", "1")
 steps = {int(step) for step in os.environ.get("FAULT_STEPS", "").split(",") if step}
 windows = os.environ.get("FAULT_WINDOWS", "").split(";")
 here = os.environ.get("FAULT_RANK", str(rank)) == str(rank)
@@ -26,9 +27,13 @@ def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=N
     if model.training:
         first = " ".join(str(token) for token in inputs["input_ids"][0, :8].tolist())
         spoilt = here and (self.state.global_step in steps or first in windows)
-        if spoilt:
+        if spoilt and factor == "wait":
+            print(f"waiting in step {self.state.global_step}", flush=True)
+            while self.faults.signals.received is None:
+                time.sleep(0.01)
+        elif spoilt:
             self.faults._loss = None  # as if the model itself had returned the spoilt loss
-            loss = loss * factor
+            loss = loss * float(factor)
             self.faults.observe_loss(loss)
     return loss
 

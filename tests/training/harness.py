@@ -64,6 +64,11 @@ def run(command: list[str], **environment) -> subprocess.CompletedProcess:
     return done
 
 
+def zero(stage: int) -> str:
+    """The DeepSpeed config of a ZeRO stage."""
+    return str(REPO / "configs" / "deepspeed" / f"zero{stage}.json")
+
+
 def losses(output_dir) -> list[float]:
     """The training losses of a finished run, one a step."""
     history = json.loads((Path(output_dir) / "trainer_state.json").read_text())["log_history"]

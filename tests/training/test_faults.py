@@ -1,4 +1,4 @@
-"""Faults of a step, of a rank, of the disk: what a run does about each. The real command, in subprocesses."""
+"""Faults of a step, of a rank, of the disk: what a run does about each. The real command, in processes."""
 
 import json
 import os
@@ -6,17 +6,18 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
-from harness import REPO, losses, process_environment, run, train_command
+from harness import REPO, losses, process_environment, run, train_command, zero
 
+from ssm_lm.cli import main
 from ssm_lm.data.stream import TokenStream
 from ssm_lm.data.windows import TokenWindows, WindowSampler
-from ssm_lm.training.faults import PREEMPTED
+from ssm_lm.training.faults import PREEMPTED, STOP_SIGNALS, StopSignals
 from ssm_lm.training.trainer import RunSampler
 
 pytestmark = pytest.mark.slow
@@ -24,22 +25,9 @@ pytestmark = pytest.mark.slow
 WORKER = str(REPO / "tests" / "training" / "faulty_worker.py")
 
 
-def faulty(config: str, *overrides: str, ranks: int = 1, restarts: int = 0) -> list[str]:
-    """As harness.train_command, with faulty_worker.py in the place of the package."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    launcher += ["--max-restarts", str(restarts)]
-    return [sys.executable, *(launcher if ranks > 1 else []), WORKER, "train", config, *overrides]
-
-
-def attempt(command: list[str], timeout: float = 200, **environment) -> subprocess.CompletedProcess:
-    """As harness.run, whatever the exit code."""
-    return subprocess.run(
-        command, cwd=REPO, env=process_environment(**environment), capture_output=True, text=True, timeout=timeout
-    )
-
-
-def zero(stage: int) -> str:
-    return str(REPO / "configs" / "deepspeed" / f"zero{stage}.json")
+def faulty(config: str, *overrides: str) -> list[str]:
+    """`ssm-lm train`, with faulty_worker.py in the place of the package."""
+    return [WORKER, "train", config, *overrides]
 
 
 # ---- steps
@@ -54,7 +42,7 @@ def nan_at_five(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nan")
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(base_config(corpus, folder / "run", max_steps=10)))
-    done = run(faulty(str(config)), FAULT_STEPS="5", FAULT_FACTOR="nan")
+    done = forked.run(faulty(str(config)), FAULT_STEPS="5", FAULT_FACTOR="nan")
     assert "step 6: skipped, loss is nan" in done.stdout
     entries = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
     assert [entry.get("skipped_steps", 0) for entry in entries if "loss" in entry] == [0] * 5 + [1] * 5
@@ -64,7 +52,7 @@ def nan_at_five(corpus, tmp_path_factory):
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_loss_that_is_not_a_number_on_one_rank_is_skipped_by_all(write_config, tmp_path, nan_at_five, stage):
     config = write_config(max_steps=10, per_device_train_batch_size=2, deepspeed=zero(stage))
-    done = run(faulty(config, ranks=2), FAULT_STEPS="5", FAULT_FACTOR="nan", FAULT_RANK="1")
+    done = forked.run(faulty(config), ranks=2, FAULT_STEPS="5", FAULT_FACTOR="nan", FAULT_RANK="1")
     assert "step 6: skipped, loss is nan" in done.stdout
     ours = losses(tmp_path / "run")
     assert ours[:5] == pytest.approx(nan_at_five[:5], rel=1e-5)
@@ -73,7 +61,7 @@ def test_a_loss_that_is_not_a_number_on_one_rank_is_skipped_by_all(write_config,
 
 def test_a_spike_is_skipped(write_config, tmp_path):
     config = write_config(max_steps=40)
-    done = run(faulty(config), FAULT_STEPS="30", FAULT_FACTOR="100")
+    done = forked.run(faulty(config), FAULT_STEPS="30", FAULT_FACTOR="100")
     assert "step 31: skipped, loss" in done.stdout
     assert done.stdout.count(": skipped, ") == 1
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
@@ -89,23 +77,22 @@ def test_after_several_the_run_goes_back_and_passes_over_their_batches(write_con
     bad = ";".join(" ".join(str(token) for token in first) for first in bad)
 
     config = write_config("spoilt", **settings)
-    done = run(faulty(config, *options, ranks=ranks), FAULT_WINDOWS=bad, FAULT_FACTOR="nan")
+    done = forked.run(faulty(config, *options), ranks, FAULT_WINDOWS=bad, FAULT_FACTOR="nan")
     assert "3 steps in a row were skipped; back to" in done.stdout
     assert "checkpoint-4, passing over their batches" in done.stdout
-    assert json.loads((tmp_path / "spoilt" / "run.json").read_text())["passed_over"] == [6, 7, 8]
+    record = json.loads((tmp_path / "spoilt" / "run.json").read_text())
+    assert record["passed_over"] == [6, 7, 8]
 
     # the run that never saw those batches
-    clean = write_config("clean", **settings)
-    run(train_command(clean, *options, "--max_steps", "1", "--save_strategy", "no", ranks=ranks))
-    record = tmp_path / "clean" / "run.json"
-    record.write_text(json.dumps({"identity": json.loads(record.read_text())["identity"], "passed_over": [6, 7, 8]}))
-    run(train_command(clean, *options, ranks=ranks))
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "clean" / "run.json").write_text(json.dumps({**record, "finished_step": -1}))
+    forked.train(write_config("clean", **settings), *options, ranks=ranks)
     assert losses(tmp_path / "spoilt") == pytest.approx(losses(tmp_path / "clean"), rel=1e-5)
 
 
 def test_what_does_not_recover_ends_in_one_line(write_config):
     config = write_config(max_steps=40, max_skipped_steps=2)
-    done = attempt(faulty(config), FAULT_STEPS=",".join(str(step) for step in range(3, 40)), FAULT_FACTOR="nan")
+    done = forked.attempt(faulty(config), FAULT_STEPS=",".join(str(step) for step in range(3, 40)), FAULT_FACTOR="nan")
     assert done.returncode == 2
     assert "going back 3 times did not help" in done.stderr.splitlines()[-1]
 
@@ -113,27 +100,30 @@ def test_what_does_not_recover_ends_in_one_line(write_config):
 # ---- signals
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_in_a_checkpoint_and_an_exit_code_that_asks_for_more(write_config, tmp_path, sent):
-    settings = {"max_steps": 60, "save_strategy": "steps", "save_steps": 1000}
-    run(train_command(write_config("straight", **settings)))
+def test_a_signal_ends_in_a_checkpoint_and_an_exit_code_that_asks_for_more(write_config, tmp_path, straight):
+    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1000}
     config = write_config("stopped", **settings)
-    process = subprocess.Popen(
-        train_command(config), cwd=REPO, env=process_environment(), stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("engine"):
-            break
-    time.sleep(1)  # somewhere in the first steps
-    process.send_signal(sent)
-    said, _ = process.communicate(timeout=100)
-    if process.returncode == 0:
-        pytest.skip("training was over before the signal came")
-    assert process.returncode == PREEMPTED
-    assert f"stopped   {sent.name}" in said
-    assert len(list((tmp_path / "stopped").glob("checkpoint-*"))) == 1
-    assert "resuming" in run(train_command(config)).stdout
-    assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "straight"), rel=1e-6)
+    stopped = forked.Ranks(faulty(config), FAULT_STEPS="5", FAULT_FACTOR="wait")
+    stopped.wait_until(lambda: "waiting in step 5" in stopped.said())
+    os.kill(stopped.processes[0].pid, signal.SIGUSR1)
+    done = stopped.wait()
+    assert done.returncode == PREEMPTED, done.stderr
+    assert "stopped   SIGUSR1 at step 6" in done.stdout
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert "resuming" in forked.train(config).stdout
+    assert losses(tmp_path / "stopped") == pytest.approx(losses(straight(**settings)), rel=1e-6)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_each_signal_is_remembered_and_its_handler_given_back(sent):
+    """Those of schedulers; what a run does after one is the same for both."""
+    assert sent in STOP_SIGNALS
+    before = signal.getsignal(sent)
+    with StopSignals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), sent)
+        assert signals.received == sent.name
+    assert signal.getsignal(sent) is before
 
 
 # ---- ranks
@@ -141,17 +131,13 @@ def test_a_signal_ends_in_a_checkpoint_and_an_exit_code_that_asks_for_more(write
 
 def test_ranks_that_disagree_say_so_and_start_nothing(write_config, tmp_path):
     config = write_config(learning_rate=0.01)
-    done = attempt(faulty(config, ranks=2), RANK_OPTIONS="--learning_rate 0.02")
+    done = forked.attempt(faulty(config), ranks=2, RANK_OPTIONS="--learning_rate 0.02")
     assert done.returncode != 0
     assert "rank 1 was started with learning_rate 0.02 and rank 0 with 0.01" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_ranks_with_different_data_say_so(write_config, corpus, tmp_path):
-    import shutil
-
-    from ssm_lm.cli import main
-
     text = tmp_path / "text"
     text.mkdir()
     for split in ("train", "valid", "test"):
@@ -159,33 +145,20 @@ def test_ranks_with_different_data_say_so(write_config, corpus, tmp_path):
     other = tmp_path / "other"
     assert main(["prepare", "--dataset", str(text), "--tokenizer", "words", "--output", str(other)]) == 0
     config = write_config()
-    done = attempt(faulty(config, ranks=2), RANK_OPTIONS=f"--data {other}")
+    done = forked.attempt(faulty(config), ranks=2, RANK_OPTIONS=f"--data {other}")
     assert done.returncode != 0
     assert "rank 1 was started with data" in done.stderr
-    shutil.rmtree(other)
 
 
 def test_a_rank_that_hangs_ends_in_a_named_timeout(write_config):
-    config = write_config(max_steps=100000, ddp_timeout=8, per_device_train_batch_size=2, deepspeed=zero(1))
-    process = subprocess.Popen(
-        train_command(config, ranks=2), cwd=REPO, env=process_environment(), stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("engine"):
-            break
-    time.sleep(4)
-    workers = [child for child in psutil.Process(process.pid).children() if "ssm_lm" in " ".join(child.cmdline())]
-    assert len(workers) == 2
-    workers[1].suspend()
-    try:
-        _, said = process.communicate(timeout=120)
-    finally:
-        for worker in workers:
-            if worker.is_running():
-                worker.kill()
-    assert process.returncode != 0
-    assert "hung for more than ddp_timeout = 8 s" in said
+    config = write_config(max_steps=100, ddp_timeout=8, per_device_train_batch_size=2, deepspeed=zero(1))
+    ranks = forked.Ranks(faulty(config), 2, FAULT_STEPS="3", FAULT_FACTOR="wait", FAULT_RANK="1")
+    ranks.wait_until(lambda: "waiting in step 3" in ranks.said())
+    os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+    ranks.processes[0].join(120)
+    assert ranks.processes[0].exitcode
+    ranks.kill()
+    assert "hung for more than ddp_timeout = 8 s" in ranks.said()
 
 
 # ---- the disk
@@ -200,38 +173,37 @@ def tmpfs(place: Path, *options: str) -> None:
         pytest.skip(f"mounting a file system is not allowed here: {done.stderr.strip()}")
 
 
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(write_config, tmp_path):
-    settings = {"max_steps": 30, "save_strategy": "steps", "save_steps": 5, "save_total_limit": 9}
-    run(train_command(write_config("straight", **settings)))
-    one = sum(path.stat().st_size for path in (tmp_path / "straight" / "checkpoint-5").iterdir())
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(write_config, tmp_path, straight):
+    settings = {"max_steps": 20, "save_strategy": "steps", "save_steps": 5, "save_total_limit": 9}
+    expected = straight(**settings)
+    one = sum(path.stat().st_size for path in (expected / "checkpoint-5").iterdir())
     disk = tmp_path / "disk"
     tmpfs(disk, "-o", f"size={int(2.6 * one)}")
     try:
         config = write_config("full", **settings)
         place = ["--output_dir", str(disk / "run")]
-        done = attempt(train_command(config, *place))
-        assert done.returncode == 2
+        done = forked.attempt(["-m", "ssm_lm", "train", config, *place])
+        assert done.returncode == 2, done.stdout + done.stderr
         said = done.stderr.splitlines()[-1]
         assert "o space left" in said
-        failed, last = (int(number) for number in re.findall(r"checkpoint-(\d+)", said))
+        failed, *_, last = (int(number) for number in re.findall(r"checkpoint-(\d+)", said))
         assert f"checkpoint-{last} is whole, and the same command goes on from it" in said
         assert failed == last + 5
         there = {path.name for path in (disk / "run").glob("checkpoint-*")}
         assert there == {f"checkpoint-{step}" for step in range(5, failed, 5)}
         subprocess.run(["mount", "-o", f"remount,size={20 * one}", str(disk)], check=True)
-        assert "resuming" in run(train_command(config, *place)).stdout
-        assert losses(disk / "run") == pytest.approx(losses(tmp_path / "straight"), rel=1e-6)
+        assert "resuming" in forked.train(config, *place).stdout
+        assert losses(disk / "run") == pytest.approx(losses(expected), rel=1e-6)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(write_config, tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_line(write_config, tmp_path, capsys):
     disk = tmp_path / "disk"
     tmpfs(disk, "-o", "ro")
     try:
-        done = attempt(train_command(write_config(), "--output_dir", str(disk / "run")))
-        assert done.returncode == 2
-        assert "cannot be written to" in done.stderr.splitlines()[-1]
+        assert main(["train", write_config(), "--output_dir", str(disk / "run")]) == 2
+        assert "cannot be written to" in capsys.readouterr().err.splitlines()[-1]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -300,8 +272,7 @@ def test_zero_3_shares_parameters_and_optimizer(write_config, tmp_path):
         config = write_config(
             f"stage{stage}", max_steps=2, per_device_train_batch_size=1, deepspeed=zero(stage), bf16=True, model=model
         )
-        command = faulty(config, ranks=2)
-        command[command.index(WORKER)] = str(REPO / "tests" / "training" / "memory_worker.py")
-        held[stage] = json.loads(run(command).stdout.splitlines()[-1])["bytes"]
+        worker = str(REPO / "tests" / "training" / "memory_worker.py")
+        held[stage] = json.loads(forked.run([worker, "train", config], ranks=2).stdout.splitlines()[-1])["bytes"]
     print(held)
     assert held[3] <= 0.6 * held[0]

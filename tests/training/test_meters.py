@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
-from harness import run, train_command
 
 from ssm_lm import S4Config
 from ssm_lm.cli import main
@@ -111,7 +111,7 @@ def test_trim_without_a_file(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_know_their_share_of_communication(write_config, tmp_path):
     config = write_config(max_steps=8, per_device_train_batch_size=2, communication_sample_steps=100)
-    run(train_command(config, ranks=2))
+    forked.train(config, ranks=2)
     shares = [entry.get("communication_share") for entry in entries(tmp_path / "run") if "loss" in entry]
     assert shares[:5] == [None] * 5  # step 6, the one after five, is the sample
     assert all(0 < share < 1 for share in shares[5:])

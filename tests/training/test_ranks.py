@@ -1,48 +1,41 @@
-"""Several processes: ZeRO stages, launchers, a kill and what comes after it. The real command, in subprocesses."""
+"""Several processes: ZeRO stages, launchers, a kill and what comes after it."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
+import forked
 import pytest
 import torch
-from harness import REPO, losses, process_environment, run, train_command
+from harness import REPO, losses, process_environment, run, train_command, zero
 from safetensors.torch import load_file
 
 from ssm_lm import cli
 
 pytestmark = pytest.mark.slow
 
-STEPS = 30
+STEPS = 20
+WORKER = str(REPO / "tests" / "training" / "faulty_worker.py")
 
 
-def zero(stage: int) -> str:
-    return str(REPO / "configs" / "deepspeed" / f"zero{stage}.json")
+@pytest.fixture
+def two_ranks_plain(straight):
+    """The losses of two ranks without DeepSpeed, and the folder of the run."""
+    folder = straight(ranks=2, max_steps=STEPS, per_device_train_batch_size=2)
+    return losses(folder), folder
 
 
-@pytest.fixture(scope="module")
-def two_ranks_plain(corpus, tmp_path_factory):
-    """The losses of 30 steps on two ranks without DeepSpeed, and the folder of the run."""
-    import yaml
-    from harness import base_config
-
-    folder = tmp_path_factory.mktemp("plain")
-    config = folder / "config.yaml"
-    settings = {"max_steps": STEPS, "per_device_train_batch_size": 2}
-    config.write_text(yaml.safe_dump(base_config(corpus, folder / "run", **settings)))
-    run(train_command(str(config), ranks=2))
-    return losses(folder / "run"), folder / "run"
+def test_torchrun(write_config, tmp_path, two_ranks_plain):
+    """The command of the README. What its ranks do is what the forks of the other tests do."""
+    run(train_command(write_config(max_steps=STEPS, per_device_train_batch_size=2), ranks=2))
+    assert losses(tmp_path / "run") == two_ranks_plain[0]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_gives_the_same_losses(write_config, tmp_path, two_ranks_plain, stage):
     expected, plain = two_ranks_plain
     config = write_config(max_steps=STEPS, per_device_train_batch_size=2, deepspeed=zero(stage))
-    run(train_command(config, ranks=2))
+    forked.train(config, ranks=2)
     ours = losses(tmp_path / "run")
     assert len(ours) == STEPS
     assert ours == pytest.approx(expected, rel=1e-5)
@@ -60,16 +53,14 @@ def test_one_rank_with_the_same_global_batch(write_config, tmp_path, two_ranks_p
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_an_adaptive_model_under_zero(write_config, tmp_path, stage):
+def test_an_adaptive_model_under_zero(write_config, tmp_path, straight, stage):
     """Shared clusters and a loss inside the head's forward, where ZeRO 3 has gathered its parameters."""
     keys = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "adaptive_cutoffs": [8, 20]}
     settings = {"model": keys, "max_steps": 8}
-    one = write_config("one", **settings, per_device_train_batch_size=4)
-    run(train_command(one))
-    two = write_config("two", **settings, per_device_train_batch_size=2, deepspeed=zero(stage))
-    run(train_command(two, ranks=2))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    weights, reference = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    one = straight(**settings, per_device_train_batch_size=4)
+    forked.train(write_config("two", **settings, per_device_train_batch_size=2, deepspeed=zero(stage)), ranks=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
+    weights, reference = (load_file(folder / "model.safetensors") for folder in (tmp_path / "two", one))
     for key in reference:
         torch.testing.assert_close(weights[key], reference[key], rtol=1e-3, atol=1e-4)
 
@@ -82,8 +73,8 @@ def test_the_deepspeed_launcher(write_config, tmp_path, two_ranks_plain):
 
 
 @pytest.mark.parametrize("carry_state", [False, True], ids=["", "carried"])
-def test_killed_and_resumed(write_config, tmp_path, carry_state):
-    """SIGKILL of every process after step 15; the resumed run writes the losses of one that was left alone."""
+def test_killed_and_resumed(write_config, tmp_path, straight, carry_state):
+    """SIGKILL of every process after step 12; the resumed run writes the losses of one that was left alone."""
     settings = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
@@ -94,31 +85,17 @@ def test_killed_and_resumed(write_config, tmp_path, carry_state):
         # dropout, so that the losses also depend on the random state of each rank
         "model": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "chunk_size": 16, "dropout": 0.1},
     }
-    straight, killed = write_config("straight", **settings), write_config("killed", **settings)
-    run(train_command(straight, ranks=2))
+    config, killed = write_config("killed", **settings), tmp_path / "killed"
+    ranks = forked.Ranks([WORKER, "train", config], 2, FAULT_STEPS="12", FAULT_FACTOR="wait")
+    ranks.wait_until(lambda: ranks.said().count("waiting in step 12") == 2)
+    ranks.kill()
+    assert (killed / "checkpoint-10" / "complete.json").exists()
+    assert not (killed / "model.safetensors").exists()
 
-    process = subprocess.Popen(
-        train_command(killed, ranks=2),
-        cwd=REPO,
-        env=process_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    mark = tmp_path / "killed" / "checkpoint-15" / "complete.json"
-    deadline = time.monotonic() + 200
-    while not mark.exists():
-        assert process.poll() is None, "training ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        os.kill(victim.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "model.safetensors").exists()
-
-    done = run(train_command(killed, ranks=2))
-    assert "resuming" in done.stdout
-    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "straight"), rel=1e-6)
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "straight"))
+    assert "resuming" in forked.train(config, ranks=2).stdout
+    expected = straight(ranks=2, **settings)
+    assert losses(killed) == pytest.approx(losses(expected), rel=1e-6)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (killed, expected))
     for key in theirs:
         torch.testing.assert_close(ours[key], theirs[key])
 
@@ -126,7 +103,7 @@ def test_killed_and_resumed(write_config, tmp_path, carry_state):
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 2), ("bf16", 3), ("fp16", 0)])
 def test_16_bits_keep_the_state_space_in_float32(write_config, tmp_path, two_ranks_plain, precision, stage):
     settings = {"max_steps": STEPS, "per_device_train_batch_size": 4, "deepspeed": zero(stage)}
-    done = run(train_command(write_config(**settings, **{precision: True})))
+    done = forked.train(write_config(**settings, **{precision: True}))
     assert f"{'bfloat16' if precision == 'bf16' else 'float16'} (autocast)" in done.stdout
     assert "skipped" not in done.stdout
     weights = load_file(tmp_path / "run" / "model.safetensors")

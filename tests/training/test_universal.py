@@ -3,9 +3,10 @@
 import json
 import shutil
 
+import forked
 import pytest
 import torch
-from harness import REPO, losses, run, train_command
+from harness import REPO, losses
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -39,16 +40,15 @@ def assert_same_run(ours, theirs):
         torch.testing.assert_close(weights[key], reference[key], rtol=1e-4, atol=1e-5)
 
 
-def test_every_engine_goes_on_from_the_one_before_it(write_config, tmp_path):
+def test_every_engine_goes_on_from_the_one_before_it(write_config, tmp_path, straight):
     """One rank: torch to step 2, ZeRO 0 to step 4, ..., ZeRO 3 to step 10, and torch to the end."""
-    start = write_config("start", **SETTINGS)
-    run(train_command(start))
-    before = tmp_path / "start"
+    config, start = write_config(**SETTINGS), straight(**SETTINGS)
+    before = start
     for number, engine in enumerate([*ENGINES[1:], "torch"], 1):
         place = tmp_path / f"{number} {engine}"
         rewind(before, place, 2 * number)
-        run(train_command(start, "--output_dir", str(place), *engine_options(engine)))
-        assert_same_run(place, tmp_path / "start")
+        forked.train(config, "--output_dir", str(place), *engine_options(engine))
+        assert_same_run(place, start)
         mark = json.loads((place / f"checkpoint-{2 * number + 2}" / "complete.json").read_text())
         assert mark["engine"] == engine
         before = place
@@ -58,19 +58,16 @@ def test_every_engine_goes_on_from_the_one_before_it(write_config, tmp_path):
 def test_two_ranks_and_then_another_number_or_stage(write_config, tmp_path, stage, others):
     settings = SETTINGS | {"train_batch_size_total": 4, "per_device_train_batch_size": 2}
     start = write_config("start", **settings)
-    run(train_command(start, *engine_options(f"zero{stage}"), ranks=2))
+    forked.train(start, *engine_options(f"zero{stage}"), ranks=2)
     for ranks, other in others:
         place = tmp_path / f"{ranks} ranks at stage {other}"
         rewind(tmp_path / "start", place, 4)
-        done = run(train_command(start, "--output_dir", str(place), *engine_options(f"zero{other}"), ranks=ranks))
+        done = forked.train(start, "--output_dir", str(place), *engine_options(f"zero{other}"), ranks=ranks)
         assert "resuming" in done.stdout
         assert_same_run(place, tmp_path / "start")
 
 
 @pytest.mark.parametrize("config", ["zero2_offload", "zero3_offload"])
-def test_offload_changes_nothing(write_config, tmp_path, config):
-    plain = write_config("plain", **SETTINGS)
-    run(train_command(plain))
-    offloaded = write_config("offloaded", **SETTINGS, deepspeed=str(REPO / f"configs/deepspeed/{config}.json"))
-    run(train_command(offloaded))
-    assert_same_run(tmp_path / "offloaded", tmp_path / "plain")
+def test_offload_changes_nothing(write_config, tmp_path, straight, config):
+    forked.train(write_config("offloaded", **SETTINGS, deepspeed=str(REPO / f"configs/deepspeed/{config}.json")))
+    assert_same_run(tmp_path / "offloaded", straight(**SETTINGS))
