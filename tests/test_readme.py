@@ -1,5 +1,6 @@
-"""The commands of the README run. Those that need what a test machine lacks are parsed instead."""
+"""The commands of the README and of the reference run. Those that need what a test machine lacks are parsed instead."""
 
+import fnmatch
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from ssm_lm.cli import build_parser
 
 REPO = Path(__file__).parents[1]
 VENV = Path(sys.prefix)
+PAGES = ("README.md", "docs/reference.md")  # in the order in which they are read: the second goes on from the first
 BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
 
 # the README's commands at full size -> the same at the size of a test
@@ -26,16 +28,73 @@ SMALLER = {
 }
 
 
+def written_pages() -> list[Path]:
+    names = subprocess.run(["git", "ls-files", "*.md"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    return [REPO / name for name in names.split()]
+
+
 def blocks() -> list[dict]:
-    return [match.groupdict() for match in BLOCK.finditer((REPO / "README.md").read_text())]
+    return [match.groupdict() for page in PAGES for match in BLOCK.finditer((REPO / page).read_text())]
 
 
 def test_every_block_is_of_a_known_kind():
     found = blocks()
     assert len(found) >= 10
     assert {block["language"] for block in found} == {"bash", "python", "text"}
-    text = (REPO / "README.md").read_text()
-    assert text.count("```") == 2 * len(found)
+    assert sum((REPO / page).read_text().count("```") for page in PAGES) == 2 * len(found)
+
+
+def test_the_readme_is_short():
+    assert len((REPO / "README.md").read_text().splitlines()) <= 150
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted(str(path.relative_to(REPO)) for path in written_pages()))
+def test_links_lead_somewhere(page):
+    """Files and headings; addresses on the network are not asked."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", (REPO / page).read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        place = ((REPO / page).parent / name).resolve() if name else REPO / page
+        assert place.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(place), f"{page}: {target}"
+
+
+# where a page may look for a file that it names
+ROOTS = (".", "ssm_lm", "ssm_lm/modeling", "ssm_lm/training", "tests/modeling", "docs")
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_files_that_the_maps_name_are_there(page):
+    text = (REPO / page).read_text()
+    names = set(re.findall(r"`([\w./-]+(?:/|\.(?:py|md|json|svg|yaml)))`", text))
+    assert len(names) >= 10
+    missing = [name for name in names if "NAME" not in name and not any((REPO / r / name).exists() for r in ROOTS)]
+    assert not missing
+
+
+def test_the_layers_of_modeling_are_those_of_the_map():
+    """Every file stands in the table of docs/architecture.md, and imports only from its own row and those above."""
+    folder = REPO / "ssm_lm" / "modeling"
+    table = (REPO / "docs" / "architecture.md").read_text().split("## The layers of modeling/")[1].split("\n## ")[0]
+    rows = [re.findall(r"`([\w*]+)`", line.split("|")[2]) for line in table.splitlines() if line.startswith("| ")]
+    names = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    height = {}
+    for number, row in enumerate(rows):
+        for pattern in row:
+            found = [name for name in fnmatch.filter(names, pattern) if name not in height]
+            assert found, pattern
+            height |= dict.fromkeys(found, number)
+    assert names == set(height)
+    for name in names:
+        for imported in re.findall(r"^ *from \.(\w+) import", (folder / f"{name}.py").read_text(), re.MULTILINE):
+            assert height[imported] <= height[name], f"{name} imports {imported}"
 
 
 def test_commands_for_elsewhere_are_well_formed():
@@ -63,7 +122,7 @@ def test_commands_for_elsewhere_are_well_formed():
 
 @pytest.mark.slow
 def test_the_other_blocks_run_in_order(tmp_path):
-    """In a copy of the checkout, as a newcomer would go through the page."""
+    """In a copy of the checkout, as a newcomer would go through the pages."""
     files = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
         target = tmp_path / name
