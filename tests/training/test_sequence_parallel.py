@@ -11,7 +11,7 @@ from harness import REPO, losses, run, zero
 
 from ssm_lm.config.reading import read_train_config
 from ssm_lm.errors import UserError
-from ssm_lm.training.train import check_values
+from ssm_lm.training.checks import check_values
 
 pytestmark = pytest.mark.slow
 

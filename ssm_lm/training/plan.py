@@ -1,0 +1,167 @@
+"""What is about to run: everything that can be wrong is found here, before the first file is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from .checkpoints import check_resumable, claim, last_complete_checkpoint
+from .checks import check_values
+from .environment import agree, on_cpu, prepare_process, world_size
+
+
+@dataclass
+class Plan:
+    """A run, resolved. task: see tasks.py; args: S4TrainingArguments; recorded: the run file, {} for a new run.
+
+    checkpoint: where the run goes on from, or None; given: the `resume_from_checkpoint` of the config.
+    passed_over: batches that spoilt the run, and that it does not see.
+    """
+
+    task: object
+    args: object
+    identity: dict
+    output_dir: Path
+    recorded: dict
+    checkpoint: Path | None
+    given: str | None
+    tensorboard_folder: str = ""
+
+    def __post_init__(self):
+        self.passed_over: list[int] = list(self.recorded.get("passed_over", []))
+
+    @property
+    def finished_step(self) -> int | None:
+        """The last step of a run that needs no more of them, else None."""
+        step = self.recorded.get("finished_step", -1)
+        return step if step >= self.args.max_steps else None
+
+
+def make_plan(values: dict, where: str, alone: bool = False) -> Plan:
+    """The plan of a checked config; every rank makes the same one. Nothing is written.
+
+    alone: of a dry run, in which this process speaks for ranks that are not there.
+    Raises UserError for whatever the config or the folders have wrong.
+    """
+    check_values(values, where)
+    prepare_process(uses_deepspeed=values.get("deepspeed") is not None)
+    from .identity import run_identity
+    from .tasks import make_task
+
+    task = make_task(values, where)
+    output_dir, given = Path(values["output_dir"]), values.get("resume_from_checkpoint")
+    arguments = resolved_arguments(values, where)
+    identity = run_identity(values, task, global_batch_size(values, arguments["gradient_accumulation_steps"]))
+    recorded = claim(output_dir, identity)
+    checkpoint = choose_checkpoint(output_dir, given, recorded)
+    if checkpoint is not None:
+        check_resumable(checkpoint, identity)
+    args = training_arguments(arguments, where)
+    apart = ("model", "data")  # in the identity: not where they are, but what they are
+    agree(None, {k: v for k, v in values.items() if k not in apart} | identity | {"checkpoint": str(checkpoint)})
+    if alone:
+        args.distributed_state.num_processes = world_size()  # as if they were there
+    if args.max_steps <= 0:
+        args.max_steps = max(1, int(args.num_train_epochs * task.samples_per_epoch // args.global_batch_size))
+    return Plan(task, args, identity, output_dir, recorded, checkpoint, given)
+
+
+def resolved_arguments(values: dict, where: str) -> dict:
+    """The keys of S4TrainingArguments, with what follows from the others and from this machine."""
+    from ..config.deepspeed import deepspeed_config
+
+    arguments = {key: value for key, value in values.items() if key not in ("model", "init_from")}
+    arguments["deepspeed"] = deepspeed_config(
+        values.get("deepspeed"), values.get("bf16", False), values.get("fp16", False)
+    )
+    if arguments["deepspeed"]:
+        arguments["bf16"] = arguments["fp16"] = False  # it is torch_autocast there
+    if on_cpu():
+        arguments["use_cpu"] = True
+    arguments["gradient_accumulation_steps"] = accumulation(values, where)
+    return arguments
+
+
+def training_arguments(arguments: dict, where: str):
+    """S4TrainingArguments. Raises UserError for what transformers refuses."""
+    from ..config.arguments import S4TrainingArguments
+
+    try:
+        return S4TrainingArguments(**arguments)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
+
+
+def batch_per_device(values: dict) -> int:
+    from ..config.arguments import S4TrainingArguments
+
+    return values.get("per_device_train_batch_size", S4TrainingArguments.per_device_train_batch_size)
+
+
+def replicas(values: dict) -> int:
+    """How many sequences are trained on at once for each one of a device's batch: ranks that share one count once."""
+    return world_size() // values.get("sequence_parallel_size", 1)
+
+
+def global_batch_size(values: dict, accumulation: int) -> int:
+    """Sequences that one optimizer step sees."""
+    return batch_per_device(values) * accumulation * replicas(values)
+
+
+def accumulation(values: dict, where: str) -> int:
+    """gradient_accumulation_steps, from `train_batch_size_total` where that is given. Raises UserError."""
+    total = values.get("train_batch_size_total")
+    if total is None:
+        return values.get("gradient_accumulation_steps", 1)
+    if values.get("gradient_accumulation_steps", 1) != 1:
+        raise UserError(
+            f"{where}: gradient_accumulation_steps follows from train_batch_size_total; leave one of them out"
+        )
+    at_once = batch_per_device(values) * replicas(values)
+    if total < 1 or total % at_once:
+        raise UserError(
+            f"{where}: train_batch_size_total {total} is no multiple of the {at_once} sequences that {world_size()} "
+            "ranks see at once; choose another per_device_train_batch_size or another number of ranks"
+        )
+    return total // at_once
+
+
+def choose_checkpoint(output_dir: Path, given: str | None, recorded: dict) -> Path | None:
+    """Where to go on from: the checkpoint that was `given`, once, and the newest of the run itself after that.
+
+    recorded: the run file. Raises UserError where going back to `given` would leave later checkpoints in the folder.
+    """
+    newest = last_complete_checkpoint(output_dir)
+    if given is None or (newest is not None and recorded.get("resumed_from") == given):
+        return newest
+    place = Path(given)
+    mark = check_resumable(place)
+    if newest is not None and check_resumable(newest)["step"] > mark["step"]:
+        raise UserError(
+            f"output_dir {output_dir} holds {newest.name}, which is later than {place}; to go back, give another "
+            "output_dir"
+        )
+    return place
+
+
+def print_plan(plan: Plan, model) -> None:
+    """What is about to run, resolved."""
+    args, task, checkpoint = plan.args, plan.task, plan.checkpoint
+    parameters = sum(p.numel() for p in model.parameters())
+    config = model.config
+    stage = args.deepspeed["zero_optimization"]["stage"] if args.deepspeed else None
+    engine = "torch" if stage is None else f"DeepSpeed ZeRO {stage}"
+    shared = f", {args.sequence_parallel_size} ranks a sequence" if args.sequence_parallel_size > 1 else ""
+    half = (args.deepspeed or {}).get("torch_autocast", {}).get("dtype")
+    half = half or ("bfloat16" if args.bf16 else "float16" if args.fp16 else None)
+    precision = "float32" if half is None else f"{half} (autocast)"
+    print(
+        f"model     {parameters:,} parameters: {config.num_hidden_layers} x [{', '.join(config.sublayers)}], "
+        f"{config.ssm}, hidden_size {config.hidden_size}, state_size {config.state_size}\n"
+        f"{task.describe(args)} "
+        f"({args.world_size} ranks x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
+        f"accumulated{shared}), {args.max_steps} steps\n"
+        f"engine    {engine}, {precision}, {args.device}",
+        flush=True,
+    )
+    if checkpoint is not None:
+        print(f"resuming  {checkpoint}", flush=True)
