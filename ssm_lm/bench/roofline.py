@@ -5,13 +5,14 @@ The shape is that of the WikiText-103 model: B = 8 rows of L = 8192 tokens, H = 
 
 from typing import NamedTuple
 
+from ..costs.devices import DEVICES
+
 BATCH, LENGTH, HIDDEN, STATE = 8, 8192, 1024, 64
 TOKENS = BATCH * LENGTH
 
-# H100 SXM, dense: bytes a second; operations a second by what does them
-BANDWIDTH = 3.35e12
-FLOAT32 = 67e12
-TENSOR_CORES = {"bf16": 989e12, "tf32": 494e12, "tf32x3": 494e12 / 3}
+H100 = DEVICES["h100"]
+BANDWIDTH = H100.bandwidth
+TENSOR_CORES = {"bf16": H100.bf16, "tf32": H100.tf32, "tf32x3": H100.tf32 / 3}
 
 
 class Bound(NamedTuple):
@@ -32,7 +33,7 @@ def bound(work: dict) -> Bound:
     return Bound(
         work["bytes"] / BANDWIDTH,
         work.get("tensor_flops", 0) / TENSOR_CORES[work.get("tensor_dtype", "bf16")],
-        work.get("flops", 0) / FLOAT32,
+        work.get("flops", 0) / H100.fp32,
     )
 
 
