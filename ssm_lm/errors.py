@@ -12,3 +12,8 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str:
     """The message of an error of some library, as one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: Exception) -> str:
+    """The first line of such a message, for libraries that go on with advice to programmers."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -69,7 +69,7 @@ class S4TrainingArguments(TrainingArguments):
 
     @property
     def scales_loss(self) -> bool:
-        """Whether the loss is scaled for float16, and a step that overflows is no fault."""
+        """Whether the loss is scaled for float16; a step that overflows is then part of finding the scale."""
         autocast = (self.deepspeed or {}).get("torch_autocast", {})
         return self.fp16 or autocast.get("dtype") == "float16"
 

@@ -14,7 +14,7 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from . import builtin, hub
 from .text_files import DOCUMENTS, KNOWN_SUFFIXES, read_documents, split_documents, suffix_of
 
@@ -114,7 +114,7 @@ def _hub_lines(config: str, split: str) -> Iterator[str]:
             rows = datasets.load_dataset(WIKITEXT_HUB_ID, config, split=split)
     except Exception as error:  # the Hub's client has a dozen kinds, of several libraries, for "not reached"
         raise UserError(
-            f"{WIKITEXT_HUB_ID} ({config}) could not be had from the Hub: {hub.first_line(error)}; "
+            f"{WIKITEXT_HUB_ID} ({config}) could not be had from the Hub: {first_line(error)}; "
             "check the network, or give a local copy by --dataset PATH"
         ) from error
     for batch in rows.iter(batch_size=1000):

@@ -15,8 +15,3 @@ def one_line_errors() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind if it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -121,7 +121,7 @@ def prepare(
 
 
 def tokenizer_name(tokenizer: str) -> str:
-    """How the manifest calls a tokenizer: a folder by its last part, for its place is no one else's business."""
+    """How the manifest calls a tokenizer: a folder by its last part, and not by where it lay."""
     path = Path(tokenizer).expanduser()
     return path.resolve().name if path.is_dir() and not is_trained_here(tokenizer) else tokenizer
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ..errors import UserError
-from .hub import first_line, one_line_errors
+from ..errors import UserError, first_line
+from .hub import one_line_errors
 from .pieces import pieces
 
 # Texts go to the tokenizer's threads in batches of about so many characters.
@@ -96,7 +96,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer):
-        # a copy, for the settings below are no part of the tokenizer that is saved
+        # a copy: the tokenizer is saved without the settings below
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -100,7 +100,7 @@ def write_card(
     if results:
         parts += ["## Results", "", "| data | split | protocol | measure | value | unit |", "|---|---|---|---|---|---|"]
         for result in results:
-            # not "data": where it lay is nobody's business
+            # "dataset" is its name; "data" would publish where it lay on this machine
             row = f"| {result['dataset']} | {result['split']} | {result['protocol']} |"
             parts += [f"{row} {what} | {_number(result[key])} | {unit} |" for key, what, unit in MEASURES]
         parts.append("")

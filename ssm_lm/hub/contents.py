@@ -1,7 +1,7 @@
 """What of an exported folder may leave the machine: a list of names, and a look into every file of it.
 
-A folder is refused as a whole when it is no export, holds a pickle anywhere, or names a place of this machine; other
-files are left behind.
+A folder is refused as a whole unless `ssm-lm export` wrote it, and when it holds a pickle anywhere or names a place of
+this machine; files that do not belong to an export are left behind.
 """
 
 import ast

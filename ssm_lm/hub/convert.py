@@ -98,7 +98,7 @@ def read_tensors(path) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's dialect
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of the unpickler, of the archive, of the file system: damage has no one type
+    except Exception as error:  # of the unpickler, of the archive, of the file system: damage raises many types
         forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
         if forbidden:
             raise UserError(

@@ -3,7 +3,7 @@
 All files arrive in one commit, so that nobody sees half a model. The large ones go first, addressed by their content:
 a push that was interrupted and is given again does not send what the Hub has, file by file over LFS, chunk by chunk
 where hf_xet is installed (huggingface_hub's default; HF_HUB_DISABLE_XET=1 turns it off). The token is the one of
-`hf auth login` or HF_TOKEN; it is no argument, so that it stands in no history and no list of processes.
+`hf auth login` or HF_TOKEN; an argument would show it in the shell's history and in the list of processes.
 """
 
 import argparse

@@ -16,7 +16,7 @@ convolution of upstream forgets what is more than l_max tokens back; a model of 
 v1 keeps A = diag(w) - p q^* with p and q apart, and a norm with a shift that no LayerNorm has. Where training has moved
 these (p = q and no shift at its start), there is no model of this package that computes the same, and it is refused.
 
-Dropout is no parameter and leaves no trace in a file. v4 has it twice in an S4 block, before and after the activation,
+A file does not say how much dropout there was. v4 has it twice in an S4 block, before and after the activation,
 v3 and this package after it: of interest to who goes on training.
 
 Sources: the checkpoints and the repository, github.com/state-spaces/s4, at v1, v3.0.0 and v4.

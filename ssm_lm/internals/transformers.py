@@ -121,7 +121,7 @@ PARTS = (
     Part(
         "transformers.Trainer._get_train_sampler",
         "overridden: an order that is a function of the seed and the step",
-        "a sampler is no argument of the Trainer",
-        "it is one",
+        "the Trainer takes its sampler from this method alone",
+        "it takes one as an argument",
     ),
 )

@@ -71,7 +71,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, under a name that is none before it loses its first file."""
+    """Delete a checkpoint. It is renamed first, so that a folder called checkpoint-N never lacks files."""
     doomed = checkpoint.with_name(f"{PARTIAL}-{checkpoint.name}-{secrets.token_hex(4)}")
     os.rename(checkpoint, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -13,7 +13,7 @@ import statistics
 from collections import deque
 
 MIN_HISTORY = 20  # steps before anything can be a spike: the first ones move the most
-FLOOR = 0.03  # of the spread: on a smooth curve, a few per cent are no event
+FLOOR = 0.03  # of the spread: on a smooth curve, a few per cent would count as a spike otherwise
 
 
 class StepGuard:

@@ -5,7 +5,7 @@ go: TensorBoard, trainer_state.json, and `metrics.jsonl`, one object an entry.
 
     flops_per_second     all ranks: FLOPs by the formula of this architecture (costs/flops.py), nothing recomputed
     mfu                  that over the devices' peak, where the peak is known: from `peak_tflops` in the config, or by
-                         the GPU's name. No CPU's peak is known, so on a CPU there is no MFU unless it is given.
+                         the GPU's name. The table has GPUs alone: on a CPU, give `peak_tflops` to see an MFU.
     memory_gb            allocated on the GPU now; on a CPU the resident size of the process
     memory_peak_gb       the most since the run began
     data_wait_share      of the time, how much went by waiting for the next batch
@@ -85,7 +85,7 @@ class Meters:
 
 
 def peak_flops(args) -> float | None:
-    """FLOP/s of a rank's device at the precision of the run, or None where nobody knows."""
+    """FLOP/s of a rank's device at the precision of the run, or None where the device is not in the table."""
     if args.peak_tflops is not None:
         return args.peak_tflops * 1e12
     if not torch.cuda.is_available() or args.use_cpu:

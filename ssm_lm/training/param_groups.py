@@ -10,7 +10,7 @@ def parameter_groups(model: nn.Module, learning_rate: float, ssm_learning_rate: 
     """Three groups for an optimizer; every trainable parameter is in one of them.
 
     ssm:      dt, Lambda, P, B, C, D of every state space: own learning rate, no decay. Decay would pull dt and
-              Lambda towards 1, which is no neutral value for them.
+              Lambda towards 1, a value as good as any other to them.
     no_decay: biases and norms, all that is a vector.
     decay:    matrices and embeddings.
     """

@@ -32,7 +32,7 @@ class LanguageModelling:
             raise UserError(f"{where}: the key 'data' is needed")
         self.stream = TokenStream.open(values["data"], "train")
         self.tokenizer = load_tokenizer(str(Path(values["data"]) / "tokenizer"))
-        self.can_pass_over = not values.get("carry_state")  # its rows have no batch to spare
+        self.can_pass_over = not values.get("carry_state")  # which chains all batches
         self.init_from, self._loaded = values.get("init_from"), None
         if self.init_from:
             self._loaded = self._load()

@@ -104,9 +104,9 @@ class S4Trainer(CheckpointedTrainer):
     # ---- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss alone, where nobody looks at the logits: they would be the largest tensor of the step."""
-        nobody_looks = self.label_smoother is None and (model.training or self.args.prediction_loss_only)
-        if self._may_skip_logits and nobody_looks:
+        """Compute the loss without logits where nothing reads them: they would be the largest tensor of the step."""
+        unread = self.label_smoother is None and (model.training or self.args.prediction_loss_only)
+        if self._may_skip_logits and unread:
             inputs = {**inputs, "skip_logits": True}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
