@@ -28,13 +28,14 @@ LISTED = [(case, target) for target in TARGETS.split(",") for case in compile.co
 CASES = {(case["name"], target): case for case, target in LISTED}
 
 
-def subset() -> list[tuple[str, str]]:
-    """A kernel of every module, for sm_90, and of those with tensor cores one for gfx942."""
+def in_tiers() -> list:
+    """Every case once: a kernel of every module for sm_90, and of those with tensor cores one for gfx942, are fast."""
     chosen = {}
     for (name, target), case in sorted(CASES.items(), key=lambda item: not item[1]["tensor_cores"]):
         if target == "sm_90" or (target == "gfx942" and case["tensor_cores"]):
             chosen.setdefault((case["module"], target), (name, target))
-    return sorted(chosen.values())
+    fast = set(chosen.values())
+    return [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in sorted(CASES)]
 
 
 def check(name: str, target: str) -> None:
@@ -52,13 +53,7 @@ def check(name: str, target: str) -> None:
         assert json.loads(json.dumps(resource_row(case, target, found))) == recorded, f"if this is meant: {UPDATE}"
 
 
-@pytest.mark.parametrize(("name", "target"), subset())
-def test_a_kernel_of_every_module(name, target):
-    check(name, target)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "target"), sorted(CASES))
+@pytest.mark.parametrize(("name", "target"), in_tiers())
 def test_every_kernel(name, target):
     check(name, target)
 

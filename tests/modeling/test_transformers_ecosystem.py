@@ -169,26 +169,25 @@ def test_a_compiled_decode_step_is_traced_once(ssm):
 TRAINING = [
     {},
     {"mode": "fft"},
-    {"ssm": "s4d"},
-    {"loss_chunk_size": 16},
-    {"adaptive_cutoffs": [20], "adaptive_div_val": 2},
+    {"ssm": "s4d", "arch": "s4"},
+    {"ssm": "s4d", "loss_chunk_size": 16},
+    {"ssm": "s4d", "adaptive_cutoffs": [20], "adaptive_div_val": 2},
 ]
 
 
-@pytest.mark.parametrize(
-    "kw", [{"ssm": "s5", "arch": "s4-ffn"}, *(pytest.param(kw, marks=pytest.mark.slow) for kw in TRAINING)], ids=str
-)
+@pytest.mark.parametrize("kw", [{"ssm": "s5"}, *(pytest.param(kw, marks=pytest.mark.slow) for kw in TRAINING)], ids=str)
 def test_a_training_step_has_no_graph_breaks(kw):
-    """And the gradients are those without torch.compile."""
+    """And loss and gradients are those without torch.compile; with adaptive softmax whatever cluster a token is in."""
     torch._dynamo.reset()
-    model, ids = build(**({"hidden_size": 8, "mode": "chunk"} | kw)).train(), prompt(19)
+    model, ids = build(**({"hidden_size": 8, "mode": "chunk", "arch": "s4-ffn"} | kw)).train(), prompt(19)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     gradients = []
     for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
-        run(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        loss = run(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+        loss.backward()
+        gradients.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
