@@ -1,0 +1,103 @@
+"""Every kernel through the layer that calls it, at real sizes, against the same layer in plain PyTorch and float64."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from ssm_lm.modeling.kernels_s4 import kernel_status, use_kernel
+from ssm_lm.modeling.ssm import LAYERS
+
+# of outputs and of gradients. A bfloat16 input has 8 bits; its gradients are sums of many rounded products
+TOLERANCES = {torch.float32: (2e-5, 2e-4), torch.bfloat16: (1e-2, 3e-2)}
+
+
+KINDS = [("s4", "legs"), ("s4", "legt"), ("s4d", "lin"), ("s5", "legs")]  # legt: a low-rank part of rank 2
+
+
+def layer_and_twin(ssm: str, place, init="legs"):
+    """A layer, and the same parameters in plain PyTorch and float64."""
+    layer = LAYERS[ssm](place.H, 64, init=init).to(place.device)
+    twin = copy.deepcopy(layer).double()
+    twin.kernels = "torch"
+    return layer, twin
+
+
+@pytest.mark.parametrize(("ssm", "init"), KINDS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["chunk from zero", "chunk from a state", "chunk over documents", "fft from a state"])
+def test_a_sequence_and_its_gradients(place, ssm, init, dtype, case, assert_close, request):
+    if init == "legt" and case.startswith("fft"):
+        reason = (
+            "in float32 the Cauchy product's gradient of log_dt for legt is off by some per cent; the scan's is right"
+        )
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=place.device == "cpu" and dtype == torch.float32))
+    layer, twin = layer_and_twin(ssm, place, init)
+    mode = case.split()[0]
+    length = place.L + 5  # no whole number of chunks
+    u = torch.randn(place.B, length, place.H, device=place.device).to(dtype)
+    state = torch.randn(layer.zero_state(place.B).shape, device=place.device) if "state" in case else None
+    documents = None
+    if "documents" in case:
+        documents = (torch.arange(length, device=place.device) // (length // 3 + 1)).expand(place.B, -1)
+    if mode == "chunk":
+        assert layer.decide(u, mode, state, documents=documents is not None).kernel == place.has_kernels
+    results, weights = [], None
+    for one, signal, first in ((layer, u, state), (twin, u.double(), None if state is None else state.double())):
+        signal = signal.clone().requires_grad_()
+        first = None if first is None else first.clone().requires_grad_()
+        y, final = one(signal, mode=mode, initial_state=first, seq_idx=documents)
+        weights = weights or (torch.randn_like(y), torch.randn_like(final))
+        loss = (y * weights[0].to(y.dtype)).sum() + (final * weights[1].to(final.dtype)).sum()
+        inputs = {"u": signal, **({} if first is None else {"state": first}), **dict(one.named_parameters())}
+        gradients = torch.autograd.grad(loss, list(inputs.values()))
+        results.append(({"y": y, "final state": final}, dict(zip(inputs, gradients, strict=True))))
+    (outputs, gradients), (expected, expected_gradients) = results
+    near, gradients_near = TOLERANCES[dtype]
+    for name in expected:
+        assert_close(outputs[name], expected[name], near, name)
+    for name in expected_gradients:
+        assert_close(gradients[name], expected_gradients[name], gradients_near, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("ssm", ["s4", "s4d"])
+def test_convolution_kernel_and_its_gradients(place, ssm, assert_close):
+    """The Cauchy and the Vandermonde product, which make K for the mode fft."""
+    layer, twin = layer_and_twin(ssm, place)
+    ours, expected = layer.kernel(place.L), twin.kernel(place.L)
+    assert_close(ours, expected, 2e-5)
+    weights = torch.randn_like(ours)
+    names = [name for name, _ in layer.named_parameters() if name != "D"]
+    gradients, expected_gradients = (
+        torch.autograd.grad(K, [dict(one.named_parameters())[name] for name in names], weights.to(K.dtype))
+        for one, K in ((layer, ours), (twin, expected))
+    )
+    for name, a, b in zip(names, gradients, expected_gradients, strict=True):
+        assert_close(a, b, 5e-4, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("ssm", LAYERS)
+@torch.no_grad()
+def test_single_steps(place, ssm, assert_close):
+    layer, twin = layer_and_twin(ssm, place)
+    u = torch.randn(place.B, 20, place.H, device=place.device)
+    state = torch.randn(layer.zero_state(place.B).shape, device=place.device)
+    assert layer.decide(u, "recurrent", state).kernel == place.has_kernels
+    y, final = layer(u, mode="recurrent", initial_state=state)
+    expected, expected_final = twin(u.double(), mode="recurrent", initial_state=state.double())
+    assert_close(y, expected, 2e-5)
+    assert_close(final, expected_final, 2e-5, "final state")
+
+
+def test_self_checks(place):
+    """On a card every kernel that can run there has passed; elsewhere the report says what runs instead."""
+    if not place.has_kernels and torch.cuda.is_available():
+        pytest.skip("the report is of the machine's GPU")
+    runs = "Triton on cuda" if place.has_kernels else "PyTorch: "
+    report = kernel_status()
+    assert report
+    assert {name: line for name, line in report.items() if not line.startswith(runs)} == {}
+    where = torch.empty(0, device=place.device)
+    for problem in itertools.product(TOLERANCES, (16, 32, 64, 128), (False, True)):  # each is machine code of its own
+        assert use_kernel("chunk_scan", where, problem=problem) == place.has_kernels, problem
