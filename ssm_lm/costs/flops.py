@@ -28,10 +28,14 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from ..modeling.adaptive import cluster_bounds, cluster_widths
 from ..modeling.configuration_s4 import S4Config
+from ..modeling.execution import Execution, Problem, Rule, decide
 from ..modeling.hippo import INITIALIZATIONS
-from ..modeling.ssm import LAYERS
+from ..modeling.kernel_limits import limit_of_architecture
+from ..modeling.modeling_s4 import make_state_space
 
 
 class Part(NamedTuple):
@@ -59,12 +63,33 @@ class Part(NamedTuple):
         return self.model + self.recompute
 
 
-def training_mode(config: S4Config, length: int, needs_state: bool) -> str:
-    """The mode that a layer of this config runs in: what `auto` resolves to. needs_state: carry_state."""
-    if config.mode != "auto":
-        return config.mode
-    layer = LAYERS[config.ssm]
-    return "fft" if length < layer.fft_is_faster_below and not needs_state else "chunk"
+def never(operation: str, unsupported: str | None, key: tuple) -> bool:
+    """The rule of a CPU: no Triton kernel runs."""
+    return False
+
+
+def on_paper(config: S4Config, architecture: str) -> Rule:
+    """The rule for a GPU that is not there: its kernels pass their self-checks."""
+    usable = config.kernels != "torch" and limit_of_architecture(architecture) is None
+
+    def runs(operation, unsupported, key):
+        return usable and unsupported is None
+
+    return runs
+
+
+def training_execution(
+    config: S4Config, length: int, needs_state: bool, runs: Rule = never, architecture: str = "interpreter"
+) -> Execution:
+    """How a layer of this config runs in training, as it would decide itself. needs_state: carry_state. What reaches it
+    is float32, under autocast too, for a norm stands before it.
+    """
+    with torch.device("meta"):
+        layer = make_state_space(config)
+    problem = Problem(
+        config.mode, length, torch.float32, architecture, needs_state=needs_state, gradient=True, cached=needs_state
+    )
+    return decide(layer, problem, runs)
 
 
 def training_flops(
@@ -76,14 +101,17 @@ def training_flops(
     checkpointing: bool = False,
     tail_shares: Sequence[float] | None = None,
     task: str = "lm",
+    runs: Rule = never,
+    architecture: str = "interpreter",
 ) -> list[Part]:
     """The parts of a forward and backward over (batch_size, length) tokens.
 
     needs_state: states are carried from window to window. checkpointing: activation checkpointing of the blocks.
     tail_shares: for an adaptive softmax, the share of the targets in every tail; None: every tail sees every token, as
-    on a GPU. task: "lm", or "classification", whose head is one linear layer a sequence.
+    on a GPU. task: "lm", or "classification", whose head is one linear layer a sequence. runs, architecture: whether a
+    Triton kernel runs, and on what; see `on_paper`.
     """
-    mode = training_mode(config, length, needs_state)
+    execution = training_execution(config, length, needs_state, runs, architecture)
     tokens = batch_size * length
     H, blocks = config.hidden_size, config.num_hidden_layers
     ssm_layers = blocks * config.sublayers.count("ssm")
@@ -108,7 +136,7 @@ def training_flops(
     skipped = ends_early and config.sublayers[-1] == "ssm" and config.glu == "none"
     repeated = out_proj * (1 - 1 / config.sublayers.count("ssm")) if skipped else out_proj
     parts.append(Part("out_proj", out_proj, 2 * out_proj, repeated if checkpointing else 0))
-    for name, forward, backward, recompute, other in _state_space(config, batch_size, length, mode, needs_state):
+    for name, forward, backward, recompute, other in _state_space(config, batch_size, length, execution, needs_state):
         if checkpointing:
             recompute += forward
         scaled = (x * ssm_layers * directions for x in (forward, backward, recompute, other))
@@ -154,15 +182,20 @@ def _adaptive_head(config, tokens, tail_shares) -> float:
 # ---- one state space, one direction: (name, forward, backward, recompute, other)
 
 
-def _state_space(config, B, L, mode, needs_state):
-    H, N = config.hidden_size, config.state_size
+def _state_space(config, B, L, execution, needs_state):
+    H, N, mode = config.hidden_size, config.state_size, execution.mode
     tokens, s5 = B * L, config.ssm == "s5"
     rank = len(INITIALIZATIONS["s4"][config.ssm_init](2).P) if config.ssm == "s4" else 0
     if s5:
         mixing = 4 * tokens * H * N  # x B_bar, states C
         yield "B and C", mixing, 2 * mixing, 0, 0
+    if mode == "chunk" and s5 and execution.kernel:
+        # a number of a state: half a complex product and a sum. Two launches over the sequence forward, two in reverse,
+        # the last of which also sums its part of the gradient of Lambda
+        yield "scan", 0, 0, 0, (4 + 4 + 4 + 8) * tokens * N
+        return
     if mode == "chunk":
-        scan, scan_other, operators = _chunk_scan(config, B, L, rank)
+        scan, scan_other, operators = _chunk_scan(config, B, L, rank, execution)
         yield "scan", scan, 2 * scan, 0, 3 * scan_other
         if operators:
             yield "operators", operators, 2 * operators, operators, 0
@@ -180,7 +213,7 @@ def _state_space(config, B, L, mode, needs_state):
             kernel = _s4d_kernel(H, N, L)
             kernel_backward = 2 * kernel
         if needs_state:  # one more pass, without output, for the final state
-            scan, _, operators = _chunk_scan(config, B, L, rank)
+            scan, _, operators = _chunk_scan(config, B, L, rank, execution)
             kernel, kernel_backward = kernel + scan + operators, kernel_backward + 2 * scan + 3 * operators
     elif mode == "recurrent":
         if config.ssm == "s4":  # G^T h; and F times it, which for rank 1 is no matmul
@@ -192,12 +225,12 @@ def _state_space(config, B, L, mode, needs_state):
     yield "kernel" if mode == "fft" else "scan", kernel, kernel_backward, 0, other
 
 
-def _chunk_scan(config, B, L, rank) -> tuple[float, float, float]:
+def _chunk_scan(config, B, L, rank, execution) -> tuple[float, float, float]:
     """(matmuls of the scan, its elementwise work, matmuls of the operators), forward."""
-    T = min(config.chunk_size, L)
+    T = min(execution.chunk_size, L)
     scan = elementwise = operators = 0
-    # whole chunks, then what is left as one chunk of its own length
-    for size, chunks in ((T, L // T), (L % T, 1)):
+    # whole chunks, then what is left as one chunk of its own length; the kernel pads the sequence to whole chunks
+    for size, chunks in ((T, -(-L // T)),) if execution.kernel else ((T, L // T), (L % T, 1)):
         if not size:
             continue
         signals, N, p = (

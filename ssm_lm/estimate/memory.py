@@ -25,14 +25,16 @@ The largest of these is the peak. Not in it: the CUDA context and NCCL's buffers
 fragmentation, and the inside of library calls (cuBLAS, cuFFT).
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..internals.torch import FakeTensorMode
-from ..modeling import chunked
 from ..modeling.configuration_s4 import S4Config
+from ..modeling.kernel_launch import assume
+from .kernels import STAND_INS
 from .trace import Trace, trace
 
 FLOAT = 4
@@ -109,13 +111,14 @@ def count_pieces(
     length: int,
     *,
     autocast: torch.dtype | None = None,
-    device_type: str = "cpu",
+    architecture: str | None = None,
     needs_state: bool = False,
     task: str = "lm",
 ) -> Pieces:
     """Count a model of this config in training. Nothing is allocated.
 
-    device_type: "cuda" counts with the segments and the fixed shapes that a GPU uses. needs_state: carry_state.
+    architecture: of a GPU, as in costs/devices.py: counts with the kernels, the segments and the fixed shapes that it
+    uses; None: as on a CPU. needs_state: carry_state.
     """
     from ..modeling.cache_s4 import S4CacheLayer
     from ..modeling.modeling_s4 import S4ForCausalLM, S4ForSequenceClassification
@@ -123,33 +126,28 @@ def count_pieces(
     config = type(config).from_dict(config.to_dict() | {"use_cache": False})
     parameters, largest = parameter_counts(config, task)
     one = type(config).from_dict(config.to_dict() | {"num_hidden_layers": 1})
-    segments = dict(chunked.SEGMENT_ELEMENTS)
-    try:
-        chunked.SEGMENT_ELEMENTS["cpu"] = segments.get(device_type, segments["cuda"])
-        with FakeTensorMode():
-            causal = task == "lm"
-            model = (S4ForCausalLM if causal else S4ForSequenceClassification)(one).train()
-            if causal and one.adaptive_cutoffs is not None:
-                model.lm_head.fixed_shape = lambda hidden_states: True
-            ids = torch.zeros(batch_size, length, dtype=torch.long)
-            inputs = ids if one.input_size is None else torch.zeros(batch_size, length, one.input_size)
-            embedding = trace(_Embedding(model.model), [inputs], autocast)
-            hidden = torch.empty(batch_size, length, one.hidden_size, requires_grad=True)
-            sublayers, counted = [], {}
-            for kind, sublayer in zip(one.sublayers, model.model.layers[0].sublayers, strict=True):
-                if kind not in counted:
-                    kwargs = {}
-                    if needs_state and kind == "ssm":
-                        kwargs["past_key_values"] = _OneLayerCache([S4CacheLayer()])
-                    hidden.grad = None
-                    counted[kind] = trace(sublayer, [hidden], autocast, **kwargs)
-                sublayers.append(counted[kind])
-            head = (_LanguageModelHead if causal else _ClassificationHead)(model)
-            hidden.grad = None
-            labels = ids if causal else torch.zeros(batch_size, dtype=torch.long)
-            head = trace(head, [hidden, labels], autocast)
-    finally:
-        chunked.SEGMENT_ELEMENTS.update(segments)
+    with assume(architecture, STAND_INS) if architecture else nullcontext(), FakeTensorMode():
+        causal = task == "lm"
+        model = (S4ForCausalLM if causal else S4ForSequenceClassification)(one).train()
+        if causal and one.adaptive_cutoffs is not None:
+            model.lm_head.fixed_shape = lambda hidden_states: True
+        ids = torch.zeros(batch_size, length, dtype=torch.long)
+        inputs = ids if one.input_size is None else torch.zeros(batch_size, length, one.input_size)
+        embedding = trace(_Embedding(model.model), [inputs], autocast)
+        hidden = torch.empty(batch_size, length, one.hidden_size, requires_grad=True)
+        sublayers, counted = [], {}
+        for kind, sublayer in zip(one.sublayers, model.model.layers[0].sublayers, strict=True):
+            if kind not in counted:
+                kwargs = {}
+                if needs_state and kind == "ssm":
+                    kwargs["past_key_values"] = _OneLayerCache([S4CacheLayer()])
+                hidden.grad = None
+                counted[kind] = trace(sublayer, [hidden], autocast, **kwargs)
+            sublayers.append(counted[kind])
+        head = (_LanguageModelHead if causal else _ClassificationHead)(model)
+        hidden.grad = None
+        labels = ids if causal else torch.zeros(batch_size, dtype=torch.long)
+        head = trace(head, [hidden, labels], autocast)
     return Pieces(
         parameters,
         largest,

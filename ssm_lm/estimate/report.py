@@ -83,7 +83,7 @@ def estimate(values: dict, args: argparse.Namespace, where: str) -> dict:
 
     from ..config.arguments import S4TrainingArguments
     from ..config.deepspeed import deepspeed_config
-    from ..costs.flops import total, training_flops, training_mode
+    from ..costs.flops import on_paper, total, training_execution, training_flops
     from .memory import count_pieces, rank_memory
     from .scaling import Assumptions, Network, roofline, state_exchange, step_time
 
@@ -109,9 +109,17 @@ def estimate(values: dict, args: argparse.Namespace, where: str) -> dict:
 
     # ---- one rank, one micro-batch
     local = length // args.sequence_ranks
-    counting = {"autocast": torch.bfloat16 if half else None, "device_type": "cuda", "needs_state": needs_state}
+    counting = {
+        "autocast": torch.bfloat16 if half else None,
+        "architecture": device.architecture,
+        "needs_state": needs_state,
+    }
     pieces = count_pieces(config, batch, local, task=task, **counting)
-    parts = training_flops(config, batch, local, needs_state=needs_state, checkpointing=checkpointing, task=task)
+    rule = {"runs": on_paper(config, device.architecture), "architecture": device.architecture}
+    parts = training_flops(
+        config, batch, local, needs_state=needs_state, checkpointing=checkpointing, task=task, **rule
+    )
+    execution = training_execution(config, local, needs_state, **rule)
     limits = roofline(pieces, parts, device, precision, ssm_precision, checkpointing)
     micro_batch = sum(max(pair) for pair in limits.values())
 
@@ -171,7 +179,8 @@ def estimate(values: dict, args: argparse.Namespace, where: str) -> dict:
             "parameters": pieces.parameters,
             "layers": f"{config.num_hidden_layers} x [{', '.join(config.sublayers)}]",
             "ssm": config.ssm,
-            "mode": training_mode(config, local, needs_state),
+            "mode": execution.mode,
+            "kernel": execution.kernel,
         },
         "run": {
             "device": device.name,
@@ -294,7 +303,8 @@ def print_report(report: dict) -> None:
     ranks = plan["nodes"] * plan["gpus_per_node"]
     stage = "no DeepSpeed" if plan["zero_stage"] is None else f"ZeRO {plan['zero_stage']}"
     console.print(
-        f"model     {model['parameters']:,} parameters: {model['layers']}, {model['ssm']}, mode {model['mode']}\n"
+        f"model     {model['parameters']:,} parameters: {model['layers']}, {model['ssm']}, mode {model['mode']}"
+        f"{' by its Triton kernel' if model['kernel'] else ''}\n"
         f"run       {plan['nodes']} x {plan['gpus_per_node']} {plan['device']}, {stage}, {plan['precision']} "
         f"(state spaces {plan['state_space_precision']}), activation checkpointing "
         f"{'on' if plan['activation_checkpointing'] else 'off'}\n"
@@ -347,7 +357,7 @@ def print_report(report: dict) -> None:
         f"exchanging states\n"
         f"{time['tokens_per_second']:,.0f} tokens/s, MFU {time['mfu']:.1%}; {budget}\n\n"
         f"assumed   {assumed['efficiency']:.0%} of the roofline is reached; every operator of PyTorch reads and writes "
-        f"device memory (fused kernels move less)\n"
+        f"device memory, and a Triton kernel what it asks for\n"
         f"          network {assumed['intra_bytes_per_second'] / 1e9:g} GB/s within a node, "
         f"{assumed['inter_bytes_per_second'] / 1e9:g} GB/s a GPU between nodes, "
         f"{assumed['latency_seconds'] * 1e6:g} us "

@@ -6,6 +6,8 @@ Triton kernel of the same products is triton_cauchy.py.
 
 import torch
 
+from .kernel_launch import device_kind
+
 # elements of (H, block of nodes, N/2): large enough for a matmul, and on a GPU for a launch; small enough to stay in a
 # CPU's cache
 CAUCHY_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23}
@@ -18,7 +20,7 @@ class _Cauchy(torch.autograd.Function):
 
     @staticmethod
     def _blocks(nodes, Lambda_im):
-        elements = CAUCHY_BLOCK_ELEMENTS.get(nodes.device.type, CAUCHY_BLOCK_ELEMENTS["cuda"])
+        elements = CAUCHY_BLOCK_ELEMENTS.get(device_kind(nodes.device), CAUCHY_BLOCK_ELEMENTS["cuda"])
         size = max(1, elements // max(1, Lambda_im.numel()))
         return [slice(start, min(start + size, nodes.shape[1])) for start in range(0, nodes.shape[1], size)]
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .activations import ACTIVATIONS
+from .kernel_launch import device_kind
 from .real_form import apply_diagonal
 
 
@@ -54,6 +55,19 @@ def toeplitz_adjoint(gradient: torch.Tensor, taps: torch.Tensor) -> torch.Tensor
     # rows of 2T read as rows of 2T - 1: every row moves by one against the last, and diagonals become columns
     skewed = F.pad(gradient.flip(-1), (0, T)).flatten(1)[:, T - 1 : T - 1 + T * (2 * T - 1)]
     return skewed.view(-1, T, 2 * T - 1)[..., :T].sum(1)
+
+
+def operator_gradients(gram: torch.Tensor, taps: torch.Tensor, carry: torch.Tensor) -> ChunkOperators:
+    """The gradients of the four operators from the sums over chunks of [grad_y | driven]^T [u | starts]."""
+    T = taps.shape[-1]
+    of_carry = gram[:, T:, T:]
+    if carry.dim() == 2:  # of the complex product: conj(start) driven
+        half = carry.shape[-1] // 2
+        rr, ri, ir, ii = (
+            of_carry[:, a : a + half, b : b + half].diagonal(dim1=1, dim2=2) for a in (0, half) for b in (0, half)
+        )
+        of_carry = torch.cat([rr + ii, ir - ri], -1)
+    return ChunkOperators(toeplitz_adjoint(gram[:, :T, :T], taps), gram[:, :T, T:], gram[:, T:, :T], of_carry)
 
 
 # tokens x channels x batch that are cut into chunks at a time; what is cut is a copy in another order, so this bounds
@@ -108,7 +122,7 @@ def _layout(u: torch.Tensor, taps: torch.Tensor) -> _Layout:
     B, L, channels = u.shape
     T, parts = taps.shape[-1], taps.dim() - 1
     chunk_elements = max(1, B * T * channels)
-    segment = max(1, SEGMENT_ELEMENTS.get(u.device.type, SEGMENT_ELEMENTS["cuda"]) // chunk_elements)
+    segment = max(1, SEGMENT_ELEMENTS.get(device_kind(u.device), SEGMENT_ELEMENTS["cuda"]) // chunk_elements)
     return _Layout(B, L // T, T, parts, channels // parts, segment)
 
 
@@ -135,16 +149,18 @@ class Saved(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """Two functions that make a chunk scan: in plain PyTorch, PLAIN, or by the kernels of triton_chunk_scan.py.
+    """The functions that make a chunk scan: in plain PyTorch, PLAIN, or by the kernels of triton_chunk_scan.py.
 
     forward(u, operators, initial_state, wanted, save) -> y, final state, Saved
     backward(saved, operators, wanted, grad_y, grad_final, from_zero) -> gradients of u, initial state, operators
+    to_rows((B, L, H)) -> (H, B, L), contiguous; without a copy of what is a view of rows
 
     save: whether a backward is to come. from_zero: there was no initial state. grad_y or grad_final may be None.
     """
 
     forward: Callable
     backward: Callable
+    to_rows: Callable
 
 
 def forward(u, operators: ChunkOperators, initial_state, wanted: Wanted, save: bool):
@@ -237,7 +253,12 @@ def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, gr
     return grad_u, g.transpose(0, 1), of_operators
 
 
-PLAIN = Implementation(forward, backward)
+def to_rows(sequence: torch.Tensor) -> torch.Tensor:
+    """See `Implementation`."""
+    return sequence.permute(2, 0, 1).contiguous()
+
+
+PLAIN = Implementation(forward, backward, to_rows)
 
 
 # ---- the one wiring into autograd

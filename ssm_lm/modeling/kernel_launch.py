@@ -8,9 +8,11 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,11 +29,48 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
+# ---- a GPU that is not there
+
+
+class Assumed(NamedTuple):
+    """architecture: as of `architecture`. kernels: operation -> what stands in for its kernel."""
+
+    architecture: str
+    kernels: dict
+
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def assume(architecture: str, kernels: dict):
+    """Within, models choose as on a GPU of this architecture, and these run in the place of its kernels, on tensors
+    without data: so `ssm-lm estimate` counts what a GPU would allocate and move.
+    """
+    _thread.assumed = Assumed(architecture, kernels)
+    try:
+        yield
+    finally:
+        _thread.assumed = None
+
+
+def assumed() -> Assumed | None:
+    """What `assume` has set in this thread."""
+    return getattr(_thread, "assumed", None)
+
+
+def device_kind(device: torch.device) -> str:
+    """ "cpu" or "cuda" (HIP too), by which working sets are chosen."""
+    return device.type if assumed() is None else "cuda"
+
+
 # ---- which configuration of a kernel
 
 
 def architecture(device: torch.device) -> str:
     """ "sm_90", "gfx942", or "interpreter" where there is no GPU."""
+    if assumed() is not None:
+        return assumed().architecture
     if device.type != "cuda" or not torch.cuda.is_available():
         return "interpreter"
     if torch.version.hip is not None:

@@ -3,9 +3,23 @@
 They ask for dtypes, sizes and an architecture alone, no tensor: `ssm-lm estimate` answers for a GPU that is not there.
 """
 
+import re
+
 import torch
 
 from .kernel_launch import family
+
+OLDEST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
+
+
+def limit_of_architecture(architecture: str) -> str | None:
+    """Of an NVIDIA GPU; AMD's are all supported that Triton knows."""
+    match = re.fullmatch(r"sm_(\d+)(\d)", architecture)
+    if match is None or (int(match[1]), int(match[2])) >= OLDEST_CAPABILITY:
+        return None
+    found, needed = f"{match[1]}.{match[2]}", ".".join(map(str, OLDEST_CAPABILITY))
+    return f"its compute capability is {found}, and the kernels need {needed}"
+
 
 # ---- the chunk scan: beyond these a program's operators leave its registers
 

@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import torch
 
-from .kernel_launch import one_line
+from .kernel_launch import architecture, assumed, one_line
+from .kernel_limits import limit_of_architecture
 
 SETTINGS = ("auto", "triton", "torch")
-OLDEST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 
 
 class Case(NamedTuple):
@@ -51,8 +51,10 @@ class Operation:
         OPERATIONS[name] = self
 
     def either(self, run_kernel: bool):
-        """The kernel or the twin."""
-        return self.load()[0] if run_kernel else self.twin
+        """The kernel or the twin; within `kernel_launch.assume` what stands in for the kernel."""
+        if not run_kernel:
+            return self.twin
+        return self.load()[0] if assumed() is None else assumed().kernels[self.name]
 
     def runs_kernel(self, *tensors: torch.Tensor, **keys) -> bool:
         """See `use_kernel`."""
@@ -92,6 +94,9 @@ def _name(device: tuple[str, int | None]) -> str:
 
 
 def _decide(op: str, device: str, unsupported: str | None, setting: str, problem: tuple = ()) -> bool:
+    if assumed() is not None:
+        too_old = limit_of_architecture(assumed().architecture)
+        return setting != "torch" and op in assumed().kernels and not unsupported and not too_old
     setting = os.environ.get("SSM_LM_KERNELS", "auto") if _forced_by_environment() else setting
     if setting not in SETTINGS:
         raise ValueError(f"kernels (or SSM_LM_KERNELS) is one of {', '.join(SETTINGS)}, not {setting!r}")
@@ -148,9 +153,8 @@ def _find_cause(op: str, device: str, problem: tuple = ()) -> str | None:
         return None if device == "cpu" else "TRITON_INTERPRET is set"
     if not device.startswith("cuda") or not torch.cuda.is_available():
         return "there is no GPU, and TRITON_INTERPRET is not set"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return f"its compute capability is {capability}, and the kernels need {'.'.join(map(str, OLDEST_CAPABILITY))}"
+    if too_old := limit_of_architecture(architecture(torch.device(device))):
+        return too_old
     if torch.cuda.is_current_stream_capturing():
         return _CAPTURING
     cause, _errors[op, device, problem] = self_check(lambda device: cases(device, *problem), torch.device(device))

@@ -36,7 +36,7 @@ from .chunked import (
     Saved,
     Wanted,
     differentiable,
-    toeplitz_adjoint,
+    operator_gradients,
 )
 from .kernel_launch import architecture, family, numbered_configuration, on_device, qualified, tuned
 from .kernel_limits import longest_chunk
@@ -483,19 +483,6 @@ def _(grad_y, grad_final, x, starts, keep, taps, emit, inject, carry, from_zero)
     return x.new_empty(x.shape), x.new_empty(B, H, N, **like), x.new_empty(H, size, size, **like)
 
 
-def operator_gradients(gram: torch.Tensor, taps: torch.Tensor, carry: torch.Tensor) -> ChunkOperators:
-    """The gradients of the four operators from the sums over chunks of [grad_y | driven]^T [u | starts]."""
-    T = taps.shape[-1]
-    of_carry = gram[:, T:, T:]
-    if carry.dim() == 2:  # of the complex product: conj(start) driven
-        half = carry.shape[-1] // 2
-        rr, ri, ir, ii = (
-            of_carry[:, a : a + half, b : b + half].diagonal(dim1=1, dim2=2) for a in (0, half) for b in (0, half)
-        )
-        of_carry = torch.cat([rr + ii, ir - ri], -1)
-    return ChunkOperators(toeplitz_adjoint(gram[:, :T, :T], taps), gram[:, :T, T:], gram[:, T:, :T], of_carry)
-
-
 # ---- from and to the model's layout
 
 
@@ -531,7 +518,7 @@ def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, gr
     return from_rows(grad_u), grad_initial, operator_gradients(gram, operators.taps, operators.carry)
 
 
-FUSED = Implementation(forward, backward)
+FUSED = Implementation(forward, backward, to_rows)
 
 
 # ---- the self-check

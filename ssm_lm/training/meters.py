@@ -29,6 +29,8 @@ from transformers import TrainerCallback
 from ..costs.devices import known_device
 from ..costs.flops import total, training_flops
 from ..internals.torch import events_of
+from ..modeling.kernel_launch import architecture
+from ..modeling.ops import use_kernel
 
 METRICS_FILE = "metrics.jsonl"
 # collectives as the profiler names them: NCCL's kernels on a GPU, Gloo's own ranges on a CPU
@@ -67,7 +69,21 @@ class Meters:
     @functools.lru_cache(maxsize=1024)  # noqa: B019  (one object a run)
     def _batch_flops(self, batch_size: int, length: int) -> float:
         needs_state = getattr(self.args, "carry_state", False)
-        return total(training_flops(self.config, batch_size, length, needs_state=needs_state, task=self.task))
+        probe = torch.empty(0, device=self.args.device)
+
+        def runs(operation, unsupported, key):  # as the layers have decided in the forward
+            return use_kernel(operation, probe, unsupported=unsupported, setting=self.config.kernels, problem=key)
+
+        parts = training_flops(
+            self.config,
+            batch_size,
+            length,
+            needs_state=needs_state,
+            task=self.task,
+            runs=runs,
+            architecture=architecture(probe.device),
+        )
+        return total(parts)
 
     def entries(self, seconds: float) -> dict:
         """The entries of a log about the last `seconds`; starts the next sums."""

@@ -72,7 +72,7 @@ def test_bad_keys(write_config, capsys, overrides, message):
 
 def test_flops_are_those_of_the_batches_seen():
     config = S4Config(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=8, use_cache=False)
-    args = SimpleNamespace(peak_tflops=2.0, world_size=4, carry_state=False)
+    args = SimpleNamespace(peak_tflops=2.0, world_size=4, carry_state=False, device=torch.device("cpu"))
     meters = Meters(args, config, is_language_model=True)
     batch = {"input_ids": SimpleNamespace(shape=(3, 40))}
     meters.saw(batch)
