@@ -19,6 +19,16 @@ def test_the_make_targets_exist():
     subprocess.run(["make", "--dry-run", *targets], cwd=REPO, check=True, capture_output=True)
 
 
+def test_the_tests_of_the_claims_are_there():
+    """So that a claim that loses its test is noticed."""
+    table = (REPO / "CONTRIBUTING.md").read_text().split("| claim | test |")[1].split("\n\n")[0]
+    named = re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", table)
+    assert len(named) >= len(table.splitlines()) - 2
+    for path, function in named:
+        assert (REPO / path).exists(), path
+        assert not function or f"def {function}(" in (REPO / path).read_text(), function
+
+
 @pytest.fixture
 def ema(monkeypatch):
     """The layer of the example, with the entries that the list of files asks for."""
@@ -26,7 +36,7 @@ def ema(monkeypatch):
     names = {}
     exec(code, names)
     monkeypatch.setitem(checks.DISCRETIZATIONS, "ema", ("zoh",))
-    monkeypatch.setitem(hippo.INITIALIZATIONS, "ema", {"random": None})
+    monkeypatch.setitem(hippo.INITIALIZATIONS, "ema", {"legs": None})
     monkeypatch.setitem(ssm.LAYERS, "ema", names["EMA"])
     make = modeling_s4.make_state_space
 
@@ -57,7 +67,7 @@ def test_the_layer_of_the_example_is_what_it_says(ema):
 
 def test_a_model_of_the_example_generates(ema):
     torch.manual_seed(0)
-    config = S4Config(vocab_size=50, hidden_size=8, num_hidden_layers=1, state_size=4, ssm="ema", ssm_init="random")
+    config = S4Config(vocab_size=50, hidden_size=8, num_hidden_layers=1, state_size=4, ssm="ema")
     model = S4ForCausalLM(config).eval()
     prompt = torch.randint(1, 50, (1, 40))
     ids = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)
