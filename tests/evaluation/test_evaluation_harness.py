@@ -16,6 +16,7 @@ from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.cli import main
 from ssm_lm.data.bpe import train_bpe
 from ssm_lm.errors import UserError
+from ssm_lm.evaluation import harness
 from ssm_lm.evaluation.harness import RecurrentLM, parse_model_args
 from ssm_lm.evaluation.perplexity import full_context_nll
 from ssm_lm.hub.export import export
@@ -213,7 +214,6 @@ def test_the_verb(folder, model, tokenizer, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        pytest.param(["--tasks", "no_such_task"], "no such task", marks=pytest.mark.slow),
         (["--tasks", "local_choice", "--include-path", "nowhere"], "no such folder"),
         (["--tasks", "local_choice", "--context", "64"], "--context belongs to --data"),
         (["--tasks", "local_choice", "--limit", "0"], "--limit 0"),
@@ -227,6 +227,21 @@ def test_bad_arguments(folder, capsys, arguments, expected):
     assert evaluate(folder, *arguments, expect=2)
     text = capsys.readouterr().err
     assert expected in text.splitlines()[-1]
+
+
+def test_a_task_that_nobody_has(folder, monkeypatch, capsys):
+    """It is looked for among lm_eval's own as well; reading all of those takes ten seconds, and is left out here."""
+    asked = []
+
+    class Tasks(harness._Tasks):
+        def __init__(self, include_path, include_defaults):
+            asked.append(include_defaults)
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(harness, "_Tasks", Tasks)
+    assert evaluate(folder, "--tasks", "no_such_task", expect=2)
+    assert "no such task" in capsys.readouterr().err.splitlines()[-1]
+    assert asked == [False, True]
 
 
 def test_a_task_that_cannot_be_loaded(folder, tmp_path, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hosts import LAUNCH, REPO, STAND_IN, end, launcher_environment, wait_for
+from hosts import LAUNCH, REPO, STAND_IN, end, wait_for
 
 pytestmark = [pytest.mark.multinode, pytest.mark.slow]
 
@@ -42,7 +42,8 @@ def no_config(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def one_host_losses(corpus, tmp_path_factory):
-    """Of two ranks on this machine, without a second host."""
+    """Of two ranks on this machine, without a second host and without a launcher."""
+    import forked
     from harness import base_config, losses
 
     folder = tmp_path_factory.mktemp("one_host")
@@ -50,9 +51,7 @@ def one_host_losses(corpus, tmp_path_factory):
     settings = {"max_steps": STEPS, "per_device_train_batch_size": 2}
     settings["deepspeed"] = str(REPO / "configs" / "deepspeed" / "zero2.json")
     config.write_text(yaml.safe_dump(base_config(corpus, folder / "run", **settings)))
-    command = ["bash", LAUNCH / "single_node.sh", "--nproc", "2", config]
-    done = subprocess.run(command, cwd=REPO, env=launcher_environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
+    forked.train(str(config), ranks=2)
     found = losses(folder / "run")
     assert len(found) == STEPS
     return found
@@ -79,18 +78,19 @@ def test_torchrun(two_hosts, tmp_path, write_config, one_host_losses):
     assert "4 windows of 40 = 160 tokens (2 ranks x 2 x 1 accumulated)" in head
 
 
-def test_deepspeed_without_ssh(two_hosts, tmp_path, write_config, one_host_losses):
-    from harness import losses
-
-    config, logs, hostfile = write_config("run"), [tmp_path / "a", tmp_path / "b"], tmp_path / "hostfile"
+def test_deepspeed_without_ssh(two_hosts, tmp_path, no_config):
+    """Its command on each host; what `ssm-lm train` makes of such ranks is seen over sshd, below."""
+    logs, hostfile = [tmp_path / "a", tmp_path / "b"], tmp_path / "hostfile"
     hostfile.write_text("".join(f"{host.address} slots=1\n" for host in two_hosts))
     command = ["bash", LAUNCH / "deepspeed.sh", "--hostfile", hostfile, "--no-ssh", "--node-rank"]
     processes = [
-        host.start(log, *command, number, config)
+        host.start(log, *command, number, no_config, tmp_path, STEPS, 0, cwd=STAND_IN)
         for number, (host, log) in enumerate(zip(two_hosts, logs, strict=True))
     ]
     assert end(processes, 200, logs) == [0, 0], [log.read_text()[-2000:] for log in logs]
-    assert losses(tmp_path / "run") == pytest.approx(one_host_losses, rel=1e-6)
+    for number, (host, log) in enumerate(zip(two_hosts, logs, strict=True)):
+        assert f"begin: rank {number} of 2 on {host.name} at step 0" in log.read_text()
+    assert f"done: {STEPS * (STEPS + 1) / 2:.6f}" in logs[0].read_text()  # both have added their share
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ def _become(words: list[str], environment: dict, out: str, err: str) -> None:
 class Ranks:
     """`ranks` processes that run as `python *words` would, with the variables of torchrun where they are several.
 
+    A context manager: none of them is left behind, whatever a test finds.
     Attributes: processes (one a rank, with pid, exitcode, terminate() and kill()).
     """
 
@@ -77,6 +78,12 @@ class Ranks:
                 arguments = (words, process_environment(**place, **environment), str(self._out), str(self._err))
                 self.processes.append(_context.Process(target=_become, args=arguments))
                 self.processes[-1].start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.kill()
 
     def said(self) -> str:
         """What the ranks have written until now, to stdout and then to stderr."""
@@ -99,28 +106,26 @@ class Ranks:
     def wait(self, seconds: float = 200) -> subprocess.CompletedProcess:
         """The end, with the first exit code that is not 0. As under torchrun, a rank that fails ends the others."""
         code, running, deadline = 0, list(self.processes), time.monotonic() + seconds
-        try:
-            while running:
-                ready = multiprocessing.connection.wait([p.sentinel for p in running], deadline - time.monotonic())
-                if not ready and not code:
-                    raise subprocess.TimeoutExpired(self.words, seconds, self._out.read_text(), self._err.read_text())
-                if not ready:
-                    break
-                for process in [process for process in running if process.sentinel in ready]:
-                    process.join()
-                    running.remove(process)
-                    if process.exitcode and not code:
-                        code, deadline = process.exitcode, time.monotonic() + 20
-                        for other in running:
-                            other.terminate()
-        finally:
-            self.kill()
+        while running:
+            ready = multiprocessing.connection.wait([p.sentinel for p in running], deadline - time.monotonic())
+            if not ready and not code:
+                raise subprocess.TimeoutExpired(self.words, seconds, self._out.read_text(), self._err.read_text())
+            if not ready:
+                break
+            for process in [process for process in running if process.sentinel in ready]:
+                process.join()
+                running.remove(process)
+                if process.exitcode and not code:
+                    code, deadline = process.exitcode, time.monotonic() + 20
+                    for other in running:
+                        other.terminate()
         return subprocess.CompletedProcess(self.words, code, self._out.read_text(), self._err.read_text())
 
 
 def attempt(words: list[str], ranks: int = 1, **environment) -> subprocess.CompletedProcess:
     """Run to the end, whatever the exit code."""
-    return Ranks(words, ranks, **environment).wait()
+    with Ranks(words, ranks, **environment) as started:
+        return started.wait()
 
 
 def run(words: list[str], ranks: int = 1, **environment) -> subprocess.CompletedProcess:

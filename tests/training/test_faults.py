@@ -103,10 +103,10 @@ def test_what_does_not_recover_ends_in_one_line(write_config):
 def test_a_signal_ends_in_a_checkpoint_and_an_exit_code_that_asks_for_more(write_config, tmp_path, straight):
     settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1000}
     config = write_config("stopped", **settings)
-    stopped = forked.Ranks(faulty(config), FAULT_STEPS="5", FAULT_FACTOR="wait")
-    stopped.wait_until(lambda: "waiting in step 5" in stopped.said())
-    os.kill(stopped.processes[0].pid, signal.SIGUSR1)
-    done = stopped.wait()
+    with forked.Ranks(faulty(config), FAULT_STEPS="5", FAULT_FACTOR="wait") as stopped:
+        stopped.wait_until(lambda: "waiting in step 5" in stopped.said())
+        os.kill(stopped.processes[0].pid, signal.SIGUSR1)
+        done = stopped.wait()
     assert done.returncode == PREEMPTED, done.stderr
     assert "stopped   SIGUSR1 at step 6" in done.stdout
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-6"]
@@ -152,12 +152,11 @@ def test_ranks_with_different_data_say_so(write_config, corpus, tmp_path):
 
 def test_a_rank_that_hangs_ends_in_a_named_timeout(write_config):
     config = write_config(max_steps=100, ddp_timeout=8, per_device_train_batch_size=2, deepspeed=zero(1))
-    ranks = forked.Ranks(faulty(config), 2, FAULT_STEPS="3", FAULT_FACTOR="wait", FAULT_RANK="1")
-    ranks.wait_until(lambda: "waiting in step 3" in ranks.said())
-    os.kill(ranks.processes[1].pid, signal.SIGSTOP)
-    ranks.processes[0].join(120)
-    assert ranks.processes[0].exitcode
-    ranks.kill()
+    with forked.Ranks(faulty(config), 2, FAULT_STEPS="3", FAULT_FACTOR="wait", FAULT_RANK="1") as ranks:
+        ranks.wait_until(lambda: "waiting in step 3" in ranks.said())
+        os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+        ranks.processes[0].join(120)
+        assert ranks.processes[0].exitcode
     assert "hung for more than ddp_timeout = 8 s" in ranks.said()
 
 

@@ -86,9 +86,9 @@ def test_killed_and_resumed(write_config, tmp_path, straight, carry_state):
         "model": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "chunk_size": 16, "dropout": 0.1},
     }
     config, killed = write_config("killed", **settings), tmp_path / "killed"
-    ranks = forked.Ranks([WORKER, "train", config], 2, FAULT_STEPS="12", FAULT_FACTOR="wait")
-    ranks.wait_until(lambda: ranks.said().count("waiting in step 12") == 2)
-    ranks.kill()
+    with forked.Ranks([WORKER, "train", config], 2, FAULT_STEPS="12", FAULT_FACTOR="wait") as ranks:
+        ranks.wait_until(lambda: ranks.said().count("waiting in step 12") == 2)
+        ranks.kill()
     assert (killed / "checkpoint-10" / "complete.json").exists()
     assert not (killed / "model.safetensors").exists()
 
