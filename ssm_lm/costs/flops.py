@@ -216,7 +216,7 @@ def _state_space(config, B, L, execution, needs_state):
             scan, _, operators = _chunk_scan(config, B, L, rank, execution)
             kernel, kernel_backward = kernel + scan + operators, kernel_backward + 2 * scan + 3 * operators
     elif mode == "recurrent":
-        if config.ssm == "s4":  # G^T h; and F times it, which for rank 1 is no matmul
+        if config.ssm == "s4":  # G^T h; and F times it, which for rank 1 is elementwise
             kernel = (2 if rank == 1 else 4 * rank) * tokens * H * N + _discretization(H, N, rank)
             kernel_backward = 2 * kernel
         other = 3 * 6 * tokens * N * (1 if s5 else H)  # the state times Lambda, plus the input, times C
@@ -248,7 +248,7 @@ def _chunk_scan(config, B, L, rank, execution) -> tuple[float, float, float]:
 
 
 def _discretization(H, N, rank) -> float:
-    """p^T w p, and the correction of B_bar, in einsum's order; what is a product by a 1 x 1 matrix is no matmul."""
+    """p^T w p, and the correction of B_bar, in einsum's order; a product by a 1 x 1 matrix does not count."""
     flops = 2 * H * N * rank**2 + 2 * H * N * N
     return flops if rank == 1 else flops + 2 * H * N * rank**2 + 2 * H * N * N * rank
 

@@ -29,7 +29,7 @@ def contrastive_search(
 ):
     """For `generate(custom_generate=...)`. penalty_alpha in [0, 1] (default 0.6), 0 is greedy search; top_k at least 1
     (default 4), 1 is greedy search; a generation_config with a penalty_alpha stands in for both. Batches may be
-    left-padded: what is masked is not compared with. A token that a logits processor forbids is no candidate.
+    left-padded: what is masked is not compared with. A token that a logits processor forbids is left out.
 
     Returns what generate() returns. Raises ValueError for other values, and for a cache that holds tokens already,
     whose hidden states are gone.
@@ -50,7 +50,8 @@ def contrastive_search(
     cache = model_kwargs["past_key_values"]
     if cache.get_seq_length() > 0:
         raise ValueError(f"{name} compares with the hidden states of the whole prompt: give it no past_key_values")
-    # every step runs the chosen token, too; in a cache that lives on, the last one is no more than in any other mode
+    # every step also runs the token that it has chosen; a cache that the caller keeps ends before the last of them, as it
+    # does in other modes
     cache_lives_on = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     if cache_lives_on:
         cache.activate_past_recording()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-IGNORED = -100  # a target that takes no part in the loss, as everywhere in PyTorch
+IGNORED = -100  # a target that the loss leaves out, as everywhere in PyTorch
 
 # logits at a time where no chunk size is given, in elements: 128 MiB in float32, 1024 tokens of a vocabulary of 32,768
 CHUNK_ELEMENTS = 1 << 25

@@ -208,7 +208,7 @@ class S4PreTrainedModel(PreTrainedModel):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay must leave alone: those of the state spaces. It would pull log dt
-        and Lambda towards 0, which is no neutral value for them. transformers' Trainer decays everything but biases and
+        and Lambda towards 0, which is not neutral for them. transformers' Trainer decays everything but biases and
         norms: there, override get_decay_parameter_names with what it returned less these.
         """
         spaces = [(path, module) for path, module in self.named_modules() if isinstance(module, StateSpace)]
@@ -341,7 +341,7 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
                 config.head_dropout,
             )
             self._tied_weights_keys = tied_keys(len(self.lm_head.bounds), config.adaptive_tie_projections)
-            self._tp_plan = {}  # log-probabilities of a slice of a cluster are none
+            self._tp_plan = {}  # a slice of a cluster does not give log-probabilities
         self.post_init()
 
     @staticmethod

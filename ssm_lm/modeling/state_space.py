@@ -39,7 +39,7 @@ class StateSpace(nn.Module):
     """hidden_size H; state_size N, the order of the real system, even; chunk_size T of the chunk mode.
 
     bidirectional: a second read-out C_reverse of the same system, run from the end of the sequence to its start;
-    every output then sees the whole sequence, there is no step and no state, and no causal language model.
+    every output then sees the whole sequence. Such a layer cannot run step by step, and serves classification only.
     """
 
     name: str  # as in S4Config.ssm
@@ -48,7 +48,7 @@ class StateSpace(nn.Module):
     fft_is_faster_below = 0
     kernels = "auto"  # as in S4Config.kernels: whether Triton kernels run
     has_chunk_kernel = True  # whether the chunk scan has a Triton kernel for the layer's signals
-    has_dense_carry = False  # of the chunk scan; True where A-bar is no diagonal
+    has_dense_carry = False  # of the chunk scan; True where A-bar is not diagonal
 
     def __init__(
         self,
@@ -247,7 +247,7 @@ class StateSpace(nn.Module):
         in_place: the caller does without its initial_state, and the step kernel may write the final one in its place,
         which is then the tensor returned.
         execution: what `decide` has said of this forward, where the caller has asked; it stands for `mode`.
-        A bidirectional layer takes no initial state and returns None for the final one.
+        A bidirectional layer refuses an initial state and returns None for the final one.
         Raises ValueError for another mode or shape.
         """
         self._check(u, mode, initial_state, seq_idx)

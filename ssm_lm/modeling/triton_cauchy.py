@@ -24,7 +24,7 @@ from .kernels_s4 import Case
 try:
     import triton
     import triton.language as tl
-except ImportError:  # stays an ImportError; inside `try`, it is no requirement of a Hub repository that holds this file
+except ImportError:  # raised again; standing in a `try`, it does not make Triton a requirement of a Hub repository
     raise
 
 RANKS = (1, 2)

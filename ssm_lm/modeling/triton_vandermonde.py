@@ -21,7 +21,7 @@ from .vandermonde import vandermonde
 try:
     import triton
     import triton.language as tl
-except ImportError:  # stays an ImportError; inside `try`, it is no requirement of a Hub repository that holds this file
+except ImportError:  # raised again; standing in a `try`, it does not make Triton a requirement of a Hub repository
     raise
 
 # rows and columns of a tile, warps; the same on every GPU. Larger tiles spill
