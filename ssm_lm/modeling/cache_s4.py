@@ -247,9 +247,9 @@ class S4CacheLayer(CacheLayerMixin):
 
 
 class S4StaticCacheLayer(S4CacheLayer):
-    """For compiled decoding: the length is a tensor that is advanced in place, so that no graph is guarded on its value.
-    It does not record the past, for a record changes its shape with every token; transformers refuses assisted decoding
-    with it, too.
+    """For compiled decoding: the length is a tensor that is advanced in place, so that no graph is guarded on its
+    value. It does not record the past, for a record changes its shape with every token; transformers refuses assisted
+    decoding with it, too.
     """
 
     _layer_type = None  # leaves the dynamic registration alone

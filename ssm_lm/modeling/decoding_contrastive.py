@@ -50,8 +50,8 @@ def contrastive_search(
     cache = model_kwargs["past_key_values"]
     if cache.get_seq_length() > 0:
         raise ValueError(f"{name} compares with the hidden states of the whole prompt: give it no past_key_values")
-    # every step also runs the token that it has chosen; a cache that the caller keeps ends before the last of them, as it
-    # does in other modes
+    # every step also runs the token that it has chosen; a cache that the caller keeps ends before the last of them, as
+    # it does in other modes
     cache_lives_on = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     if cache_lives_on:
         cache.activate_past_recording()
