@@ -14,6 +14,7 @@ import pytest
 from ssm_lm.cli import build_parser
 
 REPO = Path(__file__).parents[1]
+sys.path.append(str(REPO / "tests" / "training"))  # forked.py
 VENV = Path(sys.prefix)
 PAGES = ("README.md", "docs/reference.md")  # in the order in which they are read: the second goes on from the first
 BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
@@ -120,30 +121,56 @@ def test_commands_for_elsewhere_are_well_formed():
     assert checked >= 4
 
 
-@pytest.mark.slow
-def test_the_other_blocks_run_in_order(tmp_path):
-    """In a copy of the checkout, as a newcomer would go through the pages."""
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the checkout, in which `make quickstart` takes the pages themselves for its corpus."""
     files = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
         target = tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(REPO / name, target)
+    makefile = (REPO / "Makefile").read_text()
+    assert "--dataset builtin" in makefile  # tests/data/ has the tests of that corpus
+    (tmp_path / "Makefile").write_text(makefile.replace("--dataset builtin", "--dataset small"))
+    (tmp_path / "small").mkdir()
+    for split, pages in (("train", written_pages()), ("valid", [REPO / "README.md"]), ("test", [REPO / PAGES[1]])):
+        (tmp_path / "small" / f"{split}.txt").write_text("".join(page.read_text() for page in pages))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_other_blocks_run_in_order(checkout):
+    """As a newcomer would go through the pages. What `make` starts are processes of their own; a verb after it is a
+    fork, which spares the imports."""
+    import forked
+
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {
         "PATH": f"{VENV / 'bin'}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_MODULES_CACHE": str(checkout / "modules"),
         "PYTHONPATH": str(REPO),
     }
+
+    def run(*command: str) -> None:
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
     for block in blocks():
         code = block["code"]
         if block["needs"] or block["language"] == "text":
             continue
         for full, small in SMALLER.items():
             code = code.replace(full, small)
-        command = ["bash", "-euc", code] if block["language"] == "bash" else [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
-    assert (tmp_path / "exports" / "quickstart" / "modeling_s4.py").is_file()
-    assert (tmp_path / "runs" / "quickstart" / "runs").is_dir()  # TensorBoard
+        if block["language"] == "python":
+            run(sys.executable, "-c", code)
+            continue
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line)
+            if words[0] == "ssm-lm":
+                forked.run(["-m", "ssm_lm", *words[1:]], folder=checkout)
+            else:
+                run("bash", "-euc", line)
+    assert (checkout / "exports" / "quickstart" / "modeling_s4.py").is_file()
+    assert (checkout / "runs" / "quickstart" / "runs").is_dir()  # TensorBoard

@@ -20,7 +20,7 @@ from ssm_lm.training.param_groups import parameter_groups
 def peak_of(run) -> int:
     """The most bytes alive at a time among those allocated during run()."""
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0

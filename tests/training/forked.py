@@ -37,12 +37,12 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(PRELOADED))
 
 
-def _become(words: list[str], environment: dict, out: str, err: str) -> None:
-    """In the fork: run as `python *words` would."""
+def _become(words: list[str], folder: str, environment: dict, out: str, err: str) -> None:
+    """In the fork: run as `python *words` would in that folder."""
     multiprocessing.set_start_method(None, force=True)  # the child of a fork server would use one itself
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(REPO)
+    os.chdir(folder)
     for number, path in ((1, out), (2, err)):
         with open(path, "ab") as file:
             os.dup2(file.fileno(), number)
@@ -62,7 +62,7 @@ class Ranks:
     Attributes: processes (one a rank, with pid, exitcode, terminate() and kill()).
     """
 
-    def __init__(self, words: list[str], ranks: int = 1, **environment):
+    def __init__(self, words: list[str], ranks: int = 1, folder: Path = REPO, **environment):
         self.words, self._folder = words, tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._folder.name, name) for name in ("out", "err"))
         for path in (self._out, self._err):
@@ -75,7 +75,8 @@ class Ranks:
         with mock.patch.dict(os.environ, process_environment(DS_ACCELERATOR="cpu")):  # for the server, if it starts now
             for rank in range(ranks):
                 place = group | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
-                arguments = (words, process_environment(**place, **environment), str(self._out), str(self._err))
+                variables = process_environment(**place, **environment)
+                arguments = (words, str(folder), variables, str(self._out), str(self._err))
                 self.processes.append(_context.Process(target=_become, args=arguments))
                 self.processes[-1].start()
 
