@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import ssm_lm
 from ssm_lm import internals
+from tests.test_structure import PACKAGE, defined, private_uses
 
-PACKAGE = Path(ssm_lm.__file__).parent
 FILES = sorted(path.stem for path in (PACKAGE / "internals").glob("*.py") if path.stem != "__init__")
 PARTS = {part.name: part for file in FILES for part in importlib.import_module(f"ssm_lm.internals.{file}").PARTS}
 # modeling/ is published file by file, so its own uses stay in it
@@ -26,7 +25,6 @@ MODELING = (
     f"{GENERATION}._update_model_kwargs_for_generation",
     f"{GENERATION}._eos_token_tensor",
     f"{GENERATION}._pad_token_tensor",
-    f"{GENERATION}._is_user_defined",
     f"{GENERATION}._is_user_defined",  # which it sets on a cache
     "transformers.PreTrainedModel._init_weights",
     "transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES",
@@ -37,7 +35,6 @@ MODELING = (
     "torch.compiler.assume_constant_result",  # sets _dynamo_marked_constant
     "torch._dynamo.decorators._dynamo_marked_constant",
 )
-DOCUMENTED = {"_asdict", "_replace", "_fields", "_make", "_exit"}  # of a NamedTuple, and of os
 
 
 def found(name: str) -> bool:
@@ -106,42 +103,6 @@ def test_a_part_that_is_gone_is_noticed(name):
     assert not found(name)
 
 
-def defined(path: Path) -> set[str]:
-    """The names of a file's functions, methods and classes, and of what it sets on its own objects."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            names |= {node.attr} if getattr(node.value, "id", "") in ("self", "cls", "ctx") else set()
-    return names
-
-
-def private_uses(path: Path) -> set[str]:
-    """Names with a leading underscore that a file uses of objects that are not its own."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    used, inherited = set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
-            own |= {node.attr} if isinstance(node.ctx, ast.Store) else set()
-        elif isinstance(node, ast.Attribute):
-            used.add(node.attr)
-            if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super":
-                inherited.add(node.attr)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            used |= {alias.name for alias in node.names}
-            used |= {"_module"} if any(part.startswith("_") for part in node.module.split(".")) else set()
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
-            used |= {word.value for word in node.args[1:2] if isinstance(word, ast.Constant)}
-    # an override that calls super() is of another's method too, though the file defines it
-    return {
-        name
-        for name in used - (own - inherited) - DOCUMENTED
-        if isinstance(name, str) and name.startswith("_") and not name.startswith("__")
-    }
-
-
 @pytest.mark.parametrize("file", FILES)
 def test_the_list_of_a_file_is_whole(file):
     """Every private name that the code uses is in a list of parts."""
@@ -150,15 +111,3 @@ def test_the_list_of_a_file_is_whole(file):
     parts = importlib.import_module(f"ssm_lm.internals.{file}").PARTS
     assert parts
     assert all(isinstance(part, internals.Part) and all(part) for part in parts)
-
-
-def test_nothing_else_reaches_into_another_library():
-    """But modeling/, whose uses are listed above, and modules of its own."""
-    ours = {name for path in PACKAGE.rglob("*.py") for name in defined(path)}
-    reached = {}
-    for path in PACKAGE.rglob("*.py"):
-        if path.parent.name not in ("internals", "modeling"):
-            for name in private_uses(path):
-                if name not in ours:
-                    reached[name] = str(path.relative_to(PACKAGE))
-    assert reached == {}
