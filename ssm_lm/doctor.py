@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .errors import one_line
 from .network import HOW_TO_RUN, test_job
 
 TOLERANCE = 1e-4  # between the modes of a layer, in float32, relative to the largest output
@@ -187,7 +188,7 @@ def self_check() -> dict:
                 report[key] = difference if math.isfinite(difference) else str(difference)  # JSON has no NaN
                 passed = passed and difference < TOLERANCE  # a NaN is not
             except Exception as error:  # the report is to say what fails, not to fail with it
-                report[key], passed = f"{type(error).__name__}: {' '.join(str(error).split())}", False
+                report[key], passed = f"{type(error).__name__}: {one_line(error)}", False
     return report | {"tolerance": TOLERANCE, "passed": passed}
 
 
@@ -258,4 +259,4 @@ def _triton() -> str | None:
 
         return f"{version}, driver {driver.active.get_current_target().backend}"
     except Exception as error:  # of the import, of the driver's library, of a missing GPU
-        return f"{version}, no driver ({' '.join(str(error).split())})"
+        return f"{version}, no driver ({one_line(error)})"

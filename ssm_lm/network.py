@@ -17,7 +17,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .internals.python import leave
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -140,7 +140,7 @@ def test_job(timeout: float, as_json: bool) -> None:
         dist.barrier()
         dist.destroy_process_group()
     except Exception as error:  # whatever it was, the rank and the operation are what one needs to know
-        message = " ".join(str(error).split())[:300]
+        message = one_line(error)[:300]
         print(
             f"ssm-lm: network test: rank {rank} on {socket.gethostname()} failed after {doing.seconds():.1f} s "
             f"of {doing.what}: {type(error).__name__}: {message}",

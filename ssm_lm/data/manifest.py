@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
@@ -53,7 +53,7 @@ class Manifest:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not readable ({str(error).splitlines()[0]}); {again} again") from error
+            raise UserError(f"{path}: not readable ({first_line(error)}); {again} again") from error
         version = values.get("format_version") if isinstance(values, dict) else None
         if version != FORMAT_VERSION:
             raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}; {again} again")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 TEXT = (".txt", ".text", ".tokens", ".raw", ".md")
 JSON_LINES = (".jsonl", ".json")
@@ -137,7 +137,7 @@ def _parquet_texts(path: Path, text_field: str) -> Iterator[str]:
                     number += 1
                     yield _text_of(row, text_field, f"{path}: row {number}")
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 
 def _text_of(row: dict, text_field: str, place: str) -> str:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import write_json
 from ..loading.folder import quiet
 from ..loading.model import DTYPES, load_model
@@ -258,7 +258,7 @@ def place(model, device: str | None):
     try:
         return model.to(torch.device(name))
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--device {name}: cannot be used ({first_line(error)})") from error
 
 
 def check_writable(path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..loading.model import CLASSIFIER
 
 CARD = "README.md"
@@ -40,7 +40,7 @@ def read_results(path: Path) -> dict:
     try:
         results = json.loads(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--results {path}: cannot be read ({' '.join(str(error).split())})") from error
+        raise UserError(f"--results {path}: cannot be read ({one_line(error)})") from error
     needed = ("protocol", "split", "dataset", "tokens", *(key for key, _, _ in MEASURES))
     missing = [key for key in needed if not isinstance(results, dict) or key not in results]
     if missing:

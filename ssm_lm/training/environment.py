@@ -8,7 +8,7 @@ import socket
 import sys
 import warnings
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..internals.python import leave
 
 
@@ -118,7 +118,7 @@ def named_timeouts(args):
         print(
             f"ssm-lm: rank {args.process_index}: another rank is gone, or hung for more than ddp_timeout = "
             f"{args.ddp_timeout} s; start again, and the run goes on from the last complete checkpoint "
-            f"({str(error).splitlines()[0]})",
+            f"({first_line(error)})",
             file=sys.stderr,
             flush=True,
         )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .checkpoints import check_resumable, claim, last_complete_checkpoint
 from .checks import check_values
 from .environment import agree, on_cpu, prepare_process, world_size
@@ -88,7 +88,7 @@ def training_arguments(arguments: dict, where: str):
     try:
         return S4TrainingArguments(**arguments)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{where}: {first_line(error)}") from error
 
 
 def batch_per_device(values: dict) -> int:
