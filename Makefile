@@ -1,6 +1,6 @@
 # make quickstart: the whole way from text to a generating model, on this machine, in minutes
 # make test:       every test that needs no GPU and no cluster, but for the long ones
-# make long-test:  claims of accuracy, speed and memory: minutes of arithmetic, one test at a time, for they measure
+# make long-test:  claims of accuracy, memory and endurance, two tests at a time; then those of speed, one at a time
 # make test-triton TRITON=3.9.0: the kernels interpreted, and all compiled, with another Triton than the one that is
 #                  pinned; KERNEL_TESTS=tests/kernels for all of their tests
 # All make the virtual environment if it is missing: quickstart with what the commands need, the others (and `make venv`)
@@ -33,8 +33,10 @@ quickstart: $(VENV)/.installed
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" $(TESTS)
 
+# pytest ends with 5 where none of $(TESTS) is of a kind
 long-test: venv
-	$(BIN)/python -m pytest -m long $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long and not alone" $(TESTS) || test $$? = 5
+	$(BIN)/python -m pytest -m "long and alone" $(TESTS) || test $$? = 5
 
 test-triton: venv
 	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton-$(TRITON) triton==$(TRITON)

@@ -218,6 +218,7 @@ def repetitive(ssm):
 
 
 @pytest.mark.long
+@pytest.mark.alone
 @pytest.mark.parametrize("ssm", ["s4d", "s5"])
 def test_drafts_save_time_on_a_repetitive_text(ssm):
     """In one run, medians of interleaved calls. With 160 new tokens after 80, decoding is nearly all of the time."""

@@ -78,7 +78,7 @@ u = torch.randn(4, length, 256, requires_grad=True)
 def run(mode):
     return lambda: layer(u, mode=mode, output_final_state=False)[0].sum().backward()
 
-print(json.dumps(interleaved({"chunk": run("chunk"), "fft": run("fft")}, rounds=5)))
+print(json.dumps(interleaved({"chunk": run("chunk"), "fft": run("fft")}, rounds=3)))
 """
 
 
@@ -89,6 +89,7 @@ FACTORS = {"AVX512": (1.8, 1.8, 1.1, 1.3)}.get(torch.backends.cpu.get_cpu_capabi
 CASES = (("s4", 4096), ("s4", 16384), ("s4d", 4096), ("s4d", 16384))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("name", "length", "factor"), [(*case, factor) for case, factor in zip(CASES, FACTORS, strict=True)]
 )
@@ -125,6 +126,7 @@ print(json.dumps({"seconds": seconds, "mib": [middle - before, after - before]})
 """
 
 
+@pytest.mark.alone
 def test_blocked_cauchy_is_fast_and_small():
     """Against the complex (H, N/2, L/2) formula, forward and backward, L = 16384, one product a channel."""
     found = measure(CAUCHY)

@@ -12,7 +12,7 @@ from pathlib import Path
 import forked
 import psutil
 import pytest
-from harness import REPO, losses, process_environment, run, train_command, zero
+from harness import REPO, losses, process_environment, train_command, zero
 
 from ssm_lm.cli import main
 from ssm_lm.data.stream import TokenStream
@@ -210,54 +210,79 @@ def test_a_folder_that_cannot_be_written_is_one_line(write_config, tmp_path, cap
 # ---- thirty kills
 
 
-@pytest.mark.long
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("sent", "times"), [(signal.SIGKILL, 30), (signal.SIGTERM, 10)])
-def test_killed_at_random_again_and_again(write_config, tmp_path, sent, times):
-    """Random ranks at random moments, checkpoints being written among them; torchrun starts the rest again."""
-    settings = {
-        "max_steps": 3 * times,
-        "per_device_train_batch_size": 2,
-        "deepspeed": zero(2),
-        "save_strategy": "steps",
-        "save_steps": 1,
-    }
-    straight, killed = write_config("straight", **settings), write_config("killed", **settings)
-    run(train_command(straight, ranks=2))
-    command = [*train_command(killed, ranks=2)]
-    command[command.index("--standalone") + 1 : command.index("--standalone") + 1] = ["--max-restarts", str(4 * times)]
-    rng, kills = random.Random(0), 0
-    # as launch/torchrun.sh has it: restarted ranks would meet in a store that still holds the dead ones' addresses
-    environment = process_environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
-    process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = tmp_path / "killed"
+def wait_for_a_moment(rng: random.Random, folder: Path, kill: int, running, seconds_to_start: float) -> None:
+    """Soon after a new checkpoint, where the next one is being written; every fifth time during the start."""
 
     def newest() -> int:
         return max([int(path.name[11:]) for path in folder.glob("checkpoint-*")], default=0)
 
-    deadline = time.monotonic() + 1500
-    while kills < times and process.poll() is None:
-        assert time.monotonic() < deadline
-        # most kills fall into the steps, where there is always a checkpoint being written; every fifth into the start
-        seen = newest()
-        while kills % 5 and newest() == seen and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.15 if kills % 5 else 8))
-        try:
-            ranks = [child for child in psutil.Process(process.pid).children() if "ssm_lm" in " ".join(child.cmdline())]
-            if ranks:
-                rng.choice(ranks).send_signal(sent)
-                kills += 1
-        except psutil.Error:  # one that ends in this moment
-            continue
-        for path in folder.glob("checkpoint-*"):
-            assert (path / "complete.json").is_file() or not path.exists()
-    process.wait(timeout=200)
-    print(f"{kills} signals")
-    assert kills == times
-    if process.returncode:
-        run(train_command(killed, ranks=2))
-    assert losses(folder) == pytest.approx(losses(tmp_path / "straight"), rel=1e-6)
+    seen = newest()
+    while kill % 5 and newest() == seen and running():
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.15 if kill % 5 else seconds_to_start))
+
+
+def check_whole(folder: Path) -> None:
+    for path in folder.glob("checkpoint-*"):
+        assert (path / "complete.json").is_file() or not path.exists()
+
+
+@pytest.fixture
+def saved_at_every_step(write_config, tmp_path):
+    """A function of the number of steps: the config of two ranks that save after each, and the losses of a run that
+    nothing disturbs, and that saves nothing.
+    """
+
+    def make(steps: int) -> tuple[str, list[float]]:
+        settings = {"max_steps": steps, "per_device_train_batch_size": 2, "deepspeed": zero(2)}
+        forked.train(write_config("straight", **settings), ranks=2)
+        saving = write_config("killed", **settings, save_strategy="steps", save_steps=1)
+        return saving, losses(tmp_path / "straight")
+
+    return make
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("sent", "times"), [(signal.SIGKILL, 30), (signal.SIGTERM, 10)])
+def test_killed_at_random_again_and_again(saved_at_every_step, tmp_path, sent, times):
+    """A random rank at a random moment, checkpoints being written among them; each time the same command goes on."""
+    config, expected = saved_at_every_step(6 * times)
+    rng, folder = random.Random(0), tmp_path / "killed"
+    for kill in range(times):
+        ranks = forked.Ranks(["-m", "ssm_lm", "train", config], 2)
+        wait_for_a_moment(rng, folder, kill, lambda ranks=ranks: all(p.is_alive() for p in ranks.processes), 2)
+        os.kill(rng.choice(ranks.processes).pid, sent)
+        assert ranks.wait().returncode, ranks.said()
+        check_whole(folder)
+    assert "resuming" in forked.train(config, ranks=2).stdout
+    assert losses(folder) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_torchrun_starts_killed_ranks_again(saved_at_every_step, tmp_path):
+    """Without a new command: its restarts go on from what is there."""
+    config, expected = saved_at_every_step(24)
+    command = train_command(config, ranks=2)
+    command.insert(command.index("--standalone") + 1, "--max-restarts=9")
+    # as launch/torchrun.sh has it: restarted ranks would meet in a store that still holds the dead ones' addresses
+    environment = process_environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
+    process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rng, folder, ended = random.Random(0), tmp_path / "killed", set()
+    for kill, sent in enumerate([signal.SIGKILL, signal.SIGTERM], start=1):
+        ranks = []
+        while len(ranks) < 2:
+            assert process.poll() is None
+            time.sleep(0.1)
+            children = set(psutil.Process(process.pid).children())
+            ranks = sorted(children - ended, key=lambda child: child.pid)
+        ended |= set(ranks)
+        wait_for_a_moment(rng, folder, kill, lambda: process.poll() is None, 0)
+        rng.choice(ranks).send_signal(sent)
+    assert process.wait(timeout=400) == 0
+    check_whole(folder)
+    assert losses(folder) == pytest.approx(expected, rel=1e-6)
 
 
 # ---- memory
