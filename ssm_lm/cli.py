@@ -8,12 +8,14 @@ by a signal and can go on; 1 anything else.
 """
 
 import argparse
+import difflib
 import importlib
 import os
 import signal
 import sys
 import time
 
+from . import __version__
 from .errors import UserError
 from .internals.python import leave
 from .noise import drop_known_lines
@@ -43,6 +45,7 @@ class OneLineParser(argparse.ArgumentParser):
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser of the whole command, with the arguments of `verb` alone filled in."""
     parser = OneLineParser(prog="ssm-lm", description="Train and run state space language models.")
+    parser.add_argument("--version", action="version", version=f"ssm-lm {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=OneLineParser)
     for name, (module, summary) in VERBS.items():
         verb_parser = verbs.add_parser(name, help=summary, description=summary.capitalize() + ".")
@@ -61,6 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = [word for word in argv if not word.startswith("--local_rank=")]
     verb = next((word for word in argv if not word.startswith("-")), None)
     try:
+        if verb is not None and verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"there is no verb {verb!r}; {hint}`ssm-lm --help` lists them")
         args = build_parser(verb).parse_args(argv)
         args.run(args)
     except UserError as error:

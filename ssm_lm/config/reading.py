@@ -1,6 +1,5 @@
 """Reading a training config: a YAML file, then `--key value` from the command line, every key and type checked."""
 
-import dataclasses
 import difflib
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError
+from .keys import model_keys, training_keys
 
 
 class _Loader(yaml.SafeLoader):
@@ -109,15 +109,16 @@ def _simple_types(hint) -> tuple[type, ...] | None:
 def read_train_config(path: str, overrides: dict) -> dict:
     """A checked config: keys of S4TrainingArguments, with `model` as a mapping of keys of S4Config.
 
-    `model` and `deepspeed` may name files, looked for from the working directory and beside the config.
+    `model` and `deepspeed` may name files, looked for from the working directory, beside the config and in the folders
+    above it. An `init_from` of the command line takes the place of the config's model.
     Raises UserError for an unknown key, a value of the wrong type, a missing file.
     """
-    from .arguments import S4TrainingArguments
-
     values = read_yaml(path)
     model = values.pop("model", None) or {}
     if "model" in overrides:
         model = overrides["model"] or {}
+    elif overrides.get("init_from"):
+        model = {}
     if isinstance(model, str):
         model_path = find_file(model, path, "model")
         model = read_yaml(model_path)
@@ -132,25 +133,19 @@ def read_train_config(path: str, overrides: dict) -> dict:
         elif key != "model":
             values[key] = value
 
-    known = {f.name: f.type for f in dataclasses.fields(S4TrainingArguments)}
-    check_keys(values, known, path)
-    check_types(values, typing.get_type_hints(S4TrainingArguments), path)
+    check_keys(values, training_keys(), path)
     check_keys(model, model_keys(), model_where)
+    from .arguments import S4TrainingArguments  # transformers, which takes seconds: what is wrong above is said before
+
+    check_types(values, typing.get_type_hints(S4TrainingArguments), path)
     if values.get("deepspeed") is not None and isinstance(values["deepspeed"], str):
         values["deepspeed"] = str(find_file(values["deepspeed"], path, "deepspeed"))
     return values | {"model": model}
 
 
-def model_keys() -> list[str]:
-    """The keys that a `model` may have: what S4Config declares itself, without what transformers adds."""
-    from ..modeling.configuration_s4 import S4Config
-
-    return sorted(key for key in S4Config.__annotations__ if not key.startswith("_"))
-
-
 def find_file(name: str, config_path: str, key: str) -> Path:
-    """A file that a config names, relative to the working directory or to the config."""
-    for candidate in (Path(name), Path(config_path).parent / name):
+    """A file that a config names, relative to the working directory, to the config or to a folder above it."""
+    for candidate in (Path(name), *(folder / name for folder in Path(config_path).absolute().parents)):
         if candidate.is_file():
             return candidate
     raise UserError(f"{config_path}: {key} names {name}, which is not there; give a path from here or from the config")

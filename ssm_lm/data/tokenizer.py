@@ -48,7 +48,7 @@ def load_tokenizer(name: str):
         )
     try:
         with one_line_errors():
-            tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name)
+            tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name, trust_remote_code=False)
     except Exception as error:  # of the Hub's client, of JSON, of the tokenizer's own class
         is_empty = path.is_dir() and not (path / "tokenizer.json").exists()
         reason = "there is no tokenizer.json in it" if is_empty else first_line(error)

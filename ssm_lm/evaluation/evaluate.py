@@ -24,7 +24,7 @@ from ..errors import UserError, first_line
 from ..files import write_json
 from ..loading.folder import quiet
 from ..loading.model import DTYPES, load_model
-from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, load_tokenizer
+from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, is_tokenizer_of, load_tokenizer
 
 SPLITS = ("train", "validation", "test")
 
@@ -227,10 +227,7 @@ def prepared(data: str, model_path: str, split: str, model) -> Iterator[Path]:
 
 def check_same_tokenizer(folder: Path, model_path: str) -> None:
     """UserError unless the tokenizer beside the data is the model's; a model without one is taken at its word."""
-    if not has_tokenizer(model_path):
-        return
-    of_data, of_model = _definition(load_data_tokenizer(folder)), _definition(load_tokenizer(model_path))
-    if of_data != of_model:
+    if not is_tokenizer_of(model_path, load_data_tokenizer(folder)):
         raise UserError(
             f"{folder}: was prepared with another tokenizer than that of {model_path}; "
             "prepare the text with the model's tokenizer, or give the text itself as --data"
@@ -242,12 +239,6 @@ def load_data_tokenizer(folder: Path):
     from ..data.tokenizer import load_tokenizer as load
 
     return load(str(folder / "tokenizer"))
-
-
-def _definition(tokenizer) -> dict:
-    """What decides on the ids of a text; how batches are padded and cut does not."""
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {key: value for key, value in definition.items() if key not in ("padding", "truncation")}
 
 
 def place(model, device: str | None):

@@ -1,6 +1,7 @@
 """`ssm-lm generate`: continue a prompt. stdout has the text, prompt and continuation, and nothing else."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ def generation_settings(args: argparse.Namespace) -> dict:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"{_flag(name)} {value}: must be 1 or more")
-    if args.temperature is not None and args.temperature <= 0:
+    if args.temperature is not None and not 0 < args.temperature < math.inf:  # nor a NaN
         raise UserError(f"--temperature {args.temperature}: must be above 0; --greedy is the limit at 0")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p}: must be above 0 and at most 1")

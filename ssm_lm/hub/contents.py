@@ -38,8 +38,8 @@ def publishable(folder: Path) -> tuple[list[Path], list[str]]:
     """(the files to publish, the names of those to leave behind) of an exported folder.
 
     Raises UserError for a folder without a card, a configuration, weights or the code of the model; with weights that
-    do not fit the configuration; with a pickle, whatever its name, in it or below it; with a file that is not what its
-    name says; and with a path of this machine in a file that would be published.
+    do not fit the configuration; with a link that leads out of it; with a pickle, whatever its name, in it or below it;
+    with a file that is not what its name says; and with a path of this machine in a file that would be published.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that `ssm-lm export` wrote")
@@ -49,6 +49,10 @@ def publishable(folder: Path) -> tuple[list[Path], list[str]]:
     if not (folder / CARD).is_file():
         raise UserError(f"{folder}: holds no model card ({CARD}); {export} first, and push that")
     for file in sorted(folder.rglob("*")):
+        if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{file}: is a link to a place outside of the folder; put the file itself there, or {export}"
+            )
         if file.is_file() and _is_pickle(file):
             raise UserError(
                 f"{file}: is a pickle, which can run code where it is loaded; remove it from the folder, or {export}"

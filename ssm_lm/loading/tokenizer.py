@@ -1,5 +1,6 @@
 """The tokenizer beside a model."""
 
+import json
 from pathlib import Path
 
 from ..errors import UserError, one_line
@@ -36,6 +37,17 @@ def has_tokenizer(path: str | Path) -> bool:
         return bool(_tokenizer_folder(source))
     except UserError:
         return False
+
+
+def is_tokenizer_of(path: str | Path, tokenizer) -> bool:
+    """Whether `tokenizer` gives a text the ids that the one of `path` does; a model without one is believed."""
+    return not has_tokenizer(path) or _definition(tokenizer) == _definition(load_tokenizer(path))
+
+
+def _definition(tokenizer) -> dict:
+    """What decides on the ids of a text; how batches are padded and cut does not."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {key: value for key, value in definition.items() if key not in ("padding", "truncation")}
 
 
 def check_vocabulary_fits(tokenizer, model, path: str | Path) -> None:

@@ -53,8 +53,19 @@ def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     return headers
 
 
+LONGEST_CHUNK = 512  # a chunk's products are quadratic in it: 4096 tokens ask for gigabytes a layer
+
+
 def check_counts(folder: Path, values: dict, headers: dict) -> None:
-    """Refuse counts that the weights cannot have: building the model would loop over them."""
+    """Refuse counts that the weights cannot have, and building the model would loop over; and a chunk_size that no
+    model needs, and running it would pay for.
+    """
+    chunk_size = values.get("chunk_size")
+    if isinstance(chunk_size, (int, float)) and chunk_size > LONGEST_CHUNK:
+        raise UserError(
+            f"{folder / CONFIG}: chunk_size {chunk_size} costs gigabytes and is not faster than a small one; set it to "
+            f"{LONGEST_CHUNK} or less, 64 by default: the model's numbers do not depend on it"
+        )
     largest = max((size for shape, _ in headers.values() for size in shape), default=0)
     for key, limit in (
         ("num_hidden_layers", len(headers)),

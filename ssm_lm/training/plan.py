@@ -86,9 +86,26 @@ def training_arguments(arguments: dict, where: str):
     from ..config.arguments import S4TrainingArguments
 
     try:
-        return S4TrainingArguments(**arguments)
+        args = S4TrainingArguments(**arguments)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {first_line(error)}") from error
+    check_reporting(args.report_to, where)
+    return args
+
+
+def check_reporting(report_to: list[str], where: str) -> None:
+    """Raise UserError where the run could not report as it is asked to."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in report_to:
+        try:
+            (callback,) = get_reporting_integration_callbacks([name])
+        except ValueError as error:
+            raise UserError(f"{where}: report_to: {first_line(error)}") from error
+        try:
+            callback()
+        except (RuntimeError, ImportError) as error:  # its package is missing, and the message says which
+            raise UserError(f"{where}: report_to names {name}: {first_line(error)}") from error
 
 
 def batch_per_device(values: dict) -> int:
@@ -153,7 +170,7 @@ def print_plan(plan: Plan, model) -> None:
     shared = f", {args.sequence_parallel_size} ranks a sequence" if args.sequence_parallel_size > 1 else ""
     half = (args.deepspeed or {}).get("torch_autocast", {}).get("dtype")
     half = half or ("bfloat16" if args.bf16 else "float16" if args.fp16 else None)
-    precision = "float32" if half is None else f"{half} (autocast)"
+    precision = "float32" if half is None else f"{half} (autocast), float32 weights"
     print(
         f"model     {parameters:,} parameters: {config.num_hidden_layers} x [{', '.join(config.sublayers)}], "
         f"{config.ssm}, hidden_size {config.hidden_size}, state_size {config.state_size}\n"
@@ -165,3 +182,10 @@ def print_plan(plan: Plan, model) -> None:
     )
     if checkpoint is not None:
         print(f"resuming  {checkpoint}", flush=True)
+        step = check_resumable(checkpoint)["step"]
+        if step >= args.max_steps:
+            print(
+                f"          it is of step {step}, and max_steps is {args.max_steps}: no step is taken, and the "
+                f"model of step {step} is the run's",
+                flush=True,
+            )

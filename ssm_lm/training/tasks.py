@@ -37,6 +37,7 @@ class LanguageModelling:
         if self.init_from:
             self._loaded = self._load()
             self.config = self._loaded.config
+            self._check_tokenizer(values["data"])
         else:
             eos = self.stream.eos_token_id
             tokens = {"vocab_size": self.stream.vocab_size, "eos_token_id": eos, "bos_token_id": eos}
@@ -63,7 +64,17 @@ class LanguageModelling:
     def _load(self):
         from ..loading.model import load_model
 
-        return load_model(self.init_from)
+        # a step of training is smaller than the digits of half precision: the weights are held in float32
+        return load_model(self.init_from, dtype="float32")
+
+    def _check_tokenizer(self, data: str) -> None:
+        from ..loading.tokenizer import is_tokenizer_of
+
+        if not is_tokenizer_of(self.init_from, self.tokenizer):
+            raise UserError(
+                f"{data}: was prepared with another tokenizer than that of init_from, {self.init_from}; prepare the "
+                f"text with `--tokenizer {self.init_from}`"
+            )
 
     def describe(self, args) -> str:
         return (

@@ -179,5 +179,7 @@ def finish(plan: Plan, trainer) -> None:
         finished = {"identity": plan.identity, "finished_step": trainer.state.global_step}
         passed_over = {"passed_over": plan.passed_over} if plan.passed_over else {}
         write_json(plan.output_dir / RUN_FILE, finished | passed_over)
-        print(f"model        {plan.output_dir}\ntensorboard  tensorboard --logdir {plan.tensorboard_folder}")
+        print(f"model        {plan.output_dir}")
+        if "tensorboard" in plan.args.report_to:
+            print(f"tensorboard  tensorboard --logdir {plan.tensorboard_folder}")
     trainer.accelerator.end_training()

@@ -2,13 +2,15 @@
 
 import inspect
 import math
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch.utils.data import Sampler, Subset
+from tqdm.auto import tqdm
 from transformers import default_data_collator
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..data.sequences import SequenceTask
 from ..data.windows import TokenWindows, WindowSampler
@@ -57,8 +59,8 @@ def batch_of_step(step: int, passed_over: Iterable[int]) -> int:
     return step
 
 
-class LossProgress(ProgressCallback):
-    """The progress bar, with one readable line for every log entry."""
+class LossLines(TrainerCallback):
+    """One readable line for every log entry, on a terminal and in a file alike."""
 
     UNITS = (
         ("loss", "loss {:.4f}"),
@@ -74,8 +76,16 @@ class LossProgress(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         parts = [text.format(logs[key]) for key, text in self.UNITS if key in logs]
-        if parts and state.is_world_process_zero and self.training_bar is not None:
-            self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
+        if parts and state.is_world_process_zero:
+            tqdm.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
+            sys.stdout.flush()
+
+
+class Bars(ProgressCallback):
+    """The progress bars, without the log entries that they would print."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
 
 
 class S4Trainer(CheckpointedTrainer):
@@ -90,8 +100,9 @@ class S4Trainer(CheckpointedTrainer):
         self.add_callback(self.faults)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        if not self.args.disable_tqdm:
-            self.add_callback(LossProgress())
+        self.add_callback(LossLines())
+        if not self.args.disable_tqdm and sys.stderr.isatty():
+            self.add_callback(Bars())
         self._meter = None
         self.meters = Meters(self.args, self.model.config, isinstance(self, LanguageModelTrainer))
         self.add_callback(MetricsFile())

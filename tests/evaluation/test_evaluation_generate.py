@@ -173,6 +173,7 @@ def test_the_end_of_the_text(tmp_path, capsys):
         (("--prompt", "a", "--prompt-file", "b"), "both are given"),
         (("--prompt-file", "/nowhere/at/all"), "cannot be read"),
         (("--prompt", "a", "--temperature", "0"), "--temperature"),
+        (("--prompt", "a", "--temperature", "nan"), "--temperature nan: must be above 0"),
         (("--prompt", "a", "--top-p", "1.5"), "--top-p"),
         (("--prompt", "a", "--top-k", "0"), "--top-k"),
         (("--prompt", "a", "--max-new-tokens", "0"), "--max-new-tokens"),

@@ -149,6 +149,7 @@ def refused(folder, expected, load=load_model):
 @example(change={"hidden_size": 10**12})
 @example(change={"num_hidden_layers": 10**12})
 @example(change={"num_labels": 10**12})
+@example(change={"chunk_size": 4096})
 @example(change={"state_size": 10**12})
 @example(change={"adaptive_cutoffs": list(range(1, 299)), "adaptive_div_val": 10**1000})
 @example(change={"to_dict": "x"})

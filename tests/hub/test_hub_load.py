@@ -116,7 +116,12 @@ def test_another_architecture(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"), [({"state_size": 7}, "state_size"), ({"vocab_size": "many"}, "vocab_size")]
+    ("change", "expected"),
+    [
+        ({"state_size": 7}, "state_size"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"chunk_size": 4096}, "chunk_size 4096 costs gigabytes"),
+    ],
 )
 def test_config_that_makes_no_model(folder, change, expected):
     edit_config(folder, **change)

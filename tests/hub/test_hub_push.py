@@ -201,6 +201,16 @@ def test_a_pickle_is_refused_whatever_its_name(folder, hub, capsys, name, conten
     assert hub.requests == []
 
 
+def test_a_link_that_leads_out_of_the_folder_is_refused(folder, hub, tmp_path, capsys):
+    (tmp_path / "secret.txt").write_text("not for the Hub")
+    for name in ("LICENSE", "notes/of.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(tmp_path / "secret.txt")
+        assert "is a link to a place outside of the folder" in refusal(capsys, folder)
+        (folder / name).unlink()
+    assert hub.requests == []
+
+
 def edit_json(folder, name, **values):
     file = folder / name
     file.write_text(json.dumps(json.loads(file.read_text()) | values))

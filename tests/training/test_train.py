@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from harness import losses
 from safetensors.torch import load_file
 
+from ssm_lm import S4ForCausalLM
 from ssm_lm.cli import main
 from ssm_lm.training.trainer import RunSampler
 
@@ -69,6 +71,29 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint(write_config, tmp_path):
     assert losses(folder) == losses(tmp_path / "straight")
     ours, theirs = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "straight"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_lines_are_printed_without_a_bar(write_config, capfd):
+    """Into a file, too: no carriage return, a line a log entry; and no word of reports that are not written."""
+    assert main(["train", write_config(max_steps=3, disable_tqdm=False, eval_strategy="steps", eval_steps=3)]) == 0
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert [line.split("  ")[0] for line in lines if "  loss " in line] == ["step 1/3", "step 2/3", "step 3/3"]
+    assert any(line.startswith("step 3/3  validation loss ") for line in lines)
+    assert "\r" not in out + err
+    assert "tensorboard" not in out
+
+
+def test_fewer_steps_than_a_run_has_taken_are_said(write_config, tmp_path, capsys):
+    keys = {"save_strategy": "steps", "save_steps": 2}
+    assert main(["train", write_config(max_steps=4, **keys)]) == 0
+    run_file = tmp_path / "run" / "run.json"
+    record = json.loads(run_file.read_text())
+    del record["finished_step"]  # as if it had been killed while it wrote the model
+    run_file.write_text(json.dumps(record))
+    capsys.readouterr()
+    assert main(["train", write_config(max_steps=3, **keys)]) == 0
+    assert "it is of step 4, and max_steps is 3: no step is taken" in capsys.readouterr().out
 
 
 def test_another_run_in_the_folder_is_refused(write_config, tmp_path, capsys):
@@ -161,6 +186,37 @@ def test_fine_tuning_from_a_model(write_config, tmp_path):
     second = write_config("second", max_steps=2, model={}, init_from=str(tmp_path / "first"), warmup_steps=0)
     assert main(["train", second]) == 0
     assert losses(tmp_path / "second")[0] < losses(tmp_path / "first")[0] - 0.3
+
+
+def test_fine_tuning_holds_float32_weights_whatever_the_file_holds(write_config, tmp_path):
+    """At a small learning rate most steps are below the digits of bfloat16."""
+    assert main(["train", write_config("first", max_steps=2)]) == 0
+    half = tmp_path / "half"
+    shutil.copytree(tmp_path / "first", half, ignore=shutil.ignore_patterns("checkpoint-*", "run.json", "runs"))
+    S4ForCausalLM.from_pretrained(half, dtype=torch.bfloat16).save_pretrained(half)
+    before = load_file(half / "model.safetensors")
+    name = next(name for name in before if name.endswith("out_proj.weight"))
+    assert before[name].dtype == torch.bfloat16
+    keys = {"model": {}, "init_from": str(half), "learning_rate": 1e-5, "warmup_steps": 0}
+    assert main(["train", write_config("second", max_steps=1, **keys)]) == 0
+    after = load_file(tmp_path / "second" / "model.safetensors")
+    assert after[name].dtype == torch.float32
+    assert (after[name] != before[name].float()).float().mean() > 0.9
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_fine_tuning_on_data_of_another_tokenizer_is_refused(write_config, tmp_path, capsys):
+    assert main(["train", write_config("first", max_steps=1)]) == 0
+    path = tmp_path / "first" / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    vocabulary = definition["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]  # of the same size
+    path.write_text(json.dumps(definition))
+    capsys.readouterr()
+    assert main(["train", write_config("second", model={}, init_from=str(tmp_path / "first"))]) == 2
+    assert "was prepared with another tokenizer than that of init_from" in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()
 
 
 class TestRunSampler:

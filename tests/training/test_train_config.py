@@ -1,8 +1,15 @@
+import dataclasses
+import subprocess
+import sys
+
 import pytest
 import yaml
-from harness import base_config
+from harness import base_config, process_environment
 
+from ssm_lm import S4Config
 from ssm_lm.cli import main
+from ssm_lm.config.arguments import S4TrainingArguments
+from ssm_lm.config.keys import model_keys, training_keys
 from ssm_lm.config.reading import parse_overrides, read_train_config
 from ssm_lm.errors import UserError
 
@@ -67,6 +74,54 @@ def test_a_bad_config_is_one_line_and_exit_code_2(config_file, capsys, text, mes
     assert "config.yaml" in error
 
 
+def test_the_names_read_from_the_source_are_the_keys():
+    ours, theirs = training_keys(), {field.name for field in dataclasses.fields(S4TrainingArguments)}
+    assert ours == {name for name in theirs if not name.startswith("_")}
+    assert model_keys() == sorted(key for key in S4Config.__annotations__ if not key.startswith("_"))
+
+
+@pytest.mark.parametrize("text", ["learning_rat: 1", "model: {hiden_size: 8}", "a: [unclosed"])
+def test_a_mistyped_key_is_said_without_an_import_of_torch(config_file, text):
+    """Which would take ten seconds."""
+    code = (
+        "import sys; from ssm_lm.cli import main; code = main(['train', sys.argv[1]]); "
+        "sys.exit(9 if {'torch', 'transformers'} & set(sys.modules) else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, config_file(text)], env=process_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_init_from_on_the_command_line_takes_the_place_of_the_model(config_file):
+    path = config_file("model: {hidden_size: 8}")
+    assert read_train_config(path, {"init_from": "a/model"}) == {"init_from": "a/model", "model": {}}
+    both = read_train_config(path, {"init_from": "a/model", "model.hidden_size": 16})
+    assert both["model"] == {"hidden_size": 16}  # which is refused: exactly one of them
+
+
+def test_a_file_is_found_from_the_folders_above_the_config(tmp_path, monkeypatch):
+    """As configs/train/quickstart.yaml names configs/model/tiny.yaml, wherever the command is given."""
+    for folder in ("configs/train", "configs/model", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "configs/model/tiny.yaml").write_text("hidden_size: 8")
+    config = tmp_path / "configs/train/run.yaml"
+    config.write_text("model: configs/model/tiny.yaml")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert read_train_config("../configs/train/run.yaml", {})["model"] == {"hidden_size": 8}
+
+
+def test_verbs(capsys):
+    assert main(["trian", "config.yaml"]) == 2
+    assert "there is no verb 'trian'; did you mean 'train'?" in capsys.readouterr().err
+    assert main(["xyz"]) == 2
+    assert "there is no verb 'xyz'; `ssm-lm --help`" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == "ssm-lm 0.1.0\n"
+
+
 def test_a_missing_config(capsys):
     assert main(["train", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err
@@ -97,6 +152,8 @@ def test_a_bad_override_names_the_key(write_config, capsys):
         ({"deepspeed": {"zero_force_ds_cpu_optimizer": True}}, "another optimizer"),
         ({"spike_threshold": "high"}, "spike_threshold must be"),
         ({"train_batch_size_total": 6}, "no multiple of the 4 sequences"),
+        ({"report_to": "wandb"}, "wandb to be installed"),
+        ({"report_to": ["paper"]}, "paper"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(corpus, tmp_path, config_file, capsys, overrides, message):

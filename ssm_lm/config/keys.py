@@ -1,0 +1,32 @@
+"""The names of the keys that a config may have, read from syntax trees.
+
+transformers declares most of them, and takes ten seconds to import; a mistyped key is to be said at once.
+"""
+
+import ast
+import functools
+import importlib.util
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@functools.cache
+def declared_in(path: Path, class_name: str) -> tuple[str, ...]:
+    """The annotated names of a class, as a dataclass takes its fields from them; without private ones."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    names = [node.target.id for node in found.body if isinstance(node, ast.AnnAssign)]
+    return tuple(name for name in names if not name.startswith("_"))
+
+
+def training_keys() -> set[str]:
+    """The fields of S4TrainingArguments: those of transformers' TrainingArguments and this project's."""
+    transformers = Path(importlib.util.find_spec("transformers").origin).parent
+    theirs = declared_in(transformers / "training_args.py", "TrainingArguments")
+    return {*theirs, *declared_in(PACKAGE / "config" / "arguments.py", "S4TrainingArguments")}
+
+
+def model_keys() -> list[str]:
+    """The keys that a `model` may have: what S4Config declares itself, without what transformers adds."""
+    return sorted(declared_in(PACKAGE / "modeling" / "configuration_s4.py", "S4Config"))
