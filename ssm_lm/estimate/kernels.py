@@ -21,7 +21,7 @@ def _read(*tensors: torch.Tensor | None) -> None:
 
 
 def _forward(u, operators: ChunkOperators, initial_state, wanted, save):
-    rows = _rows(u)
+    rows = to_rows(u)
     _read(rows, *operators, initial_state)
     H, B, L = rows.shape
     N, chunks = operators.inject.shape[1], -(-L // operators.taps.shape[-1])
@@ -39,7 +39,7 @@ def _backward(saved: Saved, operators: ChunkOperators, wanted, grad_y, grad_fina
     if grad_y is None:
         grad_y = torch.zeros_like(rows)
     else:
-        grad_y = ACTIVATIONS[wanted.activation].backward(_rows(grad_y), before)
+        grad_y = ACTIVATIONS[wanted.activation].backward(to_rows(grad_y), before)
     # the scan in reverse, then the Gram product, which reads all four sequences
     _read(grad_y, grad_final, *operators)
     grad_rows, driven = torch.zeros_like(rows), torch.zeros_like(starts)
@@ -48,11 +48,6 @@ def _backward(saved: Saved, operators: ChunkOperators, wanted, grad_y, grad_fina
     gram = rows.new_zeros(H, T + N, T + N, dtype=torch.float32)
     gradients = operator_gradients(gram, operators.taps, operators.carry)
     return grad_rows.permute(1, 2, 0).contiguous(), grad_initial, gradients
-
-
-def _rows(sequence):
-    rows = sequence.permute(2, 0, 1)
-    return rows if rows.is_contiguous() else to_rows(sequence)
 
 
 # ---- S5's scan: every launch over chunks reads what drives the states, one in two writes them
@@ -79,4 +74,4 @@ def _s5_scan(u, log_re, log_im, initial_state=None, begins=None):
 
 
 # operation -> what stands in for its kernel; the others, of mode fft and of decoding, are counted in plain PyTorch
-STAND_INS = {"chunk_scan": Implementation(_forward, _backward, _rows), "s5_scan": _s5_scan}
+STAND_INS = {"chunk_scan": Implementation(_forward, _backward, to_rows), "s5_scan": _s5_scan}

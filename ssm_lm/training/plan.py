@@ -23,6 +23,7 @@ class Plan:
     output_dir: Path
     recorded: dict
     checkpoint: Path | None
+    checkpoint_step: int | None  # of the first one; going back does not change it
     given: str | None
     tensorboard_folder: str = ""
 
@@ -53,8 +54,7 @@ def make_plan(values: dict, where: str, alone: bool = False) -> Plan:
     identity = run_identity(values, task, global_batch_size(values, arguments["gradient_accumulation_steps"]))
     recorded = claim(output_dir, identity)
     checkpoint = choose_checkpoint(output_dir, given, recorded)
-    if checkpoint is not None:
-        check_resumable(checkpoint, identity)
+    checkpoint_step = None if checkpoint is None else check_resumable(checkpoint, identity)["step"]
     args = training_arguments(arguments, where)
     apart = ("model", "data")  # in the identity: not where they are, but what they are
     agree(None, {k: v for k, v in values.items() if k not in apart} | identity | {"checkpoint": str(checkpoint)})
@@ -62,7 +62,7 @@ def make_plan(values: dict, where: str, alone: bool = False) -> Plan:
         args.distributed_state.num_processes = world_size()  # as if they were there
     if args.max_steps <= 0:
         args.max_steps = max(1, int(args.num_train_epochs * task.samples_per_epoch // args.global_batch_size))
-    return Plan(task, args, identity, output_dir, recorded, checkpoint, given)
+    return Plan(task, args, identity, output_dir, recorded, checkpoint, checkpoint_step, given)
 
 
 def resolved_arguments(values: dict, where: str) -> dict:
@@ -182,7 +182,7 @@ def print_plan(plan: Plan, model) -> None:
     )
     if checkpoint is not None:
         print(f"resuming  {checkpoint}", flush=True)
-        step = check_resumable(checkpoint)["step"]
+        step = plan.checkpoint_step
         if step >= args.max_steps:
             print(
                 f"          it is of step {step}, and max_steps is {args.max_steps}: no step is taken, and the "
