@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssm_lm import S4Config, S4ForCausalLM
-from ssm_lm.modeling import checks, hippo, modeling_s4, ssm
+from ssm_lm.modeling import checks, hippo, mixers, ssm
 
 REPO = Path(__file__).parents[1]
 
@@ -51,14 +51,14 @@ def ema(monkeypatch):
     monkeypatch.setitem(checks.DISCRETIZATIONS, "ema", ("zoh",))
     monkeypatch.setitem(hippo.INITIALIZATIONS, "ema", {"legs": None})
     monkeypatch.setitem(ssm.LAYERS, "ema", names["EMA"])
-    make = modeling_s4.make_state_space
+    make = mixers.make_state_space
 
     def with_ema(config):
         if config.ssm != "ema":
             return make(config)
         return names["EMA"](config.hidden_size, config.state_size, config.ssm_init, chunk_size=config.chunk_size)
 
-    monkeypatch.setattr(modeling_s4, "make_state_space", with_ema)
+    monkeypatch.setattr(mixers, "make_state_space", with_ema)
     return names["EMA"]
 
 

@@ -10,7 +10,7 @@ factor, so "backward" is twice "forward" but where the text says otherwise.
                    + H 2 N^2 / T          the dense carry, once a chunk        S4
                    P/2 (8 T + 16)         the same on complex signals, N = 2   S5 (P = state_size)
     B, C           4 H P                  inputs to states, states to outputs  S5
-    FFN            4 H I                                                       FFN sublayer
+    FFN            4 H I; 6 H I                                                sublayers ffn; swiglu
     head           2 H V                  adaptive: see `_adaptive_head`       model
 
     a forward's matmuls whatever B and L: the operators of a chunk, by doubling, `_s4_operators`; for mode fft the
@@ -31,11 +31,11 @@ from typing import NamedTuple
 import torch
 
 from ..modeling.adaptive import cluster_bounds, cluster_widths
-from ..modeling.configuration_s4 import S4Config
+from ..modeling.configuration_s4 import STATES, S4Config
 from ..modeling.execution import Execution, Problem, Rule, decide
 from ..modeling.hippo import INITIALIZATIONS
 from ..modeling.kernel_limits import limit_of_architecture
-from ..modeling.modeling_s4 import make_state_space
+from ..modeling.mixers import make_state_space
 
 
 class Part(NamedTuple):
@@ -114,8 +114,6 @@ def training_flops(
     execution = training_execution(config, length, needs_state, runs, architecture)
     tokens = batch_size * length
     H, blocks = config.hidden_size, config.num_hidden_layers
-    ssm_layers = blocks * config.sublayers.count("ssm")
-    ffn_layers = blocks * config.sublayers.count("ffn")
     directions = 2 if config.bidirectional else 1
 
     # ---- embedding
@@ -128,23 +126,15 @@ def training_flops(
         parts.append(Part("embedding", projected, 2 * projected))
 
     # ---- blocks
-    gated = 2 if config.glu == "glu" else 1
-    out_proj = 2 * tokens * H * gated * H * ssm_layers
-    # under checkpointing the recomputation ends at the last tensor that the backward asks for, which is the input of
-    # the block's last matmul, unless something after it, a dropout or a gate, has a tensor to make again
-    ends_early = not config.dropout
-    skipped = ends_early and config.sublayers[-1] == "ssm" and config.glu == "none"
-    repeated = out_proj * (1 - 1 / config.sublayers.count("ssm")) if skipped else out_proj
-    parts.append(Part("out_proj", out_proj, 2 * out_proj, repeated if checkpointing else 0))
+    matmuls, repeated = _projections(config, tokens)
+    for name, forward in matmuls.items():
+        parts.append(Part(name, forward, 2 * forward, repeated[name] if checkpointing else 0))
+    ssm_layers = blocks * sum(STATES[kind] for kind in config.sublayers)
     for name, forward, backward, recompute, other in _state_space(config, batch_size, length, execution, needs_state):
         if checkpointing:
             recompute += forward
         scaled = (x * ssm_layers * directions for x in (forward, backward, recompute, other))
         parts.append(Part(name, *scaled, in_float32=True))
-    if ffn_layers:
-        ffn = 4 * tokens * H * config.intermediate_size * ffn_layers
-        repeated = ffn / 2 if ends_early else ffn
-        parts.append(Part("ffn", ffn, 2 * ffn, repeated if checkpointing else 0))
 
     # ---- head
     if task == "classification":
@@ -160,6 +150,27 @@ def training_flops(
 def total(parts: Sequence[Part], what: str = "model") -> float:
     """The sum of `what` ("model" or "hardware") over the parts."""
     return sum(getattr(part, what) for part in parts)
+
+
+def _projections(config, tokens) -> tuple[dict[str, float], dict[str, float]]:
+    """The matmuls of the sublayers beside those of their state spaces, by name: those of a forward, and those that are
+    repeated under checkpointing. The recomputation ends at the last tensor that the backward asks for, which is the
+    input of the block's last matmul, unless something after it, a dropout or a gate, has a tensor to make again.
+    """
+    H, inner = config.hidden_size, config.intermediate_size
+    of_kind = {
+        "ssm": [("out_proj", (2 if config.glu == "glu" else 1) * H)],
+        "ffn": [("ffn", inner), ("ffn", inner)],
+        "swiglu": [("ffn", 2 * inner), ("ffn", inner)],
+    }
+    order = [matmul for kind in config.sublayers for matmul in of_kind[kind]]
+    forward = dict.fromkeys((name for name, _ in order), 0.0)
+    for name, width in order:
+        forward[name] += 2 * tokens * H * width * config.num_hidden_layers
+    name, width = order[-1]
+    gate_follows = config.sublayers[-1] == "ssm" and config.glu != "none"
+    last = 0 if config.dropout or gate_follows else 2 * tokens * H * width * config.num_hidden_layers
+    return forward, forward | {name: forward[name] - last}
 
 
 def _widths(config) -> list[int]:

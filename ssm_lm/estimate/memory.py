@@ -49,7 +49,7 @@ class Pieces(NamedTuple):
     largest: int  # parameter
     embedding: Trace
     block: tuple[Trace, ...]
-    kinds: tuple[str, ...]  # of the sublayers: "ssm" or "ffn"
+    kinds: tuple[str, ...]  # of the sublayers: keys of STATES
     blocks: int
     head: Trace
     block_input: int
@@ -121,6 +121,7 @@ def count_pieces(
     uses; None: as on a CPU. needs_state: carry_state.
     """
     from ..modeling.cache_s4 import S4CacheLayer
+    from ..modeling.configuration_s4 import STATES
     from ..modeling.modeling_s4 import S4ForCausalLM, S4ForSequenceClassification
 
     config = type(config).from_dict(config.to_dict() | {"use_cache": False})
@@ -136,13 +137,14 @@ def count_pieces(
         embedding = trace(_Embedding(model.model), [inputs], autocast)
         hidden = torch.empty(batch_size, length, one.hidden_size, requires_grad=True)
         sublayers, counted = [], {}
+        cache = _OneLayerCache([S4CacheLayer()])
         for kind, sublayer in zip(one.sublayers, model.model.layers[0].sublayers, strict=True):
             if kind not in counted:
-                kwargs = {}
-                if needs_state and kind == "ssm":
-                    kwargs["past_key_values"] = _OneLayerCache([S4CacheLayer()])
+                kwargs = {"past_key_values": cache} if needs_state and STATES[kind] else {}
                 hidden.grad = None
                 counted[kind] = trace(sublayer, [hidden], autocast, **kwargs)
+            elif needs_state and STATES[kind]:  # not counted, but those after it find their place in the cache
+                cache.layers[0].states += [hidden] * STATES[kind]
             sublayers.append(counted[kind])
         head = (_LanguageModelHead if causal else _ClassificationHead)(model)
         hidden.grad = None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..costs.devices import Device
 from ..costs.flops import Part
+from ..modeling.configuration_s4 import STATES
 from .memory import FLOAT, Pieces
 
 # bytes that AdamW moves for a parameter: reads p, g, m, v, writes p, m, v
@@ -70,7 +71,7 @@ def roofline(
     traffic = {"embedding": _both(pieces.embedding), "ssm": 0, "ffn": 0, "head": _both(pieces.head)}
     for kind, sublayer in zip(pieces.kinds, pieces.block, strict=True):
         again = sublayer.forward_traffic if checkpointing else 0
-        traffic[kind] += pieces.blocks * (_both(sublayer) + again)
+        traffic["ssm" if STATES[kind] else "ffn"] += pieces.blocks * (_both(sublayer) + again)
     return {piece: (arithmetic[piece], traffic[piece] / device.bandwidth) for piece in arithmetic}
 
 

@@ -9,6 +9,8 @@ from .execution import MODES
 from .hippo import INITIALIZATIONS
 from .kernels_s4 import SETTINGS
 
+# the kinds of sublayer, each with how many states it keeps between tokens; see mixers.py and feed_forwards.py
+STATES = {"ssm": 1, "ffn": 0, "swiglu": 0}
 # what one layer is made of; num_hidden_layers counts these
 ARCHITECTURES = {
     "s4": ("ssm", "ssm", "ffn"),  # the language model of the S4 paper
@@ -27,7 +29,9 @@ class S4Config(PreTrainedConfig):
     vocab_size: number of token ids.
     hidden_size: channels H, each with a state space of its own.
     num_hidden_layers: how many times the sublayers of `arch` are stacked.
-    arch: "s4", [SSM, SSM, FFN] as in the S4 paper; "s4-ffn", [SSM, FFN]; "ssm", [SSM].
+    arch: "s4", [SSM, SSM, FFN] as in the S4 paper; "s4-ffn", [SSM, FFN]; "ssm", [SSM]; or a list of kinds of sublayer,
+        such as [ssm, swiglu]. Kinds: "ssm", a state space and what mixes its channels; "ffn", a Transformer's
+        feed-forward network; "swiglu", one with gated hidden values and without biases.
     ssm: "s4", diagonal plus low rank; "s4d", diagonal; "s5", diagonal with one system for all channels.
     state_size: order N of every real system, even: N/2 conjugate pairs. For s5 it is the state of the whole layer.
     ssm_init: "legs"; for s4 also "legt" (rank 2) and "fourier"; for s4d also "lin", "inv", "quad" and "real".
@@ -42,7 +46,8 @@ class S4Config(PreTrainedConfig):
     chunk_size: tokens in a chunk of the chunk scan.
     kernels: "auto", the Triton kernels where they can run, which is on a GPU; "triton", an error where they cannot;
         "torch", never. The environment variable SSM_LM_KERNELS goes before it.
-    intermediate_size: width of the FFN; None: 4 * hidden_size.
+    intermediate_size: width of the FFN; None: 4 * hidden_size, or 8/3 of it, up to a multiple of 8, where swiglu stands
+        without ffn: as many parameters.
     hidden_act: activation after an SSM and inside an FFN.
     glu: what mixes the channels after an SSM: "glu", a linear layer to twice the width and a GLU, as in S4; "half",
         x * sigmoid(linear(x)), as in S5; "none", a linear layer.
@@ -72,7 +77,7 @@ class S4Config(PreTrainedConfig):
     vocab_size: int = 50257
     hidden_size: int = 1024
     num_hidden_layers: int = 16
-    arch: str = "s4"
+    arch: str | list[str] | tuple[str, ...] = "s4"
     ssm: str = "s4"
     state_size: int = 64
     ssm_init: str = "legs"
@@ -115,13 +120,14 @@ class S4Config(PreTrainedConfig):
         if self.n_ssm is None:
             self.n_ssm = self.hidden_size if self.ssm == "s4d" else 1
         if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
+            narrow = "swiglu" in self.arch and "ffn" not in self.arch
+            self.intermediate_size = 8 * -(-self.hidden_size // 3) if narrow else 4 * self.hidden_size
         super().__post_init__(**kwargs)
 
     @property
     def sublayers(self) -> tuple[str, ...]:
-        """The kinds of sublayer in one layer: "ssm" or "ffn"."""
-        return ARCHITECTURES[self.arch]
+        """The kinds of sublayer in one layer, keys of STATES."""
+        return ARCHITECTURES[self.arch] if isinstance(self.arch, str) else tuple(self.arch)
 
     @property
     def layer_types(self) -> list[str]:
@@ -132,8 +138,14 @@ class S4Config(PreTrainedConfig):
         """The base class knows attention layers only; "s4" is registered by cache_s4.py."""
 
     def validate_s4(self):
+        if isinstance(self.arch, str):
+            check_one_of("arch", self.arch, ARCHITECTURES)
+        elif not set(self.arch) <= STATES.keys() or not any(STATES[kind] for kind in self.arch):
+            raise ValueError(
+                f"arch as a list holds kinds, {', '.join(STATES)}, and at least one with a state space, not "
+                f"{list(self.arch)}"
+            )
         for key, known in (
-            ("arch", ARCHITECTURES),
             ("ssm", INITIALIZATIONS),
             ("mode", MODES),
             ("kernels", SETTINGS),

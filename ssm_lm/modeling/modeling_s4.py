@@ -1,8 +1,7 @@
 """S4Model, S4ForCausalLM and S4ForSequenceClassification: sequence models whose mixers are state spaces.
 
 embedding -> num_hidden_layers x [sublayers of config.arch] -> norm -> head
-sublayer:  x + dropout(f(norm(x)))
-SSM:  f = GLU(Linear(dropout(act(state space(x)))))          FFN:  f = Linear(dropout(act(Linear(x))))
+sublayer:  x + dropout(f(norm(x))), f one of mixers.py or of feed_forwards.py
 
 Packed documents: with `seq_idx`, or with position_ids that start again at 0, the states do too; see documents.py.
 """
@@ -13,11 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_recurrent_attention_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -31,154 +28,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, tied_keys
+from .blocks import S4Block
 from .cache_s4 import S4CacheLayer  # noqa: F401  (importing it registers the "s4" cache layer)
 from .configuration_s4 import S4Config
 from .decoding_s4 import STRATEGIES
-from .documents import Documents, find_documents, from_position_ids
+from .documents import find_documents, from_position_ids
 from .losses import LanguageModelHead, average, causal_targets
-from .ops import gradient_in_rows
-from .ssm import LAYERS, StateSpace
-
-
-def make_norm(config: S4Config) -> nn.Module:
-    norm = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[config.norm]
-    return norm(config.hidden_size, eps=config.layer_norm_epsilon)
-
-
-class TiedDropout(nn.Dropout):
-    """Drops a channel of (B, L, H) at every position of a sequence or at none."""
-
-    def forward(self, x):
-        return x * nn.functional.dropout(torch.ones_like(x[:, :1]), self.p, self.training)
-
-
-def make_dropout(config: S4Config) -> nn.Module:
-    return (TiedDropout if config.tie_dropout else nn.Dropout)(config.dropout)
-
-
-def make_state_space(config: S4Config) -> StateSpace:
-    if config.ssm == "s5":
-        own = {"blocks": config.ssm_blocks}
-    else:
-        own = {"n_ssm": config.n_ssm, "b_clip": config.b_clip}
-    return LAYERS[config.ssm](
-        config.hidden_size,
-        config.state_size,
-        init=config.ssm_init,
-        discretization=config.discretization,
-        dt_min=config.dt_min,
-        dt_max=config.dt_max,
-        chunk_size=config.chunk_size,
-        bidirectional=config.bidirectional,
-        **own,
-    )
-
-
-class S4Mixer(nn.Module):
-    """A state space, then a position-wise layer, gated or not, that mixes the channels. (B, L, H) -> (B, L, H)"""
-
-    def __init__(self, config: S4Config, layer_index: int, state_index: int):
-        super().__init__()
-        self.layer_index, self.state_index = layer_index, state_index  # where the cache holds the state
-        self.mode = config.mode
-        self.ssm = make_state_space(config)
-        self.ssm.kernels = config.kernels
-        self.activation = ACT2FN[config.hidden_act]
-        self.dropout = make_dropout(config)
-        self.glu = config.glu
-        self.out_proj = nn.Linear(config.hidden_size, (2 if config.glu == "glu" else 1) * config.hidden_size)
-
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, documents: Documents | None = None):
-        if attention_mask is not None:
-            # a padded token drives no state; under left padding the state stays zero until the prompt begins
-            mask = attention_mask[:, -hidden_states.shape[1] :, None]
-            hidden_states = hidden_states * mask.to(hidden_states.dtype)
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_index]
-        state = None if cache is None else cache.get_state(self.state_index)
-        execution = self.ssm.decide(
-            hidden_states,
-            self.mode,
-            state,
-            needs_state=cache is not None,
-            documents=documents is not None,
-            activation=self.activation,
-            cached=cache is not None,
-        )
-        y, state = self.ssm(
-            hidden_states,
-            mode=self.mode,
-            initial_state=state,
-            output_final_state=cache is not None,
-            memo=cache.get_memo(self.state_index) if cache is not None and not torch.is_grad_enabled() else None,
-            seq_idx=documents,
-            activation=self.activation,
-            # a cache that records the past still needs the old state
-            in_place=cache is not None and not torch.is_grad_enabled() and not cache.record_past,
-            execution=execution,
-        )
-        if cache is not None:
-            recorded = {"ssm": self.ssm, "inputs": hidden_states, "documents": documents} if cache.record_past else {}
-            cache.update_state(self.state_index, state, hidden_states.shape[1], **recorded)
-        return self._mix(self.dropout(y), execution.in_rows)
-
-    def _mix(self, y, in_rows: bool):
-        # a quantised projection may read memory as it lies
-        if in_rows and type(self.out_proj) is nn.Linear:  # the order of memory in which the chunk scan's kernel works
-            y = gradient_in_rows(y)
-            projected = self.out_proj(y.flatten(0, 1)).view(*y.shape[:2], -1)
-        else:
-            projected = self.out_proj(y.contiguous())
-        if self.glu == "half":
-            return y * torch.sigmoid(projected)
-        return nn.functional.glu(projected, dim=-1) if self.glu == "glu" else projected
-
-
-class S4FeedForward(nn.Module):
-    """The position-wise network of a Transformer."""
-
-    def __init__(self, config: S4Config):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.dropout = make_dropout(config)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states, **kwargs):
-        return self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states))))
-
-
-class S4Sublayer(nn.Module):
-    """Pre-norm residual around a mixer or a feed-forward network."""
-
-    def __init__(self, config: S4Config, inner: nn.Module):
-        super().__init__()
-        self.norm = make_norm(config)
-        self.inner = inner
-        self.dropout = make_dropout(config)
-
-    def forward(self, hidden_states, **kwargs):
-        return hidden_states + self.dropout(self.inner(self.norm(hidden_states), **kwargs))
-
-
-class S4Block(GradientCheckpointingLayer):
-    """One layer of the architecture: [SSM, SSM, FFN] or [SSM, FFN]."""
-
-    def __init__(self, config: S4Config, layer_index: int):
-        super().__init__()
-        self.sublayers = nn.ModuleList()
-        for index, kind in enumerate(config.sublayers):
-            if kind == "ssm":
-                state_index = config.sublayers[:index].count("ssm")
-                self.sublayers.append(S4Sublayer(config, S4Mixer(config, layer_index, state_index)))
-            else:
-                self.sublayers.append(S4Sublayer(config, S4FeedForward(config)))
-
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, documents=None, **kwargs):
-        for sublayer in self.sublayers:
-            hidden_states = sublayer(
-                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, documents=documents
-            )
-        return hidden_states
+from .norms_and_dropout import make_norm
+from .ssm import StateSpace
 
 
 class S4PreTrainedModel(PreTrainedModel):

@@ -35,6 +35,7 @@ LAYERS = [
     ("s4", "recurrent", {}),
     ("s4", "recurrent", {"ssm_init": "legt"}),
     ("s4d", "chunk", {"arch": "s4-ffn"}),
+    ("s4d", "chunk", {"arch": ["ffn", "ssm", "swiglu"]}),
     ("s4d", "fft", {"glu": "half"}),
     ("s4d", "recurrent", {}),
     ("s4d", "auto", {}),

@@ -174,12 +174,17 @@ def test_the_config_says_what_was_built():
     assert (config().discretization, config().n_ssm, config().intermediate_size) == ("bilinear", 1, 64)
     assert (config(ssm="s5").discretization, config(ssm="s5").n_ssm) == ("zoh", 1)
     assert (config(ssm="s4d").discretization, config(ssm="s4d").n_ssm) == ("zoh", 16)
+    # two matrices of 4 H, or three of about 8/3 H
+    assert config(arch=["ssm", "swiglu"], hidden_size=128).intermediate_size == 344
+    assert config(arch=["ssm", "swiglu", "ffn"], hidden_size=128).intermediate_size == 512
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"arch": "mamba"}, "arch is one of"),
+        ({"arch": ["ssm", "mamba"]}, "arch as a list"),
+        ({"arch": ["ffn"]}, "at least one with a state space"),
         ({"ssm": "s6"}, "ssm is one of"),
         ({"mode": "scan"}, "mode is one of"),
         ({"ssm_init": "lin"}, "ssm_init is one of"),

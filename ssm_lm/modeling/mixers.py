@@ -1,0 +1,123 @@
+"""What moves information along the sequence: a state space, and what stands around it in a block.
+
+    ssm     f = GLU(Linear(dropout(act(state space(x)))))                  S4: Gu et al., 2111.00396
+
+Every mixer is (B, L, H) -> (B, L, H). What it keeps between tokens lies in the cache, one tensor a state.
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_s4 import S4Config
+from .documents import Documents
+from .execution import Execution
+from .norms_and_dropout import make_dropout
+from .ops import gradient_in_rows
+from .ssm import LAYERS, StateSpace
+
+
+def make_state_space(config: S4Config) -> StateSpace:
+    if config.ssm == "s5":
+        own = {"blocks": config.ssm_blocks}
+    else:
+        own = {"n_ssm": config.n_ssm, "b_clip": config.b_clip}
+    return LAYERS[config.ssm](
+        config.hidden_size,
+        config.state_size,
+        init=config.ssm_init,
+        discretization=config.discretization,
+        dt_min=config.dt_min,
+        dt_max=config.dt_max,
+        chunk_size=config.chunk_size,
+        bidirectional=config.bidirectional,
+        **own,
+    )
+
+
+def masked(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """x (B, L, C), zero where the mask (B, L or more) is. A padded token then drives no state; under left padding the
+    state stays zero until the prompt begins.
+    """
+    if attention_mask is None:
+        return x
+    return x * attention_mask[:, -x.shape[1] :, None].to(x.dtype)
+
+
+class Mixer(nn.Module):
+    """A state space between the cache and the tokens; subclasses say what stands around it.
+
+    layer_index, state_index: where the cache holds its states: of that layer, from that index on.
+    """
+
+    def __init__(self, config: S4Config, layer_index: int, state_index: int):
+        super().__init__()
+        self.layer_index, self.state_index = layer_index, state_index
+        self.mode = config.mode
+        self.ssm = make_state_space(config)
+        self.ssm.kernels = config.kernels
+
+    def cache_of(self, past_key_values):
+        """The layer of the cache that holds the states, or None."""
+        return None if past_key_values is None else past_key_values.layers[self.layer_index]
+
+    def scan(
+        self, x, cache, documents: Documents | None, activation: nn.Module | None = None
+    ) -> tuple[torch.Tensor, Execution]:
+        """activation(state space(x)), from the state in the cache, which it takes to the last token."""
+        state = None if cache is None else cache.get_state(self.state_index)
+        execution = self.ssm.decide(
+            x,
+            self.mode,
+            state,
+            needs_state=cache is not None,
+            documents=documents is not None,
+            activation=activation,
+            cached=cache is not None,
+        )
+        y, state = self.ssm(
+            x,
+            mode=self.mode,
+            initial_state=state,
+            output_final_state=cache is not None,
+            memo=cache.get_memo(self.state_index) if cache is not None and not torch.is_grad_enabled() else None,
+            seq_idx=documents,
+            activation=activation,
+            # a cache that records the past still needs the old state
+            in_place=cache is not None and not torch.is_grad_enabled() and not cache.record_past,
+            execution=execution,
+        )
+        if cache is not None:
+            recorded = {"ssm": self.ssm, "inputs": x, "documents": documents} if cache.record_past else {}
+            cache.update_state(self.state_index, state, x.shape[1], **recorded)
+        return y, execution
+
+
+class S4Mixer(Mixer):
+    """A state space, then a position-wise layer, gated or not, that mixes the channels."""
+
+    def __init__(self, config: S4Config, layer_index: int, state_index: int):
+        super().__init__(config, layer_index, state_index)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = make_dropout(config)
+        self.glu = config.glu
+        self.out_proj = nn.Linear(config.hidden_size, (2 if config.glu == "glu" else 1) * config.hidden_size)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, documents: Documents | None = None):
+        x = masked(hidden_states, attention_mask)
+        y, execution = self.scan(x, self.cache_of(past_key_values), documents, self.activation)
+        return self._mix(self.dropout(y), execution.in_rows)
+
+    def _mix(self, y, in_rows: bool):
+        # a quantised projection may read memory as it lies
+        if in_rows and type(self.out_proj) is nn.Linear:  # the order of memory in which the chunk scan's kernel works
+            y = gradient_in_rows(y)
+            projected = self.out_proj(y.flatten(0, 1)).view(*y.shape[:2], -1)
+        else:
+            projected = self.out_proj(y.contiguous())
+        if self.glu == "half":
+            return y * torch.sigmoid(projected)
+        return nn.functional.glu(projected, dim=-1) if self.glu == "glu" else projected
+
+
+MIXERS = {"ssm": S4Mixer}
