@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..errors import UserError, one_line
-from ..loading.folder import CONFIG, INDEX, WEIGHTS
+from ..loading.folder import CONFIG, INDEX, WEIGHTS, check_links
 from ..loading.model import check_folder
 from .card import CARD
 
@@ -48,11 +48,8 @@ def publishable(folder: Path) -> tuple[list[Path], list[str]]:
         raise UserError(f"{folder}: holds no {CONFIG}, so it is no exported model; {export} first, and push that")
     if not (folder / CARD).is_file():
         raise UserError(f"{folder}: holds no model card ({CARD}); {export} first, and push that")
+    check_links(folder, folder, f"put the file itself there, or {export}")
     for file in sorted(folder.rglob("*")):
-        if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"{file}: is a link to a place outside of the folder; put the file itself there, or {export}"
-            )
         if file.is_file() and _is_pickle(file):
             raise UserError(
                 f"{file}: is a pickle, which can run code where it is loaded; remove it from the folder, or {export}"

@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .. import modeling
 from ..errors import UserError, one_line
 from ..files import new_folder
-from ..loading.folder import quiet
+from ..loading.folder import CHECKPOINT, check_links, quiet, resolve
 from ..loading.model import CAUSAL_LM, CLASSIFIER, DTYPES, load_model
 from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, load_tokenizer
 from . import card
@@ -85,6 +85,7 @@ def export(
     if not re.fullmatch(r"[1-9]\d*[KMG]I?B", max_shard_size.upper()):
         raise UserError(f"--max-shard-size {max_shard_size}: give a size such as 500MB or 5GB")
     results = [card.read_results(Path(file)) for file in results]
+    check_sources(checkpoint, tokenizer)
     model = load_model(checkpoint, dtype, kinds=(CAUSAL_LM, CLASSIFIER))
     vocabulary = tokenizer or checkpoint
     if type(model).__name__ == CLASSIFIER and tokenizer is None and not has_tokenizer(checkpoint):
@@ -100,6 +101,18 @@ def export(
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({one_line(error)}); choose another place") from error
     return output
+
+
+def check_sources(checkpoint, tokenizer) -> None:
+    """Raise UserError where a link in a folder that is read leads out of it: an export is made to be given away."""
+    source = resolve(checkpoint)
+    if isinstance(source, Path):  # what the Hub's cache keeps is links, and of what the Hub has published
+        root = source.parent if CHECKPOINT.fullmatch(source.name) else source  # a run has its tokenizer above
+        for folder in {source, root}:
+            check_links(folder, root, "put the file itself there")
+    if tokenizer is not None and Path(tokenizer).expanduser().is_dir():
+        folder = Path(tokenizer).expanduser()
+        check_links(folder, folder, "put the file itself there")
 
 
 def write(model, tokenizer, folder: Path, readme: str, max_shard_size: str = SHARD_SIZE) -> None:

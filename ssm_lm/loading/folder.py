@@ -54,6 +54,20 @@ def read_json(file: Path) -> dict:
     return values
 
 
+def check_links(folder: Path, root: Path, way_out: str) -> None:
+    """Refuse a folder in which a link leads out of `root`: what it names would be published with the model.
+
+    Looked at is what a model and its tokenizer are read from: the files of the folder, and those of its folders that
+    are no checkpoints. Raises UserError, which ends with the way out.
+    """
+    for entry in sorted(folder.iterdir()):
+        if CHECKPOINT.fullmatch(entry.name):
+            continue
+        for file in (entry, *sorted(entry.rglob("*"))):
+            if file.is_symlink() and not file.resolve().is_relative_to(root.resolve()):
+                raise UserError(f"{file}: is a link to a place outside of the folder; {way_out}")
+
+
 @contextlib.contextmanager
 def quiet():
     """No progress bars or loading reports, and nothing on stdout, which belongs to what the verbs print."""

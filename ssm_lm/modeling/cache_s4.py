@@ -91,9 +91,9 @@ class Record:
 class S4CacheLayer(CacheLayerMixin):
     """states[i]: (B, H, N) float32, the state of the layer's i-th state space; empty before the first forward.
 
-    memos[i]: what that state space derived from its parameters for single steps (see `StateSpace.forward`). It is
-    right for as long as the parameters stay the same, which is also how long a state makes sense. It is no part of
-    what the cache holds: what looks into a cache for its tensors (torch.export does) finds states and lengths.
+    memos[i]: what that state space derived from its parameters for single steps (see `StateSpace.forward`), which is
+    dropped when these were written to; the states stay, as keys and values would. It is no part of what the cache
+    holds: what looks into a cache for its tensors (torch.export does) finds states and lengths.
 
     records[i]: while the past is recorded, state i as it was at the last crop and what has driven it since, else None.
     A record that grows to more than `max_recorded` tokens goes back to the last `min_recorded` of them, so at least

@@ -10,18 +10,37 @@ from .execution import Execution, Problem, decide, rule_of
 class Memo:
     """What a state space has derived from its parameters for single steps: the discrete system, and what the step's
     kernel reads of it; None until it is needed. No dict: what moves arguments to a device would copy that.
+
+    It is of the parameters that it was derived from: `forget_other_parameters` empties it once they were written to.
     """
 
-    __slots__ = ("discrete", "step")
+    __slots__ = ("discrete", "step", "versions")
 
     def __init__(self):
-        self.discrete = self.step = None
+        self.discrete = self.step = self.versions = None
+
+    def forget_other_parameters(self, layer) -> None:
+        """Drop what was derived before an optimizer's step, or whatever else wrote to the parameters of `layer`.
+
+        torch counts the writes to a tensor. It does not count those through `.data`, and a compiled graph does not ask:
+        the next forward outside of one does. A parameter that is not there (offloaded, sharded) has its count too.
+        """
+        if torch.compiler.is_compiling():
+            return
+        try:
+            versions = [p._version for p in layer._parameters.values()]  # of each token, and parameters() is slow
+        except RuntimeError:  # made in torch.inference_mode(), which does not count
+            versions = []
+        if versions != self.versions:
+            self.discrete, self.step, self.versions = None, None, versions
 
 
 def discrete_from(layer, memo: Memo | None, reverse: bool = False) -> Discrete:
     """The discrete system, from `memo` or kept there."""
-    if memo is not None and memo.discrete is not None:
-        return memo.discrete
+    if memo is not None:
+        memo.forget_other_parameters(layer)
+        if memo.discrete is not None:
+            return memo.discrete
     discrete = layer.discretize(reverse)
     if memo is not None and not torch.compiler.is_compiling():
         memo.discrete = discrete  # what a compiled graph puts out is not for keeping, and would recompile it
@@ -30,6 +49,7 @@ def discrete_from(layer, memo: Memo | None, reverse: bool = False) -> Discrete:
 
 def coefficients_from(layer, memo: Memo) -> tuple[torch.Tensor, ...]:
     """What the step's kernel reads, from `memo` or kept there."""
+    memo.forget_other_parameters(layer)
     if memo.step is not None:
         return memo.step
     coefficients = discrete_from(layer, memo).coefficients()

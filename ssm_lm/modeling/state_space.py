@@ -238,8 +238,9 @@ class StateSpace(nn.Module):
         fastest.
         initial_state: (B, H, N), for S5 (B, 1, N), or None for zero. The final state is float32 (float64 for a float64
         layer), or None where output_final_state is False. Both are differentiable.
-        memo: of the caller, keeps what single steps derive from the parameters, between calls while these stay the
-        same. Every forward without autograd fills it: afterwards the parameters may be elsewhere (offloaded, sharded).
+        memo: of the caller, keeps what single steps derive from the parameters, between calls, until these are
+        written to. Every forward without autograd fills it: afterwards the parameters may be elsewhere (offloaded,
+        sharded).
         seq_idx: (B, L) integers, the document of each token, or what `find_documents` made of them: the state is zero
         at the start of every run of equal numbers, except that the row's first run goes on from an initial state. A
         negative number is padding: its input counts as zero, and the state after it is zero.

@@ -126,6 +126,41 @@ def test_a_failure_leaves_nothing(run_folder, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("run", "tokenizer.json"),
+        ("run", "templates"),
+        ("run", "checkpoint-7/config.json"),
+        ("checkpoint", "chat_template.jinja"),
+        ("checkpoint", "checkpoint-7/config.json"),
+        ("tokenizer", "tokenizer.json"),
+    ],
+)
+def test_a_link_out_of_a_folder_is_refused(run_folder, tmp_path, given, name):
+    """What it names may be anything of this machine, and an export is made to be given away."""
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(secret)
+    source = {"run": run, "checkpoint": run / "checkpoint-7", "tokenizer": run_folder}[given]
+    with pytest.raises(UserError, match=f"{name}: is a link to a place outside"):
+        export(source, tmp_path / "out", tokenizer=run if given == "tokenizer" else None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_within_a_folder_and_to_a_folder_are_followed(run_folder, tmp_path):
+    """Runs lie on another disk, and a tokenizer's file may stand for another one beside it."""
+    shutil.copytree(run_folder, tmp_path / "disk")
+    (tmp_path / "disk/tokenizer.json").rename(tmp_path / "disk/the.json")
+    (tmp_path / "disk/tokenizer.json").symlink_to("the.json")
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out/tokenizer.json").is_symlink()
+
+
 def test_bad_input(run_folder, tmp_path, capsys):
     (tmp_path / "bad.json").write_text('{"protocol": "x"}')
     with pytest.raises(UserError, match="has no key split"):

@@ -200,3 +200,25 @@ def test_parameters_that_leave_after_each_forward(model):
         cache.crop(-4)
         logits.append(which(prompt(1), past_key_values=cache).logits)
     torch.testing.assert_close(*logits)
+
+
+@pytest.mark.parametrize("change", ["an optimizer's step", "load_state_dict"])
+def test_weights_that_change_under_a_kept_cache_are_seen(model, change):
+    """The states go on as they are, and every number after them is of the new weights, as with an attention's cache."""
+    model, other = copy.deepcopy(model), tiny_model(seed=9, **model.config.to_diff_dict())
+    ids = prompt(30)
+    with torch.no_grad():
+        kept = new_cache(DynamicCache, model)
+        model(ids, past_key_values=kept)
+        model(prompt(1, seed=2), past_key_values=kept)  # what single steps need is derived
+    if change == "load_state_dict":
+        model.load_state_dict(other.state_dict())
+    else:
+        model(ids, labels=ids).loss.backward()
+        torch.optim.SGD(model.parameters(), 0.5).step()
+    with torch.no_grad():
+        fresh = copy.deepcopy(kept)
+        for layer in fresh.layers:
+            layer.memos.clear()
+        logits = [model(prompt(1, seed=3), past_key_values=cache).logits for cache in (kept, fresh)]
+    assert torch.equal(*logits)

@@ -32,6 +32,8 @@ MODELING = (
     "transformers.models.auto.modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "torch._dynamo",
     "torch.nn.Module._apply",
+    "torch.nn.Module._parameters",
+    "torch.Tensor._version",
     "torch.compiler.assume_constant_result",  # sets _dynamo_marked_constant
     "torch._dynamo.decorators._dynamo_marked_constant",
 )
