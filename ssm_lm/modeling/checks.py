@@ -2,7 +2,12 @@
 
 from .hippo import INITIALIZATIONS
 
-DISCRETIZATIONS = {"s4": ("bilinear",), "s4d": ("zoh", "bilinear"), "s5": ("zoh", "bilinear")}  # [0]: the default
+DISCRETIZATIONS = {  # [0]: the default
+    "s4": ("bilinear",),
+    "s4d": ("zoh", "bilinear"),
+    "s5": ("zoh", "bilinear"),
+    "ssd": ("exponential-euler",),  # zero-order hold of A alone: what enters is multiplied by dt
+}
 
 
 def check_one_of(key: str, value, known) -> None:

@@ -12,8 +12,11 @@ Shapes: B batch, H channels, N states a channel; S5 has P states for all channel
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from .real_form import apply_diagonal
+from .real_form import apply_diagonal, powers
+
+NORM_EPSILON = 1e-5  # of the norm of an SSD's b and c
 
 
 class DiscreteDPLR(NamedTuple):
@@ -87,4 +90,46 @@ class DiscreteMIMO(NamedTuple):
         return self.Lambda_bar, self.B_bar.T.contiguous(), self.C_row.T.contiguous()
 
 
-Discrete = DiscreteDPLR | DiscreteDiagonal | DiscreteMIMO
+class DiscreteSSD(NamedTuple):
+    """SSD. S_t = a_t R(dt_t omega) S_(t-1) + dt_t b_t v_t^T,  y_t = S_t^T c_t; see ssd.py.
+
+    dt, decay (E,) and omega (N/2,): float64, a step and a rate a head, frequencies. scale, bias: (2, N), of b and c.
+    inverse: softplus^-1(dt) (E,), to which the token's raw step is added; None: dt is that of every token, and
+    Lambda_bar (E, N) the transition over it. A state is (B, H, N), channel after channel of the heads.
+    """
+
+    dt: torch.Tensor
+    decay: torch.Tensor
+    omega: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+    inverse: torch.Tensor | None
+    Lambda_bar: torch.Tensor | None
+
+    def read(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x (..., H + 2N (+ E)) -> v (..., H), b and c (..., N), dt float64, (E,) or (..., E)."""
+        N, raw = self.scale.shape[-1], 0 if self.inverse is None else len(self.dt)
+        v, b, c, raw = x.split([x.shape[-1] - 2 * N - raw, N, N, raw], -1)
+        b, c = (
+            F.rms_norm(part, (N,), scale, NORM_EPSILON) + bias
+            for part, scale, bias in zip((b, c), self.scale, self.bias, strict=True)
+        )
+        return v, b, c, self.dt if self.inverse is None else F.softplus(raw.double() + self.inverse)
+
+    def over(self, dt: torch.Tensor) -> torch.Tensor:
+        """The transition over times dt (..., E), float64: (..., E, N)."""
+        return torch.cat(powers(-self.decay[:, None], self.omega, dt[..., None]), -1)
+
+    def step(self, u: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        v, b, c, dt = self.read(u)
+        transition = self.over(dt).to(u.dtype) if self.Lambda_bar is None else self.Lambda_bar
+        heads = state.unflatten(1, (len(self.dt), -1))  # (B, E, P, N)
+        drive = v.unflatten(1, heads.shape[1:3]) * dt.to(u.dtype)[..., None]
+        heads = apply_diagonal(transition[..., None, :], heads) + drive[..., None] * b[:, None, None]
+        return (heads @ c[:, None, :, None]).flatten(1), heads.flatten(1, 2)
+
+    def coefficients(self) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError("the step of an SSD has no kernel")
+
+
+Discrete = DiscreteDPLR | DiscreteDiagonal | DiscreteMIMO | DiscreteSSD

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from .activations import FUSED_ACTIVATIONS
-from .kernel_limits import limit_of_step
 from .kernels_s4 import use_kernel
 
 MODES = ("auto", "chunk", "fft", "recurrent", "associative")
@@ -104,8 +103,7 @@ def decide(layer: nn.Module, problem: Problem, runs: Rule) -> Execution:
 def _by_steps(layer, problem, runs) -> Execution:
     kernel = False
     if not layer.bidirectional and not problem.gradient:
-        unsupported = limit_of_step(problem.dtype, layer.log_dt.dtype, layer.step_state_size)
-        kernel = runs("step", unsupported, ())
+        kernel = runs("step", layer.limit_of_step(problem.dtype), ())
     fused = FUSED_ACTIVATIONS.get(type(problem.activation)) if kernel else None
     return Execution("recurrent", kernel, layer.chunk_size, layer.log_dt.dtype, fused, False)
 

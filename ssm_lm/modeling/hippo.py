@@ -159,4 +159,6 @@ INITIALIZATIONS = {
         "real": diagonal_real,
     },
     "s5": {"legs": diagonal_legs},  # of the order of a block
+    # a head has one decay, the first of the rates, and all of the frequencies
+    "ssd": {"lin": diagonal_lin, "real": diagonal_real},
 }

@@ -26,7 +26,7 @@ from .discrete import Discrete
 from .documents import Documents, find_documents
 from .execution import MODES, Execution, Problem, decide, rule_of
 from .kernel_launch import architecture
-from .kernel_limits import limit_of_chunk_scan, longest_chunk
+from .kernel_limits import limit_of_chunk_scan, limit_of_step, longest_chunk
 from .real_form import apply_diagonal
 from .sequence_modes import LayerScan, run_chunk, run_whole
 from .single_steps import Memo, prepare_steps, run_steps, run_steps_on_kernel, state_after
@@ -135,7 +135,16 @@ class StateSpace(nn.Module):
         return apply_diagonal(transition, state)
 
     # ---- from the layer's input to the signals that are scanned, and back. A single-input single-output layer scans
-    # ---- its input itself; S5 overrides these
+    # ---- its input itself; S5 and SSD override these
+
+    @property
+    def input_size(self) -> int:
+        """Features of the input u: the channels, and what else a layer reads of a token."""
+        return self.hidden_size
+
+    def skipped(self, x: torch.Tensor) -> torch.Tensor:
+        """What D multiplies, (B, L, H) of the input."""
+        return x
 
     @property
     def state_shape(self) -> tuple[int, int]:
@@ -194,6 +203,10 @@ class StateSpace(nn.Module):
         """States that one program of the step's kernel holds."""
         return self.state_size
 
+    def limit_of_step(self, dtype: torch.dtype) -> str | None:
+        """What the step's kernel cannot do of inputs in this dtype, in words, or None."""
+        return limit_of_step(dtype, self.log_dt.dtype, self.step_state_size)
+
     def step_on_kernel(self, u: torch.Tensor, state: torch.Tensor, coefficients: tuple, activation: str):
         """One token by the step's kernel: u (B, H) -> y with D u and the activation; the state advances in place."""
         raise NotImplementedError
@@ -233,7 +246,7 @@ class StateSpace(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the layer over a sequence.
 
-        u: (B, L, H), any floating dtype, any L; y comes back in the same dtype.
+        u: (B, L, input_size), which is H but for ssd; any floating dtype, any L. y (B, L, H) comes back in its dtype.
         mode: "chunk", "fft", "recurrent", for S5 also "associative"; "auto" takes the one that was measured to be the
         fastest.
         initial_state: (B, H, N), for S5 (B, 1, N), or None for zero. The final state is float32 (float64 for a float64
@@ -257,7 +270,10 @@ class StateSpace(nn.Module):
         with torch.autocast(u.device.type, enabled=False):
             state = None if initial_state is None else initial_state.to(self.log_dt.dtype)
             if B == 0 or L == 0:
-                y, state = u * self.D.to(u.dtype), self.zero_state(B, u.device) if state is None else state
+                y, state = (
+                    self.skipped(u) * self.D.to(u.dtype),
+                    self.zero_state(B, u.device) if state is None else state,
+                )
                 return _activated(y, activation), state if output_final_state else None
             execution = execution or self.decide(
                 u,
@@ -288,8 +304,8 @@ class StateSpace(nn.Module):
     def _check(self, u, mode, initial_state, seq_idx):
         if mode not in MODES:
             raise ValueError(f"mode is one of {', '.join(MODES)}, not {mode!r}")
-        if u.dim() != 3 or u.shape[-1] != self.hidden_size:
-            raise ValueError(f"u must be (batch, length, {self.hidden_size}), not {tuple(u.shape)}")
+        if u.dim() != 3 or u.shape[-1] != self.input_size:
+            raise ValueError(f"u must be (batch, length, {self.input_size}), not {tuple(u.shape)}")
         B, L, _ = u.shape
         expected = (B, *self.state_shape)
         if initial_state is not None and tuple(initial_state.shape) != expected:
@@ -303,7 +319,7 @@ class StateSpace(nn.Module):
         """x (B, L, H), neither of them 0, in the dtype of the execution -> y with D x (forward only), final state."""
         if execution.mode == "recurrent":
             y, state = run_steps(self, x, state, documents, memo, reverse)
-            return (y if reverse else torch.addcmul(y, x, self.D)), state
+            return (y if reverse else torch.addcmul(y, self.skipped(x), self.D)), state
         if execution.mode == "chunk":
             return self.run_chunk(x, state, documents, execution, reverse)
         return run_whole(self, x, state, documents, execution, needs_state, reverse)

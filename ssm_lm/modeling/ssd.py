@@ -1,0 +1,129 @@
+"""SSD: the diagonal transition of S4D, a head instead of a channel, written and read by vectors of the token.
+
+    S_t = a_t R(dt_t omega) S_(t-1) + dt_t b_t v_t^T,    y_t = S_t^T c_t + D v_t         a_t = exp(-dt_t exp(decay))
+
+S_t (N, P) of a head with P channels; v_t (P,) its values; b_t and c_t (N,) the write and read vectors, which all heads
+share; R turns the N/2 conjugate pairs by the angles dt_t omega, real form [real parts | imaginary parts]. One output
+channel p of it is S4D with rates -exp(decay) + i omega, whose B and C are no longer parameters but the token's.
+
+The step dt is a parameter a head, or, with `selective`, a function of the token: softplus(raw_t + softplus^-1(dt)).
+
+In a chunk, with s_i = dt_1 + ... + dt_i and rows turned back to its start, b~_j = R(-s_j omega) b_j and c~ alike,
+
+    y_i = sum_(j<=i) (c~_i . b~_j) exp(-(s_i - s_j) exp(decay)) dt_j v_j  +  exp(-s_i exp(decay)) c~_i^T S_0
+
+which is attention with a decay for a mask (the "duality"), and a recurrence over the chunks: O(L), by matmuls.
+
+Source: Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
+Duality" (2024), section 6; the rotation is S4D-Lin's (Gu et al. 2022). b and c pass an RMS norm and get a bias that
+starts at 1, so that a head begins close to the time-invariant system.
+"""
+
+import torch
+
+from .discrete import DiscreteSSD
+from .hippo import INITIALIZATIONS
+from .ssd_chunks import scan_chunks
+from .state_space import MIN_DECAY, StateSpace
+
+
+class SSD(StateSpace):
+    """hidden_size H, in heads of head_dim P channels; state_size N of a channel, even. A state is (B, H, N).
+
+    Its input is wider than its output: [v (H) | b (N) | c (N)], with `selective` also one raw step a head, (H / P).
+    """
+
+    name = "ssd"
+    has_chunk_kernel = False
+
+    def __init__(
+        self,
+        hidden_size: int,
+        state_size: int = 64,
+        init: str = "lin",
+        discretization: str | None = None,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        chunk_size: int = 64,
+        bidirectional: bool = False,
+        head_dim: int = 64,
+        selective: bool = False,
+    ):
+        super().__init__(hidden_size, state_size, init, discretization, dt_min, dt_max, chunk_size, bidirectional)
+        if bidirectional:
+            raise ValueError("ssd reads its input from the front alone: bidirectional is for s4, s4d and s5")
+        if head_dim < 1 or hidden_size % head_dim:
+            raise ValueError(f"head_dim must divide the channels of an ssd ({hidden_size}), and {head_dim} does not")
+        self.head_dim, self.heads, self.selective = head_dim, hidden_size // head_dim, selective
+        self._declare(
+            log_dt=(self.heads,),
+            Lambda_log_re=(self.heads,),  # the decay: Re Lambda = -exp(this) < 0
+            Lambda_im=(state_size // 2,),  # omega
+            B_scale=(state_size,),
+            B_bias=(state_size,),
+            C_scale=(state_size,),
+            C_bias=(state_size,),
+            D=(hidden_size,),
+        )
+
+    def initial_values(self):
+        """The first rate of the initialisation for the decay, all of its frequencies; scales and biases of 1."""
+        Lambda = torch.from_numpy(INITIALIZATIONS[self.name][self.init](self.state_size).Lambda)
+        ones = torch.ones(self.state_size)
+        return {
+            "log_dt": self._random_dt(),
+            "Lambda_log_re": (-Lambda.real[:1]).clamp(min=MIN_DECAY).log().expand(self.heads),
+            "Lambda_im": Lambda.imag,
+            "B_scale": ones,
+            "B_bias": ones,
+            "C_scale": ones,
+            "C_bias": ones,
+            "D": torch.ones(self.hidden_size),
+        }
+
+    @property
+    def input_size(self):
+        return self.hidden_size + 2 * self.state_size + (self.heads if self.selective else 0)
+
+    def discretize(self, reverse=False) -> DiscreteSSD:
+        """In float64 but for the norms of b and c."""
+        dt = self.log_dt.double().exp()
+        scale, bias = torch.stack([self.B_scale, self.C_scale]), torch.stack([self.B_bias, self.C_bias])
+        rates = self.Lambda_log_re.double().exp(), self.Lambda_im.double()
+        if self.selective:
+            return DiscreteSSD(dt, *rates, scale, bias, dt + torch.log(-torch.expm1(-dt)), None)
+        system = DiscreteSSD(dt, *rates, scale, bias, None, None)
+        return system._replace(Lambda_bar=system.over(dt).to(self.log_dt.dtype))
+
+    # ---- what is scanned is the input itself
+
+    def skipped(self, x):
+        return x[..., : self.hidden_size]
+
+    def run_chunk(self, x, state, documents, execution, reverse=False):
+        begins = None if documents is None else documents.begins
+        y, state = scan_chunks(self.discretize(), x, state, begins, min(execution.chunk_size, x.shape[1]))
+        return torch.addcmul(y, self.skipped(x), self.D), state
+
+    def scan_to_end(self, x, state, execution):
+        T = min(execution.chunk_size, x.shape[1])
+        return scan_chunks(self.discretize(), x, state, None, T, has_output=False)[1]
+
+    def transition(self, length):
+        """(H, N); ValueError with `selective`, where it depends on the tokens."""
+        if self.selective:
+            raise ValueError("the transition of an ssd with selective_dt depends on its input")
+        system = self.discretize()
+        return system.over(system.dt * length).repeat_interleave(self.head_dim, 0).to(self.log_dt.dtype)
+
+    def convolve(self, signal, reverse):
+        raise ValueError("mode fft is for time-invariant layers, not for ssd")
+
+    def scan_kernel(self, architecture, dtype):
+        return "chunk_scan", "ssd has no kernel of its own", ()
+
+    def limit_of_step(self, dtype):
+        return "ssd has no kernel of its own"
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, head_dim={self.head_dim}, selective={self.selective}"
