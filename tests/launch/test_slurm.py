@@ -51,6 +51,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
+SchedulerParameters=sched_interval=1,bf_interval=1
 KillWait=10
 {nodes}
 PartitionName=all Nodes={",".join(host.name for host in self.hosts)} Default=YES State=UP MaxTime=INFINITE
