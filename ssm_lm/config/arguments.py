@@ -11,7 +11,8 @@ class S4TrainingArguments(TrainingArguments):
     """TrainingArguments with this project's keys and defaults; `configs/train/` explains each in its place.
 
     model: the keys of S4Config, or the path of a YAML file with them; vocab_size and the special token ids come from
-        the data where they are not given.
+        the data where they are not given. With a `type` (gpt2, llama, mamba, mamba2), a model of transformers, and the
+        keys of its config.
     init_from: a model folder to start from instead of fresh weights.
     data: a folder written by `ssm-lm prepare`.
     task: a sequence classification task instead of `data`, as digits or imdb:FOLDER (see data/sequences.py).

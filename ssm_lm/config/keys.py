@@ -8,6 +8,8 @@ import functools
 import importlib.util
 from pathlib import Path
 
+from ..baselines import BASELINES
+
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -27,6 +29,22 @@ def training_keys() -> set[str]:
     return {*theirs, *declared_in(PACKAGE / "config" / "arguments.py", "S4TrainingArguments")}
 
 
-def model_keys() -> list[str]:
-    """The keys that a `model` may have: what S4Config declares itself, without what transformers adds."""
-    return sorted(declared_in(PACKAGE / "modeling" / "configuration_s4.py", "S4Config"))
+def model_keys(kind: str | None = None) -> list[str]:
+    """The keys that a `model` may have: what S4Config declares itself, without what transformers adds.
+
+    kind: the `type` of a baseline; the keys are then those of its class, and the general names that it answers to.
+    """
+    if kind is None:
+        return sorted(declared_in(PACKAGE / "modeling" / "configuration_s4.py", "S4Config"))
+    transformers = Path(importlib.util.find_spec("transformers").origin).parent
+    path = transformers / "models" / kind / f"configuration_{kind}.py"
+    return sorted({"type", *declared_in(path, BASELINES[kind][0]), *general_names(path)})
+
+
+@functools.cache
+def general_names(path: Path) -> tuple[str, ...]:
+    """What else a config's class answers to: the keys of its attribute_map, such as hidden_size for n_embd."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "attribute_map":
+            return tuple(ast.literal_eval(node.value))
+    return ()

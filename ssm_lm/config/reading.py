@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from ..baselines import BASELINES
 from ..errors import UserError
 from .keys import model_keys, training_keys
 
@@ -107,7 +108,7 @@ def _simple_types(hint) -> tuple[type, ...] | None:
 
 
 def read_train_config(path: str, overrides: dict) -> dict:
-    """A checked config: keys of S4TrainingArguments, with `model` as a mapping of keys of S4Config.
+    """A checked config: keys of S4TrainingArguments, with `model` as a mapping of keys of S4Config or of a baseline.
 
     `model` and `deepspeed` may name files, looked for from the working directory, beside the config and in the folders
     above it. An `init_from` of the command line takes the place of the config's model.
@@ -134,7 +135,12 @@ def read_train_config(path: str, overrides: dict) -> dict:
             values[key] = value
 
     check_keys(values, training_keys(), path)
-    check_keys(model, model_keys(), model_where)
+    if "type" in model and model["type"] not in BASELINES:
+        raise UserError(
+            f"{model_where}: type {model['type']!r} is unknown; a model of transformers is one of "
+            f"{', '.join(BASELINES)}, and ours has no type"
+        )
+    check_keys(model, model_keys(model.get("type")), model_where)
     from .arguments import S4TrainingArguments  # transformers, which takes seconds: what is wrong above is said before
 
     check_types(values, typing.get_type_hints(S4TrainingArguments), path)

@@ -8,8 +8,11 @@ import argparse
 import json
 from pathlib import Path
 
+from ..baselines import is_baseline
 from ..config.reading import parse_overrides, read_train_config
+from ..costs.baselines import baseline_flops, baseline_parameters
 from ..costs.devices import DEVICES
+from ..costs.flops import total
 from ..errors import UserError
 from ..files import write_json
 from .tables import print_report
@@ -76,7 +79,12 @@ def estimate(values: dict, args: argparse.Namespace, where: str) -> dict:
     from .sections import OnPaper
     from .subject import read_subject
 
-    run = OnPaper(read_subject(values, args.sequence_ranks, where), args)
+    subject = read_subject(values, args.sequence_ranks, where)
+    if is_baseline(subject.config):
+        if args.scaling:
+            raise UserError(f"--scaling: is for models of this package, not for {subject.config.model_type}")
+        return baseline_report(subject, args.nodes * args.gpus, where)
+    run = OnPaper(subject, args)
     report = {
         "config": where,
         "model": run.model(),
@@ -91,3 +99,23 @@ def estimate(values: dict, args: argparse.Namespace, where: str) -> dict:
     if args.scaling:
         report["scaling"] = run.scaling()
     return json.loads(json.dumps(report))
+
+
+def baseline_report(subject, ranks: int, where: str) -> dict:
+    """What is counted of a baseline: parameters, and FLOPs by 6 N D and its attention."""
+    config, tokens = subject.config, subject.batch * subject.length
+    every, inner = baseline_parameters(config)
+    parts = baseline_flops(config, subject.batch, subject.length)
+    steps = subject.steps(ranks)
+    seen = None if steps is None else steps * subject.global_batch(ranks) * subject.length
+    flops = total(parts) / tokens
+    return {
+        "config": where,
+        "model": {"type": config.model_type, "parameters": every, "without_embeddings": inner},
+        "run": {"steps": steps, "tokens": seen, "sequence_length": subject.length},
+        "flops_per_token": {
+            "model": flops,
+            "parts": [{"part": p.name, "forward": p.forward / tokens, "backward": p.backward / tokens} for p in parts],
+        },
+        "flops": None if seen is None else flops * seen,
+    }

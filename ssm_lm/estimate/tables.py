@@ -10,6 +10,9 @@ def print_report(report: dict) -> None:
     """Print what `report.estimate` has found."""
     # into a file or a pipe as wide as the widest table; rich would cut at 80 columns
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+    if "type" in report["model"]:
+        _print_baseline(console, report)
+        return
     _print_plan(console, report)
     _print_flops(console, report["flops_per_token"])
     _print_memory(console, report)
@@ -17,6 +20,19 @@ def print_report(report: dict) -> None:
     _print_time(console, report)
     if "scaling" in report:
         _print_scaling(console, report["scaling"])
+
+
+def _print_baseline(console: Console, report: dict) -> None:
+    model, flops, run = report["model"], report["flops_per_token"], report["run"]
+    parts = ", ".join(f"{p['part']} {(p['forward'] + p['backward']) / 1e6:,.2f}" for p in flops["parts"])
+    budget = "" if run["tokens"] is None else f"; {run['tokens']:,} tokens: {report['flops']:.3g} FLOP"
+    console.print(
+        f"model     {model['type']} of transformers, {model['parameters']:,} parameters, "
+        f"{model['without_embeddings']:,} without embeddings\n"
+        f"flops     {flops['model'] / 1e6:,.2f} MFLOP a token ({parts}){budget}\n"
+        "          memory and time are estimated for models of this package alone",
+        markup=False,
+    )
 
 
 def _print_plan(console: Console, report: dict) -> None:

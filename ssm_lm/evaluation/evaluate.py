@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..baselines import is_baseline, longest_sequence
 from ..errors import UserError, first_line
 from ..files import write_json
 from ..loading.folder import quiet
@@ -56,6 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="windows or requests a forward (default: 8)",
     )
+    parser.add_argument(
+        "--recall",
+        type=int,
+        nargs="?",
+        const=10,
+        metavar="N",
+        help="also score the tokens that end a bigram seen before in the context, and at most N times in the train "
+        "split (N: 10 where it is not given)",
+    )
     parser.add_argument("--include-path", metavar="DIR", help="of --tasks: a folder with task files of your own")
     parser.add_argument("--limit", type=int, metavar="N", help="of --tasks: documents a task, to try it out")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="of --tasks: examples before a question")
@@ -79,18 +90,36 @@ def run(args: argparse.Namespace) -> None:
     _positive("--batch-size", args.batch_size)
     if args.json is not None:
         check_writable(args.json)  # before the long part
+    if args.recall is not None:
+        _positive("--recall", args.recall, least=0)
     if args.tasks is not None:
+        if args.recall is not None:
+            raise UserError("--recall belongs to --data")
         run_tasks(args)
         return
     for key in ("include_path", "limit", "num_fewshot", "model_args"):
         if getattr(args, key) is not None:
             raise UserError(f"--{key.replace('_', '-')} belongs to --tasks")
     model = place(load_model(args.model, args.dtype), args.device)
+    check_context(model, context)
     with prepared(args.data, args.model, args.split, model) as folder, _progress() as progress:
-        results = evaluate(model, folder, args.split, context, args.window, args.batch_size, progress)
+        results = evaluate(model, folder, args.split, context, args.window, args.batch_size, progress, args.recall)
     results |= {"model": args.model, "data": args.data}
     Console().print(table(results))
     write_results(args.json, results)
+
+
+def check_context(model, context: int | None) -> None:
+    """UserError where a baseline cannot read its context."""
+    if not is_baseline(model.config):
+        return
+    longest = longest_sequence(model.config)
+    if context is None or (longest is not None and context > longest):
+        most = "" if longest is None else f" of at most {longest}"
+        raise UserError(
+            f"--context {context or 'full'}: {model.config.model_type} reads windows; give --context N, a number of "
+            f"tokens{most}"
+        )
 
 
 def run_tasks(args: argparse.Namespace) -> None:
@@ -109,6 +138,11 @@ def run_tasks(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"--tasks needs lm_eval ({error}): pip install 'ssm_lm[eval]'") from error
     model = place(load_model(args.model, args.dtype), args.device)
+    if is_baseline(model.config):
+        raise UserError(
+            f"--tasks: {args.model} is a model of transformers; export it, and give the folder to lm_eval itself: "
+            "`lm_eval --model hf --model_args pretrained=DIR --tasks ...`"
+        )
     tokenizer = load_tokenizer(args.model)
     check_vocabulary_fits(tokenizer, model, args.model)
     with quiet():  # lm_eval has much to say
@@ -145,11 +179,13 @@ def evaluate(
     window: int = 4096,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    recall: int | None = None,
 ) -> dict:
     """The numbers of the JSON file for one split of a prepared folder, as a dict of JSON-able values.
 
     context: None carries the state over the whole split, in forwards of `window` tokens; N resets it every N tokens,
-    `batch_size` windows at a time. progress is called with (tokens just scored, tokens in all).
+    `batch_size` windows at a time. progress is called with (tokens just scored, tokens in all). recall: also score the
+    tokens that end a bigram seen before in the context and at most so often in the train split (see breakdown.py).
     Raises UserError when the folder does not fit the model, or the NLL is not finite.
     """
     from ..data.stream import TokenStream
@@ -159,13 +195,22 @@ def evaluate(
     stream = TokenStream.open(folder, split)
     stream.check_vocabulary(model.config.vocab_size)
     step = None if progress is None else lambda count: progress(count, len(stream.tokens))
+    if recall is not None and "train" not in stream.manifest.splits:
+        raise UserError(f"--recall: {folder} has no train split to count in; give a prepared folder with one")
+    nlls, observe = np.empty(len(stream.tokens)), None
+    # with an adaptive softmax, the NLL of a single token costs all clusters
+    if recall is not None or getattr(model.config, "adaptive_cutoffs", None) is None:
+
+        def observe(first: int, values: np.ndarray) -> None:
+            nlls[first : first + len(values)] = values
+
     start = time.perf_counter()
     if context is None:
         protocol = "full context, state carried"
-        nll = full_context_nll(model, stream.tokens, stream.eos_token_id, window, step)
+        nll = full_context_nll(model, stream.tokens, stream.eos_token_id, window, step, observe)
     else:
         protocol = f"non-overlapping windows of {context}"
-        nll = windowed_nll(model, stream.tokens, stream.eos_token_id, context, batch_size, step)
+        nll = windowed_nll(model, stream.tokens, stream.eos_token_id, context, batch_size, step, observe)
     seconds = time.perf_counter() - start
     if not math.isfinite(nll):
         raise UserError(f"the model's NLL on {folder} is {nll}; its training diverged, evaluate an earlier checkpoint")
@@ -187,9 +232,39 @@ def evaluate(
         "seconds": seconds,
         "tokens_per_second": info.tokens / seconds,
     }
+    if observe is not None:
+        results |= breakdown(stream, nlls, context, recall)
     if "train" in stream.manifest.splits:
         results["unigram_perplexity"] = unigram_perplexity(TokenStream.open(folder, "train"), stream)
     return results
+
+
+def breakdown(stream, nlls: np.ndarray, context: int | None, recall: int | None) -> dict:
+    """Entries of the JSON file from the NLLs of the tokens: the standard error, and with `recall` the recalled ones."""
+    from ..data.stream import TokenStream
+    from .breakdown import documents_of, recalled, standard_error
+
+    documents = documents_of(stream.tokens, stream.eos_token_id)
+    error, number = standard_error(nlls, documents)
+    whole = perplexity(float(nlls.sum()), len(nlls))
+    found = {
+        "documents": number,
+        # of exp(m), by its derivative
+        "token_perplexity_standard_error": None if error is None or whole is None else whole * error,
+    }
+    if recall is not None:
+        training = TokenStream.open(stream.folder, "train").tokens
+        chosen = recalled(stream.tokens, documents, context, training, stream.vocab_size, recall)
+        parts = (("recalled", chosen), ("other", ~chosen))
+        found["recall"] = {"at_most": recall} | {
+            name: {
+                "tokens": int(which.sum()),
+                "nll": float(nlls[which].sum()),
+                "token_perplexity": perplexity(float(nlls[which].sum()), int(which.sum())),
+            }
+            for name, which in parts
+        }
+    return found
 
 
 def perplexity(nll: float, count: int) -> float | None:
@@ -283,6 +358,13 @@ def table(results: dict) -> Table:
 
     tokens, words, lines = (f"{results[key]:,}" for key in ("tokens", "words", "lines"))
     row("token perplexity", "token_perplexity", f"{tokens} tokens")
+    if results.get("token_perplexity_standard_error") is not None:
+        row("its standard error", "token_perplexity_standard_error", f"{results['documents']:,} documents")
+    for name, words in (("recalled", "bigram seen in the context, rare in training"), ("other", "all other tokens")):
+        if "recall" in results:
+            part = results["recall"][name]
+            value = "-" if part["token_perplexity"] is None else f"{part['token_perplexity']:,.4f}"
+            view.add_row(f"token perplexity, {words}", value, f"{part['tokens']:,} tokens")
     row("word perplexity", "word_perplexity", f"{words} words")
     row("word perplexity, line ends counted", "word_perplexity_with_line_ends", f"{words} words, {lines} line ends")
     row("bits per byte", "bits_per_byte", f"{results['bytes']:,} bytes")

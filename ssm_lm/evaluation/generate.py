@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, TextStreamer
 
+from ..baselines import is_baseline
 from ..errors import UserError
 from ..loading.model import load_model
 from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, load_tokenizer
@@ -167,6 +168,8 @@ def _check_strategy(args: argparse.Namespace) -> None:
 def strategy_arguments(args: argparse.Namespace, model, tokenizer) -> dict:
     """What generate() takes for the strategy beside its configuration; UserError for a draft model that cannot help."""
     if args.strategy in OF_THE_MODEL:
+        if is_baseline(model.config):
+            raise UserError(f"--strategy {args.strategy}: is brought by models of this package; {args.model} is none")
         own = {name: getattr(args, name) for name in STRATEGIES[args.strategy] if getattr(args, name) is not None}
         if "num_draft_tokens" in own:
             own["max_draft_length"] = own.pop("num_draft_tokens")

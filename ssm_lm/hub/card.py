@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from ..baselines import BASELINES, is_baseline
 from ..errors import UserError, one_line
 from ..loading.model import CLASSIFIER
 
@@ -26,6 +27,7 @@ SHOWN = (
     "hidden_act",
     "tie_word_embeddings",
 )
+OWN_CODE = "The code of the model lies in this repository, so it has to be allowed to run; read it first."
 LAYERS = {"s4": "S4 (diagonal plus low rank)", "s4d": "S4D (diagonal)", "s5": "S5 (diagonal, one for all channels)"}
 MEASURES = (
     ("token_perplexity", "token perplexity", "tokens of this model's tokenizer"),
@@ -62,29 +64,28 @@ def write_card(
     embedding = 0 if vocabulary is None else sum(parameter.numel() for parameter in vocabulary.parameters())
     shared = ", which the head shares" if config.tie_word_embeddings and not is_classifier else ""
     tag = "text-classification" if is_classifier else "text-generation"
+    baseline = is_baseline(config)
+    kind = "classification" if is_classifier else "causal-lm"
     parts = [
         "---",
         "library_name: transformers",
         *([] if embedding == 0 else [f"pipeline_tag: {tag}"]),
-        f"tags: [s4, state-space-model, {'classification' if is_classifier else 'causal-lm'}, custom_code]",
+        f"tags: [{f'{config.model_type}, {kind}' if baseline else f's4, state-space-model, {kind}, custom_code'}]",
         *([] if license is None else [f"license: {license}"]),
         "---",
         "",
         f"# {name}",
         "",
-        f"A {'sequence classifier' if is_classifier else 'causal language model'} whose mixers are "
-        f"{LAYERS.get(config.ssm, config.ssm)} state spaces instead of attention: training in linear time"
-        f"{'' if is_classifier else ', generation with a state of constant size'}. Trained with ssm_lm.",
+        _baseline(config) if baseline else _state_space(config, is_classifier),
         "",
         f"{parameters:,} parameters, {embedding:,} of them in the embedding{shared}; weights in "
-        f"{str(model.dtype).removeprefix('torch.')}, those of the state spaces in float32.",
+        f"{str(model.dtype).removeprefix('torch.')}{'' if baseline else ', those of the state spaces in float32'}.",
         "",
         "## Load it",
         "",
-        "The code of the model lies in this repository, so it has to be allowed to run; read it first.",
-        "",
+        *([] if baseline else [OWN_CODE, ""]),
         "```python",
-        *(_load_classifier(name, config) if is_classifier else _load_language_model(name)),
+        *(_load_classifier(name, config) if is_classifier else _load_language_model(name, not baseline)),
         "```",
         "",
         *_strategies(model),
@@ -111,13 +112,29 @@ def write_card(
     return "\n".join(parts)
 
 
-def _load_language_model(name: str) -> list[str]:
+def _state_space(config, is_classifier: bool) -> str:
+    return (
+        f"A {'sequence classifier' if is_classifier else 'causal language model'} whose mixers are "
+        f"{LAYERS.get(config.ssm, config.ssm)} state spaces instead of attention: training in linear time"
+        f"{'' if is_classifier else ', generation with a state of constant size'}. Trained with ssm_lm."
+    )
+
+
+def _baseline(config) -> str:
+    return (
+        f"A causal language model of transformers' class {BASELINES[config.model_type][1]}. Trained with ssm_lm, as "
+        "what its state space models are compared with."
+    )
+
+
+def _load_language_model(name: str, own_code: bool) -> list[str]:
+    trust = ", trust_remote_code=True" if own_code else ""
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'path = "{name}"  # this folder, or USER/{name} on the Hub',
-        "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
-        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)",
+        f"tokenizer = AutoTokenizer.from_pretrained(path{trust})",
+        f"model = AutoModelForCausalLM.from_pretrained(path{trust})",
         'inputs = tokenizer("Once", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=True)[0]))",
     ]

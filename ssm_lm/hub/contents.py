@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from ..baselines import BASELINES
 from ..errors import UserError, one_line
 from ..loading.folder import CONFIG, INDEX, WEIGHTS, check_links
 from ..loading.model import check_folder
@@ -67,7 +68,10 @@ def publishable(folder: Path) -> tuple[list[Path], list[str]]:
 def _code(folder: Path) -> list[Path]:
     """The modules that auto_map names and those that they import; UserError when one is not there."""
     again = "the folder would not load elsewhere; write it by `ssm-lm export`"
-    auto_map = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("auto_map")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if config["model_type"] in BASELINES and "auto_map" not in config:
+        return []  # transformers has it
+    auto_map = config.get("auto_map")
     if not isinstance(auto_map, dict) or not all(isinstance(value, str) for value in auto_map.values()):
         raise UserError(f"{folder / CONFIG}: has no auto_map that names the code of the model: {again}")
     found = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling
+from ..baselines import is_baseline
 from ..errors import UserError, one_line
 from ..files import new_folder
 from ..loading.folder import CHECKPOINT, check_links, quiet, resolve
@@ -116,18 +117,23 @@ def check_sources(checkpoint, tokenizer) -> None:
 
 
 def write(model, tokenizer, folder: Path, readme: str, max_shard_size: str = SHARD_SIZE) -> None:
-    """Write every file of the exported model into `folder`. tokenizer: None for a classifier without one."""
+    """Write every file of the exported model into `folder`. tokenizer: None for a classifier without one.
+
+    Of a baseline that is a plain folder of transformers, with a card.
+    """
     from ..auto import AUTO_MAP
 
-    model.config.auto_map = dict(AUTO_MAP)
-    model.config.kernels = "auto"  # what was forced here is about this machine
+    ours = not is_baseline(model.config)  # transformers has a baseline's code
+    if ours:
+        model.config.auto_map = dict(AUTO_MAP)
+        model.config.kernels = "auto"  # what was forced here is about this machine
     with quiet():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             for key in ("is_local", "local_files_only"):  # how it was loaded here
                 tokenizer.init_kwargs.pop(key, None)
             tokenizer.save_pretrained(folder)
-    for file in code_files():
+    for file in code_files() if ours else ():
         shutil.copyfile(file, folder / file.name)
     (folder / card.CARD).write_text(readme, encoding="utf-8")
 

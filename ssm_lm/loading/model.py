@@ -1,7 +1,8 @@
 """Load a model from a folder or the Hub, with errors that say what is wrong with it.
 
 A folder is what `ssm-lm export` wrote, the output of a training run, or one checkpoint of it. No code that lies in the
-folder is run: the classes are this package's own, and weights are read from safetensors alone. Before anything is
+folder is run: the classes are this package's own, or transformers' for a baseline, and weights are read from
+safetensors alone. Before anything is
 allocated, the model that config.json describes is held against the headers of the weights: see weights.py.
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from ..baselines import BASELINES, baseline_classes
 from ..errors import UserError, one_line
 from .folder import CONFIG, INDEX, quiet, read_json, resolve
 from .weights import check_counts, check_fit, check_loaded, read_headers
@@ -61,22 +63,34 @@ def check_folder(folder: Path, kinds: tuple[str, ...] = (CAUSAL_LM, CLASSIFIER))
     """
     from ..auto import modeling_s4
 
-    classes = {model.__name__: model for model, *_ in modeling_s4.MODELS}
-    values = _read_config(folder, modeling_s4.S4Config.model_type)
+    values = read_json(folder / CONFIG)
+    baseline = _baseline(values)
+    _check_kind_of_file(folder, values, values["model_type"] if baseline else modeling_s4.S4Config.model_type)
     headers = read_headers(folder)
     check_counts(folder, values, headers)
-    config = _config(modeling_s4.S4Config, folder, values)
-    kind = CLASSIFIER if CLASSIFIER in (config.architectures or ()) else CAUSAL_LM
+    if baseline:
+        values, _ = baseline[0].get_config_dict(folder)  # an infinity is written as an object
+    config = _config(baseline[0] if baseline else modeling_s4.S4Config, folder, values)
+    kind = CLASSIFIER if not baseline and CLASSIFIER in (config.architectures or ()) else CAUSAL_LM
     if kind not in kinds:
         raise UserError(f"{folder}: holds {kind}, and {' or '.join(kinds)} is needed here")
+    cls = baseline[1] if baseline else {model.__name__: model for model, *_ in modeling_s4.MODELS}[kind]
     try:
         with torch.device("meta"):
-            model = classes[kind](config)
+            model = cls(config)
         model.tie_weights()
     except Exception as error:  # about a key, about the size of a tensor, about the name of an activation
         raise UserError(f"{folder / CONFIG}: describes no model ({one_line(error)})") from error
     check_fit(folder, model, headers)
-    return classes[kind], config
+    return cls, config
+
+
+def _baseline(values: dict) -> tuple[type, type] | None:
+    """(the config's class, the language model's) of a baseline that was saved as one, else None."""
+    kind, architectures = values.get("model_type"), values.get("architectures")
+    if isinstance(kind, str) and kind in BASELINES and architectures == [BASELINES[kind][1]]:
+        return baseline_classes(kind)
+    return None
 
 
 def _dtype(dtype) -> torch.dtype | None:
@@ -97,8 +111,7 @@ def _download(repo: str, patterns: tuple[str, ...]) -> Path:
         raise UserError(f"{repo}: {CONFIG}: cannot be read ({one_line(error)})") from error
 
 
-def _read_config(folder: Path, model_type: str) -> dict:
-    values = read_json(folder / CONFIG)
+def _check_kind_of_file(folder: Path, values: dict, model_type: str) -> None:
     found = values.get("model_type")
     if found != model_type:
         raise UserError(
@@ -107,11 +120,10 @@ def _read_config(folder: Path, model_type: str) -> dict:
         )
     if values.get("quantization_config") is not None:
         raise UserError(f"{folder / CONFIG}: the weights are quantised; give the model that they were made of")
-    return values
 
 
 def _config(config_class, folder: Path, values: dict):
-    """The S4Config of these values, less those that name a method of it or another file."""
+    """The config of these values, less those that name a method of it or another file."""
     known = {field.name for field in dataclasses.fields(config_class)} | {"num_labels", "torch_dtype"}
     values = {
         key: value

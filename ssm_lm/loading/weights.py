@@ -69,6 +69,7 @@ def check_counts(folder: Path, values: dict, headers: dict) -> None:
     largest = max((size for shape, _ in headers.values() for size in shape), default=0)
     for key, limit in (
         ("num_hidden_layers", len(headers)),
+        ("n_layer", len(headers)),
         ("adaptive_cutoffs", len(headers)),
         ("adaptive_div_val", largest),
         ("num_labels", largest),

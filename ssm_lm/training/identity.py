@@ -14,7 +14,7 @@ def run_identity(values: dict, task, global_batch_size: int) -> dict:
     """
     from ..config.arguments import S4TrainingArguments  # transformers, which takes seconds to import
 
-    model = json.loads(json.dumps(task.config.to_diff_dict()))
+    model = json.loads(json.dumps(task.config.to_diff_dict()), parse_constant=str)  # an infinity as its name
     model.pop("transformers_version", None)
     training = {key: values.get(key, getattr(S4TrainingArguments, key)) for key in TRAINING}
     identity = {"model": model, "data": task.fingerprint, "global_batch_size": global_batch_size, **training}

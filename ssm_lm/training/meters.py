@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from ..baselines import is_baseline
+from ..costs.baselines import baseline_flops
 from ..costs.devices import known_device
 from ..costs.flops import total, training_flops
 from ..internals.torch import events_of
@@ -68,6 +70,8 @@ class Meters:
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019  (one object a run)
     def _batch_flops(self, batch_size: int, length: int) -> float:
+        if is_baseline(self.config):
+            return total(baseline_flops(self.config, batch_size, length))
         needs_state = getattr(self.args, "carry_state", False)
         probe = torch.empty(0, device=self.args.device)
 

@@ -3,7 +3,19 @@
 import torch
 from torch import nn
 
+from ..baselines import STATE_SPACES
 from ..modeling.ssm import StateSpace
+
+
+def state_space_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of every state space: ours, and of a baseline what its mixer holds itself (A_log, D, dt_bias)."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, StateSpace):
+            found += module.parameters()
+        elif type(module).__name__ in STATE_SPACES:
+            found += module.parameters(recurse=False)
+    return found
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, ssm_learning_rate: float, weight_decay: float) -> list:
@@ -14,7 +26,7 @@ def parameter_groups(model: nn.Module, learning_rate: float, ssm_learning_rate: 
     no_decay: biases and norms, all that is a vector.
     decay:    matrices and embeddings.
     """
-    ssm = {id(p) for module in model.modules() if isinstance(module, StateSpace) for p in module.parameters()}
+    ssm = {id(p) for p in state_space_parameters(model)}
     groups = {
         "decay": {"params": [], "lr": learning_rate, "weight_decay": weight_decay},
         "no_decay": {"params": [], "lr": learning_rate, "weight_decay": 0.0},
@@ -23,7 +35,7 @@ def parameter_groups(model: nn.Module, learning_rate: float, ssm_learning_rate: 
     norms = {
         id(p)
         for module in model.modules()
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+        if "Norm" in type(module).__name__  # torch's, and those that a model brings
         for p in module.parameters()
     }
     for name, parameter in model.named_parameters():
@@ -49,8 +61,10 @@ def check_ssm_precision(model: nn.Module) -> None:
                     raise RuntimeError(f"{path}.{name} is {parameter.dtype}; state space parameters stay float32")
 
 
-def check_ssm_group(optimizer, ssm_learning_rate: float) -> None:
+def check_ssm_group(model: nn.Module, optimizer, ssm_learning_rate: float) -> None:
     """Raise RuntimeError unless the optimizer, torch's or a ZeRO one, has the group `ssm` as it was made."""
+    if not state_space_parameters(model):
+        return
     groups = [group for group in optimizer.param_groups if group.get("name") == "ssm"]
     if not groups:
         raise RuntimeError("the engine has put the state space parameters into another group of the optimizer")

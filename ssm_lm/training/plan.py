@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.model import describe
 from ..errors import UserError, first_line
 from .checkpoints import check_resumable, claim, last_complete_checkpoint
 from .checks import check_values
@@ -164,7 +165,6 @@ def print_plan(plan: Plan, model) -> None:
     """What is about to run, resolved."""
     args, task, checkpoint = plan.args, plan.task, plan.checkpoint
     parameters = sum(p.numel() for p in model.parameters())
-    config = model.config
     stage = args.deepspeed["zero_optimization"]["stage"] if args.deepspeed else None
     engine = "torch" if stage is None else f"DeepSpeed ZeRO {stage}"
     shared = f", {args.sequence_parallel_size} ranks a sequence" if args.sequence_parallel_size > 1 else ""
@@ -172,8 +172,7 @@ def print_plan(plan: Plan, model) -> None:
     half = half or ("bfloat16" if args.bf16 else "float16" if args.fp16 else None)
     precision = "float32" if half is None else f"{half} (autocast), float32 weights"
     print(
-        f"model     {parameters:,} parameters: {config.num_hidden_layers} x [{', '.join(config.sublayers)}], "
-        f"{config.ssm}, hidden_size {config.hidden_size}, state_size {config.state_size}\n"
+        f"model     {parameters:,} parameters: {describe(model.config)}\n"
         f"{task.describe(args)} "
         f"({args.world_size} ranks x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
         f"accumulated{shared}), {args.max_steps} steps\n"

@@ -7,7 +7,7 @@ Making one reads and checks everything and writes nothing.
 from pathlib import Path
 
 from ..config.arguments import S4TrainingArguments
-from ..config.model import model_config
+from ..config.model import check_baseline, model_config, new_language_model
 from ..data.sequences import load_task
 from ..data.stream import TokenStream
 from ..data.tokenizer import load_tokenizer
@@ -25,7 +25,7 @@ def make_task(values: dict, where: str):
 
 
 class LanguageModelling:
-    """The next token of the stream in `data`. Attributes: config (S4Config), samples_per_epoch, fingerprint."""
+    """The next token of the stream in `data`. Attributes: config (the model's), samples_per_epoch, fingerprint."""
 
     def __init__(self, values: dict, where: str):
         if not values.get("data"):
@@ -45,6 +45,7 @@ class LanguageModelling:
             self.config = model_config(tokens | values["model"], where)
         self.stream.check_vocabulary(self.config.vocab_size, "the model")
         length = values.get("sequence_length", S4TrainingArguments.sequence_length)
+        check_baseline(self.config, values, length, where)
         self.train_windows = TokenWindows(self.stream, length)
         self.eval_windows = None
         if values.get("eval_strategy", "no") != "no":
@@ -54,10 +55,8 @@ class LanguageModelling:
 
     def new_model(self):
         """The model of `init_from`, or a fresh one."""
-        from ..modeling.modeling_s4 import S4ForCausalLM
-
         if not self.init_from:
-            return S4ForCausalLM(self.config)
+            return new_language_model(self.config)
         model, self._loaded = self._loaded or self._load(), None
         return model
 
@@ -105,6 +104,8 @@ class Classification:
     def __init__(self, values: dict, where: str):
         if values.get("init_from"):
             raise UserError(f"{where}: init_from is for language models; leave it out")
+        if "type" in values["model"]:
+            raise UserError(f"{where}: model.type is for language models; leave it out, or the task")
         self.task = load_task(values["task"])
         self.config = model_config(self.task.model_keys() | {"tie_word_embeddings": False} | values["model"], where)
         self.samples_per_epoch = len(self.task.splits["train"])

@@ -161,7 +161,7 @@ class S4Trainer(CheckpointedTrainer):
         if self._meter is None:
             check_ssm_precision(model)  # on the engine as it is, not on the config
             share_master_weights(model)
-            check_ssm_group(self.engine_optimizer(), self.args.ssm_learning_rate)
+            check_ssm_group(self.model, self.engine_optimizer(), self.args.ssm_learning_rate)
             self._meter = (time.perf_counter(), self.state.global_step)
         self.meters.saw(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
