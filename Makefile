@@ -22,11 +22,13 @@ KERNEL_TESTS ?= tests/kernels/test_kernels_interpreted.py::test_interpreted test
 quickstart: $(VENV)/.installed
 	$(BIN)/ssm-lm prepare --dataset builtin --tokenizer bpe:4096 --output data/builtin
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m ssm_lm train configs/train/quickstart.yaml $(QUICKSTART)
-	$(BIN)/ssm-lm eval runs/quickstart --data data/builtin --split validation --json runs/quickstart/eval.json
+	$(BIN)/ssm-lm eval runs/quickstart --data data/builtin --split validation --context 16,64,256,1024,full --json runs/quickstart/eval.json
 	$(BIN)/ssm-lm generate runs/quickstart --prompt "Return a new array" --max-new-tokens 60 --seed 1
 	@if [ -e exports/quickstart ]; then echo "exports/quickstart is there already"; \
 	else $(BIN)/ssm-lm export runs/quickstart --output exports/quickstart --results runs/quickstart/eval.json; fi
+	$(BIN)/ssm-lm plot runs/quickstart
 	@echo
+	@echo "Curves:       runs/quickstart/curves.png"
 	@echo "TensorBoard:  $(BIN)/tensorboard --logdir runs/quickstart/runs"
 	@echo "Model:        exports/quickstart, for AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"
 
@@ -57,7 +59,7 @@ venv: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.[plot]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -30,6 +30,8 @@ VERBS = {
     "push": ("ssm_lm.hub.push", "publish an exported folder on the Hub, private by default"),
     "convert": ("ssm_lm.hub.convert", "turn a checkpoint of state-spaces/s4 into a folder that loads here"),
     "estimate": ("ssm_lm.estimate.report", "parameters, FLOPs, memory and days of a run, before it takes a GPU"),
+    "runs": ("ssm_lm.runs.listing", "list the runs of a folder: how far they came, their best, what may go on"),
+    "plot": ("ssm_lm.runs.curves", "draw the curves of one run or of several into one picture"),
     "bench": ("ssm_lm.bench.kernels", "time the fused kernels, or compile them for any GPU and count"),
     "doctor": ("ssm_lm.doctor", "say what this machine has: torch, GPU, Triton, DeepSpeed"),
 }

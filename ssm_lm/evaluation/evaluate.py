@@ -29,6 +29,7 @@ from ..loading.model import DTYPES, load_model
 from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, is_tokenizer_of, load_tokenizer
 
 SPLITS = ("train", "validation", "test")
+BY_CONTEXT = ("nll", "token_perplexity", "word_perplexity", "bits_per_byte")  # what is kept of every context
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context",
         default="full",
-        metavar="full|N",
-        help="full (default): the state is carried over the whole split; N: windows of N tokens from a zero state",
+        metavar="full|N[,...]",
+        help="full (default): the state is carried over the whole split; N: windows of N tokens from a zero state; "
+        "several, as 64,256,full: each of them, and the numbers of the longest in full",
     )
     parser.add_argument(
         "--window", type=int, default=4096, metavar="N", help="tokens a forward, of --context full (default: 4096)"
@@ -85,7 +87,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate as the arguments say, print a table and write the JSON file."""
-    context = None if args.context == "full" else _positive("--context", args.context, "full or a number")
+    contexts = parse_contexts(args.context)
     _positive("--window", args.window)
     _positive("--batch-size", args.batch_size)
     if args.json is not None:
@@ -101,12 +103,28 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, key) is not None:
             raise UserError(f"--{key.replace('_', '-')} belongs to --tasks")
     model = place(load_model(args.model, args.dtype), args.device)
-    check_context(model, context)
-    with prepared(args.data, args.model, args.split, model) as folder, _progress() as progress:
-        results = evaluate(model, folder, args.split, context, args.window, args.batch_size, progress, args.recall)
-    results |= {"model": args.model, "data": args.data}
+    for context in contexts:
+        check_context(model, context)
+    rows = []
+    with prepared(args.data, args.model, args.split, model) as folder:
+        for context in contexts:
+            with _progress() as progress:
+                results = evaluate(
+                    model, folder, args.split, context, args.window, args.batch_size, progress, args.recall
+                )
+            rows.append({"context": context} | {key: results[key] for key in BY_CONTEXT})
+    results |= {"contexts": rows, "model": args.model, "data": args.data}
+    if len(rows) > 1:
+        Console().print(table_of_contexts(rows))
     Console().print(table(results))
     write_results(args.json, results)
+
+
+def parse_contexts(text: str) -> list[int | None]:
+    """`--context 256,64,full` -> [64, 256, None], the shortest first; UserError for anything else."""
+    words = text.split(",")
+    found = {None if word == "full" else _positive("--context", word, "full or a number") for word in words}
+    return sorted(found, key=lambda context: (context is None, context))
 
 
 def check_context(model, context: int | None) -> None:
@@ -370,6 +388,17 @@ def table(results: dict) -> Table:
     row("bits per byte", "bits_per_byte", f"{results['bytes']:,} bytes")
     row("unigram token perplexity, for reference", "unigram_perplexity", "counts of the train split, add one")
     row("seconds", "seconds", f"{results['tokens_per_second']:,.0f} tokens a second")
+    return view
+
+
+def table_of_contexts(rows: list[dict]) -> Table:
+    """What each length of context gives; the one without a number has the whole split before it."""
+    view = Table(title="by context", title_justify="left")
+    for column in ("tokens of context", "token perplexity", "bits per byte"):
+        view.add_column(column, justify="right")
+    for row in rows:
+        measures = ("-" if row[key] is None else f"{row[key]:,.4f}" for key in ("token_perplexity", "bits_per_byte"))
+        view.add_row("full, carried" if row["context"] is None else f"{row['context']:,}", *measures)
     return view
 
 

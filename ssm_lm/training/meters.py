@@ -33,8 +33,8 @@ from ..costs.flops import total, training_flops
 from ..internals.torch import events_of
 from ..modeling.kernel_launch import architecture
 from ..modeling.ops import use_kernel
+from .history import METRICS_FILE, trim
 
-METRICS_FILE = "metrics.jsonl"
 # collectives as the profiler names them: NCCL's kernels on a GPU, Gloo's own ranges on a CPU
 COLLECTIVES = re.compile(r"^(nccl|gloo:)", re.IGNORECASE)
 
@@ -146,22 +146,6 @@ class MetricsFile(TrainerCallback):
             entry = {"step": state.global_step, "time": time.time(), **logs}
             with open(Path(args.output_dir) / METRICS_FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, default=float) + "\n")
-
-
-def trim(path: Path, last_step: int) -> None:
-    """Leave in a metrics file the entries up to `last_step`; a line that a kill cut short goes too."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
 
 
 class ProfileTrace(TrainerCallback):

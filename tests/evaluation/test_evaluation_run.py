@@ -89,6 +89,16 @@ def test_windows(folders):
     assert abs(carried - results["nll"]) > 1e-6 * carried
 
 
+def test_several_contexts_in_one_call(folders, capsys):
+    """Each is what a call of its own gives; the longest stands in full."""
+    several, full = evaluate(folders, "--context", "full,16,8"), evaluate(folders)
+    assert [row["context"] for row in several["contexts"]] == [8, 16, None]
+    assert several["contexts"][1]["nll"] == evaluate(folders, "--context", "16")["nll"]
+    assert several["contexts"][2]["nll"] == several["nll"] == full["nll"]
+    assert [row["context"] for row in full["contexts"]] == [None]
+    assert "full, carried" in capsys.readouterr().out
+
+
 def test_text_is_read_with_the_models_tokenizer(folders):
     results, expected = evaluate(folders, data="text"), evaluate(folders)
     for key in ("tokens", "words", "lines", "bytes", "nll", "unigram_perplexity"):
@@ -132,7 +142,14 @@ def test_a_model_without_a_tokenizer(folders, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--context", "half"), ("--context", "0"), ("--window", "0"), ("--batch-size", "-1"), ("--device", "abacus")],
+    [
+        ("--context", "half"),
+        ("--context", "0"),
+        ("--context", "8,half"),
+        ("--window", "0"),
+        ("--batch-size", "-1"),
+        ("--device", "abacus"),
+    ],
 )
 def test_bad_arguments(folders, capsys, arguments):
     assert arguments[0] in refused(capsys, folders, *arguments)
