@@ -21,6 +21,8 @@ class S4TrainingArguments(TrainingArguments):
     sequence_parallel_size: consecutive ranks that share a sequence, a slice each (see sequence_parallel.py).
     train_batch_size_total: sequences an optimizer step sees, over all ranks; gradient_accumulation_steps follows from
         it and the number of ranks, so that a run may change that number and stay the same run. None: as the keys say.
+    reduce_dtype: float32 or bfloat16, in which the gradients of linear layers are reduced over the ranks of ZeRO 1 to 3
+        under bf16 (at ZeRO 3 their weights are gathered in it too); all else is float32.
     spike_threshold: a step whose loss or gradient norm lies further above the usual, in robust standard deviations of
         its logarithm, is not taken (see guard.py); 0: only what is not finite is skipped.
     spike_window: how many steps "the usual" is taken from.
@@ -41,6 +43,7 @@ class S4TrainingArguments(TrainingArguments):
     carry_state: bool = False
     sequence_parallel_size: int = 1
     train_batch_size_total: int | None = None
+    reduce_dtype: str = "float32"
     spike_threshold: float = 10.0
     spike_window: int = 128
     max_skipped_steps: int = 8

@@ -5,14 +5,20 @@ from pathlib import Path
 
 from ..errors import UserError
 
+REDUCE_DTYPES = ("float32", "bfloat16")
 
-def deepspeed_config(source: dict | str | None, bf16: bool, fp16: bool) -> dict | None:
+
+def deepspeed_config(
+    source: dict | str | None, bf16: bool, fp16: bool, reduce_dtype: str = REDUCE_DTYPES[0]
+) -> dict | None:
     """A DeepSpeed config in which `bf16: true` and `fp16: true` mean autocast.
 
     DeepSpeed's own bf16 and fp16 blocks cast every parameter, and make the float32 master copy from the rounded
     values: dt and Lambda lose two digits for good. Its torch_autocast block keeps parameters, master copies and
     checkpoints float32, computes in 16 bits, and, at stage 0, scales the loss for float16. A block `optimizer` would
     put all parameters in one group.
+    reduce_dtype: of what the ranks of ZeRO 1 to 3 send each other of linear layers under bf16: gradients, and at stage
+    3 weights. DeepSpeed's own choice is 16 bits. Everything else is always float32.
     Raises UserError for a file that cannot be read and for the blocks that break the above.
     """
     if source is None:
@@ -55,4 +61,6 @@ def deepspeed_config(source: dict | str | None, bf16: bool, fp16: bool) -> dict 
     config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's default is true
     if bf16 or fp16:
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16" if bf16 else "float16"}
+        if reduce_dtype == "float32":  # this list is not of what computes in 16 bits, but of what travels in them
+            config["torch_autocast"]["lower_precision_safe_modules"] = []
     return config

@@ -7,6 +7,10 @@ from transformers import Trainer
 from . import Part
 
 
+class EvaluationCut(Exception):
+    """Raised by a callback in an evaluation that is not to go on; the step is saved."""
+
+
 class OpenTrainer(Trainer):
     """transformers' Trainer with a public name for each of its private moments that this project steps into.
 
@@ -42,6 +46,10 @@ class OpenTrainer(Trainer):
         """The order of the training examples."""
         return super()._get_train_sampler(dataset)
 
+    def judge_best(self, metrics: dict[str, float]) -> bool:
+        """Take the model of this step for the best one, if these metrics say so; whether they did."""
+        return super()._determine_best_metric(metrics=metrics, trial=None)
+
     # ---- the Trainer's own names
 
     def _get_output_dir(self, trial):
@@ -49,6 +57,13 @@ class OpenTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         self.write_checkpoint(model, trial)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationCut:
+            self.control.should_evaluate, self.control.should_save = False, True
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # what was logged is not logged again
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if resume_from_checkpoint is None or not self.takes_up(resume_from_checkpoint):
@@ -87,6 +102,18 @@ PARTS = (
         "overridden: what else a checkpoint holds, its mark, its rename, the time it took",
         "on_save comes after the old checkpoints were deleted, and cannot fail the save",
         "the same",
+    ),
+    Part(
+        "transformers.Trainer._maybe_log_save_evaluate",
+        "overridden: an evaluation that is cut short is followed by the step's checkpoint",
+        "a run that is asked to end has no time for the rest of an evaluation, and callbacks cannot end one",
+        "control has a flag that ends an evaluation",
+    ),
+    Part(
+        "transformers.Trainer._determine_best_metric",
+        "called for the evaluation of a step that was cut short before the run went on",
+        "evaluations before the first step are not asked whether they are the best",
+        "as above",
     ),
     Part(
         "transformers.Trainer._prepare_for_training",

@@ -5,6 +5,7 @@ that each window continues the one before it in its row. The states at the windo
 next step, and part of every checkpoint.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -61,14 +62,29 @@ class CarriedState:
             layer.states = [state.detach() for state in layer.states]
         return self.caches[slot]
 
-    def save(self, path: Path) -> None:
-        """Write every state of this rank as safetensors."""
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every state of this rank, and how far it is."""
         tensors = {"place": torch.tensor(self.place), "shape": torch.tensor([world_size(), self.batches_per_step])}
         for slot, cache in enumerate(self.caches):
             for number, layer in enumerate(cache.layers):
                 for index, state in enumerate(layer.states):
                     tensors[f"{slot}.{number}.{index}"] = state.detach().contiguous()
-        save_file(tensors, path)
+        return tensors
+
+    def take(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of `tensors`."""
+        self.place = int(tensors["place"])
+        self.caches = [DynamicCache(config=self.config) for _ in range(self.batches_per_step)]
+        names = [key.split(".") for key in tensors if "." in key]
+        for slot, number, index in sorted([int(part) for part in name] for name in names):
+            self.caches[slot].layers[number].update_state(index, tensors[f"{slot}.{number}.{index}"], 0)
+
+    def moment(self) -> "CarriedMoment":
+        return CarriedMoment(self, {key: tensor.clone() for key, tensor in self.tensors().items()})
+
+    def save(self, path: Path) -> None:
+        """Write every state of this rank as safetensors."""
+        save_file(self.tensors(), path)
 
     def load(self, path: Path, device) -> None:
         """Take up the states of a checkpoint. Raises UserError where it has none for this rank."""
@@ -76,15 +92,21 @@ class CarriedState:
             raise UserError(f"{path}: no such file; the checkpoint was not written with carry_state, or by other ranks")
         tensors = {key: tensor.to(device) for key, tensor in load_file(path).items()}
         here = [world_size(), self.batches_per_step]
-        written = tensors.pop("shape").tolist() if "shape" in tensors else here
+        written = tensors["shape"].tolist() if "shape" in tensors else here
         if written != here:
             raise UserError(
                 f"{path}: the states of {written[0]} ranks x {written[1]} batches a step; carry_state goes on with as "
                 f"many, not {here[0]} x {here[1]}"
             )
-        self.place = int(tensors.pop("place"))
-        self.caches = [DynamicCache(config=self.config) for _ in range(self.batches_per_step)]
-        keys = sorted(tensors, key=lambda key: [int(part) for part in key.split(".")])
-        for key in keys:
-            slot, number, index = (int(part) for part in key.split("."))
-            self.caches[slot].layers[number].update_state(index, tensors[key], 0)
+        self.take(tensors)
+
+
+@dataclass
+class CarriedMoment:
+    """The states as they were; `restore` brings them back."""
+
+    carried: CarriedState
+    tensors: dict[str, torch.Tensor]
+
+    def restore(self) -> None:
+        self.carried.take(self.tensors)

@@ -3,6 +3,7 @@
 import os
 import re
 
+from ..config.deepspeed import REDUCE_DTYPES
 from ..errors import UserError
 from .environment import world_size
 
@@ -22,6 +23,8 @@ def check_values(values: dict, where: str) -> None:
         if values.get(key, least) < least:
             raise UserError(f"{where}: {key} must be at least {least}, not {values[key]}")
     check_sequence_parallel(values, where)
+    if values.get("reduce_dtype", "float32") not in REDUCE_DTYPES:
+        raise UserError(f"{where}: reduce_dtype is one of {', '.join(REDUCE_DTYPES)}, not {values['reduce_dtype']!r}")
     for key in ("profile", "peak_tflops", "communication_sample_steps"):
         if (values.get(key) or 0) < 0:
             raise UserError(f"{where}: {key} must not be negative, not {values[key]}")

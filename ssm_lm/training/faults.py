@@ -1,11 +1,11 @@
 """Faults that a run survives: steps that must not be taken, and signals that ask it to end.
 
 All ranks decide alike: the loss and the signals are reduced over them once a step, the gradient norm already is.
+Signals are looked at between the batches that a step accumulates and in evaluations too: a scheduler waits for minutes.
 """
 
 import json
 import math
-import signal
 from pathlib import Path
 
 import torch
@@ -15,29 +15,12 @@ from transformers import TrainerCallback
 from ..files import write_json
 from ..internals.deepspeed import before_clipping, gradient_norm
 from ..internals.torch import guard_step, limit_waiting
+from ..internals.transformers import EvaluationCut
 from .guard import StepGuard
+from .stopping import StopSignals
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-PREEMPTED = 75  # the exit code of a run that was asked to end and can go on: EX_TEMPFAIL of sysexits.h
 GUARD_FILE = "guard.json"
-
-
-class StopSignals:
-    """Within the block, SIGTERM and SIGUSR1 set `received` instead of ending the process."""
-
-    def __init__(self):
-        self.received: str | None = None
-
-    def __enter__(self):
-        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number, frame):
-        self.received = signal.Signals(number).name
+LOOK_EVERY = 8  # batches of an evaluation: ranks that ask each other wait for the device
 
 
 class Faults(TrainerCallback):
@@ -54,6 +37,11 @@ class Faults(TrainerCallback):
         self.skipped = 0  # since the process began
         self.in_a_row: list[int] = []  # numbers of the steps
         self.stopped, self.bad_steps = False, []
+        self.evaluation_due = False  # one was cut short: it comes first when the run goes on
+        self._step_start = []  # what the trainer remembers of it, where a step accumulates batches
+        self._cut_step = False  # the run ended in the middle of a step
+        self._saved_step = 0  # which the newest checkpoint is of
+        self._training, self._batches_evaluated = False, 0
         self._loss = None  # of the step so far, this rank's share
         self._norm = None  # of the gradient before clipping, where the engine does not tell
         self._reason, self._judged, self._stop = None, False, False
@@ -94,6 +82,13 @@ class Faults(TrainerCallback):
         self._reason = self.guard.verdict(loss, self._gradient_norm())
         self._judged = True
 
+    def _is_asked_to_stop(self) -> bool:
+        """Whether a signal has reached any rank. A collective: all ranks call it."""
+        asked = torch.tensor(float(self.signals.received is not None), device=self.trainer.args.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(asked)
+        return bool(asked > 0)
+
     def _gradient_norm(self) -> float:
         norm = gradient_norm(self.trainer.model_wrapped)
         if norm is None:
@@ -108,6 +103,28 @@ class Faults(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         limit_waiting(args.ddp_timeout)
         before_clipping(self.trainer.model_wrapped, self.observe_norm)
+        self._training, self._saved_step = True, state.global_step
+        args.eval_on_start = args.eval_on_start or self.evaluation_due
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._training = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.gradient_accumulation_steps > 1:
+            self._step_start = self.trainer.moment()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if self._is_asked_to_stop():
+            self.stopped = self._cut_step = control.should_training_stop = True
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self._batches_evaluated += 1
+        if self._training and self._batches_evaluated % LOOK_EVERY == 0 and self._is_asked_to_stop():
+            self.stopped = self.evaluation_due = control.should_training_stop = True
+            raise EvaluationCut
+
+    def on_save(self, args, state, control, **kwargs):
+        self._saved_step = state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self._judged:  # the engine found the gradient not finite, and did not come to the optimizer
@@ -137,15 +154,23 @@ class Faults(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.bad_steps or self.stopped:  # a strategy by epochs would save once more
             control.should_save = control.should_evaluate = False
+        if self._cut_step and state.global_step > self._saved_step:
+            for part in self._step_start:
+                part.restore()  # the checkpoint is of the last whole step
+            control.should_save = True
 
     # ---- checkpoints
 
     def save(self, folder: Path) -> None:
-        write_json(folder / GUARD_FILE, self.guard.state() | {"in_a_row": self.in_a_row})
+        write_json(folder / GUARD_FILE, self._state())
+
+    def _state(self) -> dict:
+        return self.guard.state() | {"in_a_row": self.in_a_row, "evaluation_due": self.evaluation_due}
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint's history; one from before there was a guard has none."""
         if (folder / GUARD_FILE).is_file():
             state = json.loads((folder / GUARD_FILE).read_text(encoding="utf-8"))
             self.in_a_row = state.pop("in_a_row")
+            self.evaluation_due = state.pop("evaluation_due", False)
             self.guard.load_state(state)

@@ -68,11 +68,15 @@ def make_plan(values: dict, where: str, alone: bool = False) -> Plan:
 
 def resolved_arguments(values: dict, where: str) -> dict:
     """The keys of S4TrainingArguments, with what follows from the others and from this machine."""
+    from ..config.arguments import S4TrainingArguments
     from ..config.deepspeed import deepspeed_config
 
     arguments = {key: value for key, value in values.items() if key not in ("model", "init_from")}
     arguments["deepspeed"] = deepspeed_config(
-        values.get("deepspeed"), values.get("bf16", False), values.get("fp16", False)
+        values.get("deepspeed"),
+        values.get("bf16", False),
+        values.get("fp16", False),
+        values.get("reduce_dtype", S4TrainingArguments.reduce_dtype),
     )
     if arguments["deepspeed"]:
         arguments["bf16"] = arguments["fp16"] = False  # it is torch_autocast there

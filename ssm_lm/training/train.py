@@ -5,6 +5,7 @@ the same config it goes on from the last whole checkpoint, or says that the run 
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from ..config.reading import parse_overrides, read_train_config
@@ -18,6 +19,7 @@ from .environment import (
     named_timeouts,
     release_trainer,
     set_threads,
+    world_size,
 )
 from .plan import Plan, make_plan, print_plan
 
@@ -37,19 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     overrides = parse_overrides(args.overrides)
     if not overrides.pop("dry_run", False):
-        train(read_train_config(args.config, overrides), where=args.config)
+        command = shlex.join(["ssm-lm", "train", args.config, *args.overrides])
+        train(read_train_config(args.config, overrides), where=args.config, command=command)
     elif is_main_process():  # which speaks for all
         with dry_run():
             train(read_train_config(args.config, overrides), where=args.config, plan_only=True)
 
 
-def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
+def train(values: dict, where: str = "config", plan_only: bool = False, command: str = "") -> Path:
     """Train as a checked config says (see `reading.read_train_config`); returns the folder of the finished model.
 
     The folder holds the model and its tokenizer, checkpoint-N folders, TensorBoard files in runs/ and the log in
     metrics.jsonl (see meters.py).
     Raises UserError, before anything is written, for whatever the config or the folders have wrong, and
-    SystemExit(75), after a checkpoint, where SIGTERM or SIGUSR1 asked the run to end. With `plan_only` (see
+    SystemExit(75), after a checkpoint, where SIGTERM, SIGUSR1 or Ctrl-C asked the run to end; `command` is then said to
+    be what goes on. With `plan_only` (see
     `environment.dry_run`) it prints the plan instead, and writes nothing.
     """
     plan = make_plan(values, where, alone=plan_only)
@@ -62,7 +66,7 @@ def train(values: dict, where: str = "config", plan_only: bool = False) -> Path:
         begin(plan)
         trainer, signal = train_to_the_end(plan)
         if trainer.faults.stopped:
-            stop(plan, trainer, signal)
+            stop(plan, trainer, signal, command)
         finish(plan, trainer)
     return plan.output_dir
 
@@ -93,11 +97,11 @@ def train_to_the_end(plan: Plan):
 
     Training begins again from the last checkpoint, past the batches that spoilt it, where steps were skipped in a row.
     """
-    from .faults import StopSignals
+    from .stopping import StopSignals
 
     set_threads()
     rollbacks = 0
-    with StopSignals() as signals:
+    with StopSignals(talks=is_main_process()) as signals:
         while True:
             trainer = train_once(plan, signals, announce=rollbacks == 0)
             if not trainer.faults.bad_steps:
@@ -155,16 +159,17 @@ def go_back(plan: Plan, trainer, rollbacks: int) -> None:
 # ---- finish
 
 
-def stop(plan: Plan, trainer, signal: str | None) -> None:
-    """Say that the run can go on, and end the process: SystemExit(75)."""
-    from .faults import PREEMPTED
+def stop(plan: Plan, trainer, signal: str | None, command: str) -> None:
+    """Say that the run can go on, and with what, and end the process: SystemExit(75)."""
+    from .stopping import PREEMPTED
 
     if is_main_process():
-        print(
-            f"stopped   {signal or 'another rank was signalled'} at step {trainer.state.global_step}; "
-            f"{last_complete_checkpoint(plan.output_dir)} is whole, and the same command goes on from it",
-            flush=True,
-        )
+        signal = signal or "another rank was signalled"
+        last = last_complete_checkpoint(plan.output_dir) or plan.given
+        left = f"{last} is whole, and the same command goes on from it" if last else "the same command begins again"
+        print(f"stopped   {signal} at step {trainer.state.global_step}; {left}", flush=True)
+        if command and world_size() == 1:
+            print(f"          {command}", flush=True)
     trainer.accelerator.end_training()
     raise SystemExit(PREEMPTED)
 

@@ -15,12 +15,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from ..data.sequences import SequenceTask
 from ..data.windows import TokenWindows, WindowSampler
 from ..internals.deepspeed import share_master_weights
+from ..internals.transformers import EvaluationCut
 from .carry import CarriedState, RowSampler
 from .checkpointing import CheckpointedTrainer
 from .faults import Faults
 from .meters import CommunicationSample, Meters, MetricsFile, ProfileTrace
 from .param_groups import check_ssm_group, check_ssm_precision, parameter_groups
 from .sequence_parallel import RepeatedBatches, SequenceParallel, SlicedWindows
+from .stopping import RandomState
 
 
 class RunSampler(Sampler):
@@ -91,7 +93,7 @@ class Bars(ProgressCallback):
 class S4Trainer(CheckpointedTrainer):
     """What every task shares: parameter groups, whole checkpoints, guards, the meter.
 
-    signals: what has asked the run to end, see `faults.StopSignals`.
+    signals: what has asked the run to end, see `stopping.StopSignals`.
     """
 
     def __init__(self, *args, signals=None, **kwargs):
@@ -150,6 +152,16 @@ class S4Trainer(CheckpointedTrainer):
         if self.faults.stopped or self.faults.bad_steps:
             self.state.best_model_checkpoint = None  # nothing is final yet: no best model to load, none to clear for
 
+    def moment(self) -> list:
+        """What a batch changes, of what a checkpoint holds; `restore()` of each brings it back."""
+        return [RandomState()]
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        except EvaluationCut:  # before the first step: the checkpoint is there, and the evaluation is still due
+            return None
+
     def write_checkpoint(self, model, trial):
         with self.meters.timing("checkpoint"):
             super().write_checkpoint(model, trial)
@@ -186,6 +198,11 @@ class S4Trainer(CheckpointedTrainer):
 
     def evaluate(self, *args, **kwargs):
         metrics = super().evaluate(*args, **kwargs)
+        if self.faults.evaluation_due:  # of the step that the checkpoint is of
+            self.faults.evaluation_due = self.args.eval_on_start = False
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if checkpoint.is_dir() and self.judge_best(metrics):
+                self.state.best_model_checkpoint = str(checkpoint)
         if self._meter is not None:
             self._meter = (time.perf_counter(), self.state.global_step)  # evaluation is not training time
             self.meters.reset()
@@ -256,6 +273,9 @@ class LanguageModelTrainer(S4Trainer):
         if self._carried is not None and model.training:
             inputs = inputs | {"past_key_values": self._carried.next_cache(), "use_cache": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def moment(self):
+        return super().moment() + ([] if self._carried is None else [self._carried.moment()])
 
     def _carried_file(self, checkpoint) -> Path:
         return Path(checkpoint) / f"carried_state_{self.args.process_index}.safetensors"

@@ -3,6 +3,7 @@
 FAULT_STEPS   steps (from 0) whose loss is spoilt, as "5" or "6,7,8"
 FAULT_WINDOWS the same, but bound to the batch: the first eight token ids of its first window; ";" between batches
 FAULT_FACTOR  what the loss is multiplied by: "nan" or "100"; "wait": it stays, and the rank waits for a signal
+FAULT_EVALUATION  steps (from 1) in whose evaluation the rank waits for a signal
 FAULT_RANK    the rank that it happens on; all of them without it
 RANK_OPTIONS  words that are added to the command on rank 1
 """
@@ -18,8 +19,15 @@ rank = int(os.environ.get("RANK", "0"))
 factor = os.environ.get("FAULT_FACTOR", "1")
 steps = {int(step) for step in os.environ.get("FAULT_STEPS", "").split(",") if step}
 windows = os.environ.get("FAULT_WINDOWS", "").split(";")
+evaluations = {int(step) for step in os.environ.get("FAULT_EVALUATION", "").split(",") if step}
 here = os.environ.get("FAULT_RANK", str(rank)) == str(rank)
 plain = trainer_module.S4Trainer.compute_loss
+
+
+def wait_for_a_signal(trainer, where):
+    print(f"waiting in {where} {trainer.state.global_step}", flush=True)
+    while trainer.faults.signals.received is None:
+        time.sleep(0.01)
 
 
 def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -28,13 +36,13 @@ def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=N
         first = " ".join(str(token) for token in inputs["input_ids"][0, :8].tolist())
         spoilt = here and (self.state.global_step in steps or first in windows)
         if spoilt and factor == "wait":
-            print(f"waiting in step {self.state.global_step}", flush=True)
-            while self.faults.signals.received is None:
-                time.sleep(0.01)
+            wait_for_a_signal(self, "step")
         elif spoilt:
             self.faults._loss = None  # as if the model itself had returned the spoilt loss
             loss = loss * float(factor)
             self.faults.observe_loss(loss)
+    elif here and self.state.global_step in evaluations:
+        wait_for_a_signal(self, "the evaluation of step")
     return loss
 
 

@@ -17,7 +17,8 @@ from harness import REPO, losses, process_environment, train_command, zero
 from ssm_lm.cli import main
 from ssm_lm.data.stream import TokenStream
 from ssm_lm.data.windows import TokenWindows, WindowSampler
-from ssm_lm.training.faults import PREEMPTED, STOP_SIGNALS, StopSignals
+from ssm_lm.training import stopping
+from ssm_lm.training.stopping import PREEMPTED, STOP_SIGNALS, StopSignals
 from ssm_lm.training.trainer import RunSampler
 
 pytestmark = pytest.mark.slow
@@ -100,23 +101,62 @@ def test_what_does_not_recover_ends_in_one_line(write_config):
 # ---- signals
 
 
+def stop(config: str, sent: signal.Signals, ranks: int = 1, **faults) -> str:
+    """Start a run that waits where FAULT_FACTOR says "wait", send one rank the signal there; what it said."""
+    with forked.Ranks(faulty(config), ranks, FAULT_FACTOR="wait", **faults) as stopped:
+        stopped.wait_until(lambda: "waiting in" in stopped.said())
+        os.kill(stopped.processes[-1].pid, sent)
+        done = stopped.wait()
+    assert done.returncode == PREEMPTED, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 def test_a_signal_ends_in_a_checkpoint_and_an_exit_code_that_asks_for_more(write_config, tmp_path, straight):
     settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1000}
     config = write_config("stopped", **settings)
-    with forked.Ranks(faulty(config), FAULT_STEPS="5", FAULT_FACTOR="wait") as stopped:
-        stopped.wait_until(lambda: "waiting in step 5" in stopped.said())
-        os.kill(stopped.processes[0].pid, signal.SIGUSR1)
-        done = stopped.wait()
-    assert done.returncode == PREEMPTED, done.stderr
-    assert "stopped   SIGUSR1 at step 6" in done.stdout
+    said = stop(config, signal.SIGINT, FAULT_STEPS="5")
+    assert "Ctrl-C once more ends the run without it" in said
+    assert "stopped   SIGINT at step 6" in said
+    assert f"ssm-lm train {config}\n" in said  # the command that goes on
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-6"]
     assert "resuming" in forked.train(config).stdout
     assert losses(tmp_path / "stopped") == pytest.approx(losses(straight(**settings)), rel=1e-6)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_heard_while_batches_are_accumulated(write_config, tmp_path, straight):
+    """The half step is as if it had not begun: its random numbers and its carried states are given back."""
+    model = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "ssm": "s4", "chunk_size": 16, "dropout": 0.2}
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1000, "model": model, "carry_state": True}
+    settings |= {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}
+    config = write_config("stopped", **settings)
+    assert "stopped   SIGTERM at step 5; " in stop(config, signal.SIGTERM, FAULT_STEPS="5")
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-5"]
+    assert "resuming" in forked.train(config).stdout
+    assert losses(tmp_path / "stopped") == pytest.approx(losses(straight(**settings)), rel=1e-6)
+
+
+def test_a_signal_is_heard_in_an_evaluation_which_is_made_up_for(write_config, tmp_path, straight):
+    settings = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 1}
+    settings |= {"save_strategy": "steps", "save_steps": 4, "load_best_model_at_end": True, "deepspeed": zero(2)}
+    settings |= {"per_device_train_batch_size": 2}
+    config = write_config("stopped", **settings)
+    said = stop(config, signal.SIGUSR1, ranks=2, FAULT_EVALUATION="4", FAULT_RANK="1")
+    assert "at step 4" in said
+    assert "validation loss" not in said
+    assert "resuming" in forked.train(config, ranks=2).stdout
+    states = [json.loads((folder / "trainer_state.json").read_text())
+              for folder in (tmp_path / "stopped", straight(ranks=2, **settings))]  # fmt: skip
+    ours, theirs = (
+        [(entry["step"], entry.get("loss"), entry.get("eval_loss")) for entry in state["log_history"]]
+        for state in states
+    )
+    assert ours == theirs
+    assert [state["best_global_step"] for state in states] == [8, 8]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_each_signal_is_remembered_and_its_handler_given_back(sent):
-    """Those of schedulers; what a run does after one is the same for both."""
+    """Those of schedulers, and Ctrl-C; what a run does after one is the same for all."""
     assert sent in STOP_SIGNALS
     before = signal.getsignal(sent)
     with StopSignals() as signals:
@@ -124,6 +164,18 @@ def test_each_signal_is_remembered_and_its_handler_given_back(sent):
         os.kill(os.getpid(), sent)
         assert signals.received == sent.name
     assert signal.getsignal(sent) is before
+
+
+@pytest.mark.parametrize(("pause", "ends"), [(0, True), (60, False)])
+def test_a_second_interrupt_ends_at_once_but_for_a_launchers_copy(monkeypatch, pause, ends):
+    monkeypatch.setattr(stopping, "SAME_KEY", pause)
+    child = os.fork()
+    if child == 0:
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (-signal.SIGINT if ends else 0)
 
 
 # ---- ranks

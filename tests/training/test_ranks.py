@@ -1,5 +1,6 @@
 """Several processes: ZeRO stages, launchers, a kill and what comes after it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -100,10 +101,15 @@ def test_killed_and_resumed(write_config, tmp_path, straight, carry_state):
         torch.testing.assert_close(ours[key], theirs[key])
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("bf16", 2), ("bf16", 3), ("fp16", 0)])
-def test_16_bits_keep_the_state_space_in_float32(write_config, tmp_path, two_ranks_plain, precision, stage):
+@pytest.mark.parametrize(
+    ("precision", "stage", "reduced"), [("bf16", 2, "float32"), ("bf16", 3, "bfloat16"), ("fp16", 0, "float32")]
+)
+def test_16_bits_keep_the_state_space_in_float32(write_config, tmp_path, two_ranks_plain, precision, stage, reduced):
+    """Parameters always; what the ranks sum unless `reduce_dtype` says bfloat16, and then in linear layers alone."""
     settings = {"max_steps": STEPS, "per_device_train_batch_size": 4, "deepspeed": zero(stage)}
-    done = forked.train(write_config(**settings, **{precision: True}))
+    settings |= {precision: True} | ({"reduce_dtype": reduced} if reduced == "bfloat16" else {})
+    done = forked.run([str(REPO / "tests/training/reduction_worker.py"), "train", write_config(**settings)])
+    assert set(json.loads(done.stdout.splitlines()[-1])) == {"torch.float32", f"torch.{reduced}"}
     assert f"{'bfloat16' if precision == 'bf16' else 'float16'} (autocast)" in done.stdout
     assert "skipped" not in done.stdout
     weights = load_file(tmp_path / "run" / "model.safetensors")
