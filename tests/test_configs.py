@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification
+from ssm_lm.comparison.contest import read_contest
 from ssm_lm.config.deepspeed import deepspeed_config
+from ssm_lm.config.model import model_config, new_language_model
 from ssm_lm.config.reading import read_train_config, read_yaml
 from ssm_lm.data.sequences import TASKS
 
@@ -29,6 +31,20 @@ def test_training_configs(path, monkeypatch):
         else:
             assert {"data", "sequence_length", "max_steps"} <= set(values)
             S4ForCausalLM(S4Config(**({"vocab_size": 100} | values["model"])))
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "compare").glob("*.yaml")), ids=lambda path: path.name)
+def test_comparisons(path, monkeypatch):
+    """Contenders of a size: they differ by less than a tenth in parameters."""
+    monkeypatch.chdir(REPO)
+    contest = read_contest(str(path), {})
+    sizes = []
+    for name in contest.contenders:
+        values = contest.first_runs(name)[0].values
+        with torch.device("meta"):
+            model = new_language_model(model_config({"vocab_size": 4096} | values["model"], name))
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    assert max(sizes) < 1.1 * min(sizes)
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.name)

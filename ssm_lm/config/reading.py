@@ -114,7 +114,14 @@ def read_train_config(path: str, overrides: dict) -> dict:
     above it. An `init_from` of the command line takes the place of the config's model.
     Raises UserError for an unknown key, a value of the wrong type, a missing file.
     """
-    values = read_yaml(path)
+    return checked_values(read_yaml(path), overrides, path, path)
+
+
+def checked_values(values: dict, overrides: dict, path: str, where: str) -> dict:
+    """`read_train_config` for values that are read already. path: the file that they are of, beside which others are
+    looked for; where: what an error names. values is left as it is.
+    """
+    values = dict(values)
     model = values.pop("model", None) or {}
     if "model" in overrides:
         model = overrides["model"] or {}
@@ -125,16 +132,17 @@ def read_train_config(path: str, overrides: dict) -> dict:
         model = read_yaml(model_path)
         model_where = str(model_path)
     else:
-        model_where = f"{path}, model"
+        model_where = f"{where}, model"
     if not isinstance(model, dict):
-        raise UserError(f"{path}: model must be a mapping or the path of a YAML file, not {model!r}")
+        raise UserError(f"{where}: model must be a mapping or the path of a YAML file, not {model!r}")
+    model = dict(model)
     for key, value in overrides.items():
         if key.startswith("model."):
             model[key.removeprefix("model.")] = value
         elif key != "model":
             values[key] = value
 
-    check_keys(values, training_keys(), path)
+    check_keys(values, training_keys(), where)
     if "type" in model and model["type"] not in BASELINES:
         raise UserError(
             f"{model_where}: type {model['type']!r} is unknown; a model of transformers is one of "
@@ -143,7 +151,7 @@ def read_train_config(path: str, overrides: dict) -> dict:
     check_keys(model, model_keys(model.get("type")), model_where)
     from .arguments import S4TrainingArguments  # transformers, which takes seconds: what is wrong above is said before
 
-    check_types(values, typing.get_type_hints(S4TrainingArguments), path)
+    check_types(values, typing.get_type_hints(S4TrainingArguments), where)
     if values.get("deepspeed") is not None and isinstance(values["deepspeed"], str):
         values["deepspeed"] = str(find_file(values["deepspeed"], path, "deepspeed"))
     return values | {"model": model}

@@ -15,11 +15,12 @@ WITH_ATTENTION = ("gpt2", "llama")
 
 
 def baseline_parameters(config) -> tuple[int, int]:
-    """(all, without the embeddings of tokens and positions), each tensor once, from a model on the meta device."""
+    """(all, those outside of embeddings and head), each tensor once, from a model on the meta device."""
     with torch.device("meta"):
         model = baseline_classes(config.model_type)[1](config)
     every = sum(p.numel() for p in model.parameters())
-    embeddings = {id(p): p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)] + [model.lm_head]
+    embeddings = {id(p): p.numel() for table in tables for p in table.parameters()}
     return every, every - sum(embeddings.values())
 
 
@@ -27,8 +28,6 @@ def baseline_flops(config, batch_size: int, length: int) -> list[Part]:
     """The parts of a forward and backward over (batch_size, length) tokens."""
     tokens, (_, inner) = batch_size * length, baseline_parameters(config)
     head = config.vocab_size * config.hidden_size
-    if not config.tie_word_embeddings:
-        inner -= head
     parts = [Part("layers", 2 * tokens * inner, 4 * tokens * inner)]
     if config.model_type in WITH_ATTENTION:
         width = config.num_attention_heads * (getattr(config, "head_dim", None) or _head_dim(config))

@@ -108,9 +108,9 @@ def test_estimate_counts_parameters_and_flops(write_config, tmp_path, capsys):
     config = write_config(model=model("llama", vocab_size=64))
     assert main(["estimate", config, "--gpus", "1", "--json", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    inner = 4 * 16 * 16 + 3 * 16 * 24 + 3 * 16 + 64 * 16  # attention, feed-forward, norms, a head of its own
-    assert report["model"] == {"type": "llama", "parameters": inner + 64 * 16, "without_embeddings": inner}
-    assert report["flops_per_token"]["model"] == 6 * inner + 3 * 4 * 40 * 16
+    inner, table = 4 * 16 * 16 + 3 * 16 * 24 + 3 * 16, 64 * 16  # attention, feed-forward, norms; embedding or head
+    assert report["model"] == {"type": "llama", "parameters": inner + 2 * table, "without_embeddings": inner}
+    assert report["flops_per_token"]["model"] == 6 * (inner + table) + 3 * 4 * 40 * 16
     assert "of transformers" in capsys.readouterr().out
     assert main(["estimate", config, "--scaling"]) == 2
 

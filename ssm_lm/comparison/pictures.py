@@ -1,0 +1,38 @@
+"""Learning curves of several runs in one picture, over the tokens that each has seen."""
+
+from pathlib import Path
+
+from ..runs.curves import MOST_POINTS, save
+from ..training.history import read_metrics, series
+
+PANELS = {
+    "loss": "training loss",
+    "eval_perplexity": "validation perplexity",
+    "eval_accuracy": "validation accuracy",
+}
+
+
+def draw(folders: dict[str, Path], files: list[Path]) -> None:
+    """Draw the runs (name -> folder) into each of `files`, .png or .svg. Raises UserError."""
+    logs = {name: read_metrics(folder) for name, folder in folders.items()}
+    panels = [key for key in PANELS if any(series(entries, key)[0] for entries in logs.values())]
+    drawings = [lambda axes, key=key: _panel(axes, key, logs) for key in panels]
+    for file in files if drawings else ():
+        save(drawings, file)
+
+
+def _panel(axes, key: str, logs: dict[str, list[dict]]) -> None:
+    by_tokens = all(any("tokens" in entry for entry in entries) for entries in logs.values())
+    for number, (name, entries) in enumerate(logs.items()):
+        steps, values = series(entries, key)
+        places = steps
+        if by_tokens:
+            last = next(entry for entry in reversed(entries) if "tokens" in entry)
+            places = [step * last["tokens"] / last["step"] / 1e6 for step in steps]
+        every = -(-len(steps) // MOST_POINTS) or 1
+        marker = "." if len(steps) < 30 else None
+        axes.plot(places[::every], values[::every], label=name, color=f"C{number}", linewidth=1.2, marker=marker)
+    axes.set_xlabel("million tokens" if by_tokens else "step")
+    axes.set_title(PANELS[key])
+    if "perplexity" in key:
+        axes.set_yscale("log")
