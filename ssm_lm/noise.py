@@ -12,6 +12,8 @@ import re
 LINES = (
     ("torchao", r"^Failed to load .*\.so", "CUDA operators that no verb calls, on a machine without CUDA", "0.18.0"),
     ("torch.utils._pytree", r"is an Enum subclass and is now natively supported", "torchao's own code", "0.18.0"),
+    ("transformers.trainer_utils", r"^Warning: The following arguments do not match", "the config wins", "5.23.0"),
+    ("transformers.trainer", r"^There were missing keys .*: \['lm_head.weight'\]", "it is tied", "5.23.0"),
     ("DeepSpeed", r"^Setting accelerator to CPU", "there is no GPU; `ssm-lm train` says where it runs", "0.19.8"),
 )
 

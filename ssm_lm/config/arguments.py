@@ -29,6 +29,8 @@ class S4TrainingArguments(TrainingArguments):
     max_skipped_steps: after so many skipped steps in a row, training goes back to the last checkpoint and passes over
         the batches of those steps.
     ssm_learning_rate: learning rate of the state space parameters (dt, Lambda, P, B, C, D); None: learning_rate.
+    allow_changes: keys that this start may give other values than the run began with, as learning_rate,weight_decay;
+        the new value, and the step from which it holds, go into run.json (see training/identity.py for which can).
     profile: steps to trace with torch's profiler, into output_dir/profile; true: 3.
     peak_tflops: dense matmul peak of a device at the precision of the run, for the MFU; None: known GPUs by name. The
         environment variable SSM_LM_PEAK_TFLOPS says the same.
@@ -48,6 +50,7 @@ class S4TrainingArguments(TrainingArguments):
     spike_window: int = 128
     max_skipped_steps: int = 8
     ssm_learning_rate: float | None = None
+    allow_changes: str | list[str] | None = None
     profile: bool | int = 0
     peak_tflops: float | None = None
     communication_sample_steps: int = 500

@@ -32,6 +32,9 @@ class OpenTrainer(Trainer):
         """Restore weights, optimizer and schedule, once the engine is made; every rank calls it."""
         raise NotImplementedError
 
+    def taken_up(self, checkpoint: str) -> None:
+        """Called when a checkpoint is in the engine, before the first step."""
+
     def take_up_best_model(self) -> None:
         """Load the weights of the best checkpoint, at the end of the training."""
         super()._load_best_model()
@@ -66,12 +69,16 @@ class OpenTrainer(Trainer):
             super()._maybe_log_save_evaluate(*args, **kwargs)  # what was logged is not logged again
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        if resume_from_checkpoint is None or not self.takes_up(resume_from_checkpoint):
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        # as if there were none: the engine is made, and nothing of the checkpoint is read into it
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self.take_up(resume_from_checkpoint)
-        self._load_scaler(resume_from_checkpoint)
+        if resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.takes_up(resume_from_checkpoint):
+            # as if there were none: the engine is made, and nothing of the checkpoint is read into it
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            self.take_up(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        else:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.taken_up(resume_from_checkpoint)
         return prepared
 
     def _load_best_model(self):

@@ -36,6 +36,10 @@ class RowSampler(Sampler):
     def __len__(self):
         return self.total
 
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.rows * self.windows_per_row
+
     def __iter__(self):
         row_length = self.windows_per_row * self.sequence_length
         for place in range(self.total):

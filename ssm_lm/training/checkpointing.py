@@ -17,6 +17,8 @@ from .environment import agree
 from .param_groups import parameter_groups
 from .universal import adam_steps, convert, engine_name, is_native, open_reader, put
 
+NO_BEST = (None, None, None)  # metric, step and place of the best checkpoint
+
 
 class CheckpointedTrainer(OpenTrainer):
     """A Trainer whose checkpoints are there whole or not at all, and go on under another engine or number of ranks."""
@@ -25,6 +27,7 @@ class CheckpointedTrainer(OpenTrainer):
         super().__init__(*args, **kwargs)
         self.checkpoint_facts = {}  # what else the marks of this run's checkpoints say
         self._reshard = None  # (checkpoint, mark) where one is taken up that another engine or other ranks wrote
+        self._best = NO_BEST
 
     def save_state(self, folder: Path) -> None:
         """What a subclass adds to a checkpoint; called on every rank."""
@@ -34,12 +37,14 @@ class CheckpointedTrainer(OpenTrainer):
 
     def write_checkpoint(self, model, trial):
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        best = self.state.best_global_step
+        is_best = self.state.best_global_step == self.state.global_step
+        if not is_best:
+            self._best_is_published()
         self.writing_into = output_dir / PARTIAL
         try:
             super().write_checkpoint(model, trial)
-            if best:  # not where it is being written
-                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
+            if is_best:  # not where it is being written
+                self.state.best_model_checkpoint = str(output_dir / name)
             self.save_state(self.writing_into / name)
             if self.args.should_save:
                 self.state.save_to_json(str(self.writing_into / name / TRAINER_STATE_NAME))
@@ -54,10 +59,45 @@ class CheckpointedTrainer(OpenTrainer):
                 publish(self.writing_into / name, output_dir / name, facts)
                 rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
+            if is_best:
+                self._best = self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint
         except (OSError, SafetensorError, RuntimeError) as error:
             raise self._cannot_save(name, error) from error
         finally:
             self.writing_into = None
+
+    # ---- the best checkpoint is one that is there: not a step that was measured and not saved
+
+    def _best_is_published(self) -> None:
+        """Forget a best step that has left no checkpoint. One that was just measured may yet be saved."""
+        metric, step, checkpoint = self._best
+        if self.state.best_global_step != step:
+            self.state.best_global_step, self.state.best_model_checkpoint = step, checkpoint
+            if self.args.load_best_model_at_end:  # without it, the metric is for early stopping
+                self.state.best_metric = metric
+
+    def evaluate(self, *args, **kwargs):
+        self._best_is_published()
+        return super().evaluate(*args, **kwargs)
+
+    def taken_up(self, checkpoint):
+        """Find the best checkpoint again, also in a folder that was moved."""
+        state = self.state
+        step, given = state.best_global_step, state.best_model_checkpoint
+        places = [Path(given)] if given else []
+        places += [folder / f"checkpoint-{step}" for folder in (Path(checkpoint).parent, Path(self.args.output_dir))]
+        there = next((place for place in places if step and read_mark(place) is not None), None)
+        self._best = NO_BEST if there is None else (state.best_metric, step, str(there))
+        state.best_model_checkpoint = self._best[2]
+        self._best_is_published()
+
+    def before_the_end(self):
+        self._best_is_published()
+        best = self.state.best_model_checkpoint
+        if best is not None and read_mark(Path(best)) is None:
+            self.state.best_model_checkpoint = best = None
+        if best is None and self.args.load_best_model_at_end and self.is_world_process_zero():
+            print("best      no checkpoint that was measured is there; the model is that of the last step", flush=True)
 
     def _cannot_save(self, name: str, error: Exception) -> Exception:
         """What to raise for a checkpoint that could not be written: a UserError where the disk is to blame."""

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import UserError
 from ..files import write_json
 from ..loading.folder import COMPLETE as COMPLETE_FILE
-from .identity import without_speed
+from .identity import fixed_difference
 
 RUN_FILE = "run.json"
 PARTIAL = ".partial"  # beginning of the names of folders that are being written or deleted
@@ -118,26 +118,37 @@ def read_mark(checkpoint: Path) -> dict | None:
 
 
 def check_resumable(checkpoint: Path, identity: dict | None = None) -> dict:
-    """The mark of a checkpoint. Raises UserError unless it is whole and, where both say so, of the run `identity`."""
+    """The mark of a checkpoint. Raises UserError unless it is whole, holds more than weights, and, where both say so,
+    is of a run that may go on as `identity`.
+    """
     mark = read_mark(checkpoint)
     if mark is None:
         raise UserError(
             f"{checkpoint}: is no whole checkpoint (its {COMPLETE_FILE} or a file that it lists is missing or "
             "damaged); name another one"
         )
+    if holds_weights_alone(mark):
+        raise UserError(
+            f"{checkpoint}: holds the weights alone (save_only_model), and no run goes on from these; a new one begins "
+            f"with them: `--init_from {checkpoint}` and another output_dir"
+        )
     theirs = mark.get("identity")
-    if identity is not None and theirs is not None and (theirs := without_speed(theirs)) != identity:
-        key = next(key for key in {**theirs, **identity} if theirs.get(key) != identity.get(key))
-        difference = _difference(key, theirs.get(key), identity.get(key))
+    if identity is not None and theirs is not None and (difference := fixed_difference(theirs, identity)):
         raise UserError(f"{checkpoint}: is of another run ({difference}); name one of this run")
     return mark
+
+
+def holds_weights_alone(mark: dict) -> bool:
+    """Whether a checkpoint lacks the optimizer. One that lists no files is from before marks listed them."""
+    files = mark.get("files", {})
+    return bool(files) and not any(name == "optimizer.pt" or name.startswith("global_step") for name in files)
 
 
 def claim(output_dir: Path, identity: dict) -> dict:
     """The state of the run in `output_dir`, {} for a new one.
 
-    identity: what makes a run this run and not another. Raises UserError where the folder belongs to another run, or
-    holds files of something else; nothing is written either way.
+    identity: what makes a run this run and not another; of it, what a run may change is not looked at. Raises UserError
+    where the folder belongs to another run, or holds files of something else; nothing is written either way.
     """
     run_file = output_dir / RUN_FILE
     if output_dir.exists() and not output_dir.is_dir():
@@ -148,20 +159,12 @@ def claim(output_dir: Path, identity: dict) -> dict:
         return {}
     try:
         run = json.loads(run_file.read_text(encoding="utf-8"))
-        theirs = without_speed(run["identity"])
+        difference = fixed_difference(run["identity"], identity)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run_file} does not describe a run of ssm-lm ({error}); choose another output_dir") from error
-    for key in identity:
-        if theirs.get(key) != identity[key]:
-            raise UserError(
-                f"output_dir {output_dir} holds another run: its {_difference(key, theirs.get(key), identity[key])}; "
-                "choose another output_dir, or the config that the run began with"
-            )
+    if difference:
+        raise UserError(
+            f"output_dir {output_dir} holds another run: its {difference}; choose another output_dir, or the config "
+            "that the run began with"
+        )
     return run
-
-
-def _difference(key, theirs, ours) -> str:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        inner = next(k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k))
-        return _difference(f"{key}.{inner}", theirs.get(inner), ours.get(inner))
-    return f"{key} is {theirs!r}, not {ours!r}"

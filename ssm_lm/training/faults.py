@@ -130,7 +130,7 @@ class Faults(TrainerCallback):
         if not self._judged:  # the engine found the gradient not finite, and did not come to the optimizer
             self._norm = math.inf
             self.judge()
-            if not args.scales_loss and self.trainer.accelerator.optimizer_step_was_skipped:
+            if self.trainer.accelerator.optimizer_step_was_skipped:
                 self.trainer.lr_scheduler.step()  # the schedule is a function of the step, taken or not
         if args.scales_loss and (self._reason or "").startswith("gradient norm is"):
             self._reason = None  # how the scale of float16 finds its size; the optimizer has not stepped

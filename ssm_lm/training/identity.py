@@ -4,24 +4,70 @@ import json
 
 # keys of the model that change how fast it is and not what it learns
 SPEED_ONLY = ("mode", "kernels", "chunk_size", "loss_chunk_size")
-TRAINING = ("sequence_length", "carry_state", "seed", "learning_rate", "ssm_learning_rate", "weight_decay", "init_from")
+
+# with another value of these it is another run, whatever is allowed
+FIXED = ("sequence_length", "carry_state", "seed", "init_from", "optim", "optim_args")
+
+# what a run may change between two starts, with a word: `allow_changes`
+CHANGEABLE = (
+    "max_steps",
+    "learning_rate",
+    "ssm_learning_rate",
+    "weight_decay",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "bf16",
+    "fp16",
+    "spike_threshold",
+    "spike_window",
+    "max_skipped_steps",
+)
+ADAMW = ("adamw_torch", "adamw_torch_fused")  # the same mathematics and the same states
 
 
 def run_identity(values: dict, task, global_batch_size: int) -> dict:
     """The identity of a run, as JSON has it.
 
-    Not in it: what changes the speed and not the result, and what only says how long and how often.
+    Not in it: what changes the speed and not the result, and what only says how often.
     """
     from ..config.arguments import S4TrainingArguments  # transformers, which takes seconds to import
 
-    model = json.loads(json.dumps(task.config.to_diff_dict()), parse_constant=str)  # an infinity as its name
+    model = task.config.to_diff_dict()
     model.pop("transformers_version", None)
-    training = {key: values.get(key, getattr(S4TrainingArguments, key)) for key in TRAINING}
+    training = {key: values.get(key, getattr(S4TrainingArguments, key)) for key in (*FIXED, *CHANGEABLE)}
+    if training["optim"] in ADAMW:
+        training["optim"] = "adamw"
     identity = {"model": model, "data": task.fingerprint, "global_batch_size": global_batch_size, **training}
-    return without_speed(identity)
+    return without_speed(json.loads(json.dumps(identity), parse_constant=str))  # an infinity as its name
 
 
 def without_speed(identity: dict) -> dict:
     """An identity less the keys of SPEED_ONLY, some of which older runs have recorded."""
     model = {key: value for key, value in identity.get("model", {}).items() if key not in SPEED_ONLY}
     return identity | {"model": model}
+
+
+def fixed_difference(theirs: dict, ours: dict) -> str | None:
+    """The first of what no run can change that differs between two identities, in words; None where nothing does.
+
+    A key that an older version did not record is taken to be as it is now.
+    """
+    theirs = without_speed(theirs)
+    for key in ours:
+        if key not in CHANGEABLE and key in theirs and theirs[key] != ours[key]:
+            return difference(key, theirs[key], ours[key])
+    return None
+
+
+def difference(key, theirs, ours) -> str:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        inner = next(k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k))
+        return difference(f"{key}.{inner}", theirs.get(inner), ours.get(inner))
+    return f"{key} is {theirs!r}, not {ours!r}"

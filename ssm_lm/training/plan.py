@@ -5,37 +5,39 @@ from pathlib import Path
 
 from ..config.model import describe
 from ..errors import UserError, first_line
+from .changes import Change, allowed_names, changes, check_allowed
 from .checkpoints import check_resumable, claim, last_complete_checkpoint
 from .checks import check_values
 from .environment import agree, on_cpu, prepare_process, world_size
+from .schedule import curve
 
 
 @dataclass
 class Plan:
-    """A run, resolved. task: see tasks.py; args: S4TrainingArguments; recorded: the run file, {} for a new run.
+    """A run, resolved. task: see tasks.py; args: S4TrainingArguments; record: what the run file is to say.
 
-    checkpoint: where the run goes on from, or None; given: the `resume_from_checkpoint` of the config.
-    passed_over: batches that spoilt the run, and that it does not see.
+    checkpoint: where the run goes on from, or None; given: the `resume_from_checkpoint` of the config, or what it
+    was when the run began.
+    changes: what the config changes about the run from there on; all of it is allowed.
+    finished_step: the last step of a run that needs no more of them, else None.
     """
 
     task: object
     args: object
     identity: dict
     output_dir: Path
-    recorded: dict
+    record: dict
     checkpoint: Path | None
     checkpoint_step: int | None  # of the first one; going back does not change it
     given: str | None
+    changes: list[Change]
+    finished_step: int | None
     tensorboard_folder: str = ""
 
-    def __post_init__(self):
-        self.passed_over: list[int] = list(self.recorded.get("passed_over", []))
-
     @property
-    def finished_step(self) -> int | None:
-        """The last step of a run that needs no more of them, else None."""
-        step = self.recorded.get("finished_step", -1)
-        return step if step >= self.args.max_steps else None
+    def passed_over(self) -> list[int]:
+        """Batches that spoilt the run, and that it does not see."""
+        return self.record["passed_over"]
 
 
 def make_plan(values: dict, where: str, alone: bool = False) -> Plan:
@@ -51,19 +53,66 @@ def make_plan(values: dict, where: str, alone: bool = False) -> Plan:
 
     task = make_task(values, where)
     output_dir, given = Path(values["output_dir"]), values.get("resume_from_checkpoint")
+    values = values | {"max_steps": all_steps(values, task, where)}
     arguments = resolved_arguments(values, where)
     identity = run_identity(values, task, global_batch_size(values, arguments["gradient_accumulation_steps"]))
+    curve(identity)  # which says what is wrong about the schedule
+    allowed = allowed_names(values.get("allow_changes"), where)
     recorded = claim(output_dir, identity)
+    given = given or recorded.get("resumed_from")
     checkpoint = choose_checkpoint(output_dir, given, recorded)
-    checkpoint_step = None if checkpoint is None else check_resumable(checkpoint, identity)["step"]
+    mark = {} if checkpoint is None else check_resumable(checkpoint, identity)
+    step = mark.get("step")
     args = training_arguments(arguments, where)
     apart = ("model", "data")  # in the identity: not where they are, but what they are
     agree(None, {k: v for k, v in values.items() if k not in apart} | identity | {"checkpoint": str(checkpoint)})
     if alone:
         args.distributed_state.num_processes = world_size()  # as if they were there
-    if args.max_steps <= 0:
-        args.max_steps = max(1, int(args.num_train_epochs * task.samples_per_epoch // args.global_batch_size))
-    return Plan(task, args, identity, output_dir, recorded, checkpoint, checkpoint_step, given)
+    # its own folder knows more than its checkpoints; of another folder's run there is the checkpoint alone
+    elsewhere = checkpoint is not None and checkpoint.parent.resolve() != output_dir.resolve()
+    before = mark if elsewhere and recorded.get("resumed_from") != given else recorded
+    begun_with = before.get("identity", {})
+    if step is not None and step >= args.max_steps:
+        identity["max_steps"] = begun_with.get("max_steps", args.max_steps)  # no step is taken on another curve
+    changed = changes(begun_with, identity, step or 0)
+    check_allowed(changed, allowed, str(checkpoint or output_dir))
+    record = run_record(before, identity, changed, step or 0) | ({"resumed_from": given} if given else {})
+    finished = finished_step(recorded, args.max_steps, checkpoint, output_dir)
+    return Plan(task, args, identity, output_dir, record, checkpoint, step, given, changed, finished)
+
+
+def run_record(before: dict, identity: dict, changed: list[Change], step: int) -> dict:
+    """What the run file says while the run goes on from `step`: its identity, the batches that it passes over, and what
+    was changed in it, with the step.
+
+    before: the run file, or the mark of the checkpoint that another folder's run goes on from.
+    """
+    # where a checkpoint was lost, what was changed after it holds from where the run goes on
+    earlier = [change | {"step": min(change["step"], step)} for change in before.get("changes", [])]
+    record = {"identity": identity, "passed_over": list(before.get("passed_over", []))}
+    return record | {"changes": earlier + [change.record() for change in changed]}
+
+
+def finished_step(recorded: dict, max_steps: int, checkpoint: Path | None, output_dir: Path) -> int | None:
+    """The last step of a run that has taken all of them. Raises UserError for one that cannot go on to max_steps."""
+    step = recorded.get("finished_step")
+    if step is not None and step < max_steps and checkpoint is None:
+        raise UserError(
+            f"output_dir {output_dir} holds a finished run of {step} steps, and no checkpoint to go on from to "
+            f"max_steps, {max_steps}; choose another output_dir"
+        )
+    return step if step is not None and step >= max_steps else None
+
+
+def all_steps(values: dict, task, where: str) -> int:
+    """Optimizer steps of the whole run: max_steps, or those of num_train_epochs where there is none."""
+    from ..config.arguments import S4TrainingArguments
+
+    given = values.get("max_steps", S4TrainingArguments.max_steps)
+    if given > 0:
+        return given
+    epochs = values.get("num_train_epochs", S4TrainingArguments.num_train_epochs)
+    return max(1, task.steps(epochs, batch_per_device(values), replicas(values), accumulation(values, where)))
 
 
 def resolved_arguments(values: dict, where: str) -> dict:
@@ -179,7 +228,7 @@ def print_plan(plan: Plan, model) -> None:
         f"model     {parameters:,} parameters: {describe(model.config)}\n"
         f"{task.describe(args)} "
         f"({args.world_size} ranks x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
-        f"accumulated{shared}), {args.max_steps} steps\n"
+        f"accumulated{shared}), {args.max_steps} steps = {task.epochs(args):.2f} epochs\n"
         f"engine    {engine}, {precision}, {args.device}",
         flush=True,
     )
@@ -192,3 +241,7 @@ def print_plan(plan: Plan, model) -> None:
                 f"model of step {step} is the run's",
                 flush=True,
             )
+    for change in plan.changes:
+        print(f"changed   {change}, from step {change.step} on", flush=True)
+    if args.save_only_model:
+        print("note      save_only_model: the checkpoints hold weights alone, and no run goes on from them", flush=True)

@@ -4,6 +4,7 @@ A task brings the data, the config of the model and the Trainer; `train.py` does
 Making one reads and checks everything and writes nothing.
 """
 
+import math
 from pathlib import Path
 
 from ..config.arguments import S4TrainingArguments
@@ -52,6 +53,14 @@ class LanguageModelling:
             self.eval_windows = TokenWindows(TokenStream.open(values["data"], "validation"), length)
         self.samples_per_epoch = len(WindowSampler(self.train_windows))
         self.fingerprint = self.stream.fingerprint
+
+    def steps(self, epochs: float, batch_per_device: int, replicas: int, accumulation: int) -> int:
+        """Optimizer steps in so many epochs; a step may see the end of one and the beginning of the next."""
+        return int(epochs * self.samples_per_epoch // (batch_per_device * replicas * accumulation))
+
+    def epochs(self, args) -> float:
+        """How often args.max_steps see the whole text."""
+        return args.max_steps * args.global_batch_size / self.samples_per_epoch
 
     def new_model(self):
         """The model of `init_from`, or a fresh one."""
@@ -110,6 +119,17 @@ class Classification:
         self.config = model_config(self.task.model_keys() | {"tie_word_embeddings": False} | values["model"], where)
         self.samples_per_epoch = len(self.task.splits["train"])
         self.fingerprint = f"{self.task.name}: {', '.join(f'{k} {len(v)}' for k, v in self.task.splits.items())}"
+
+    def steps(self, epochs: float, batch_per_device: int, replicas: int, accumulation: int) -> int:
+        """Optimizer steps in so many epochs; the last of an epoch sees what is left."""
+        batches = math.ceil(math.ceil(self.samples_per_epoch / batch_per_device) / replicas)
+        return math.ceil(epochs * math.ceil(batches / accumulation))
+
+    def epochs(self, args) -> float:
+        """How often args.max_steps see every sequence."""
+        replicas = args.world_size // args.sequence_parallel_size
+        of_one = self.steps(1, args.per_device_train_batch_size, replicas, args.gradient_accumulation_steps)
+        return args.max_steps / of_one
 
     def new_model(self):
         from ..modeling.modeling_s4 import S4ForSequenceClassification

@@ -78,13 +78,10 @@ def begin(plan: Plan) -> None:
     """Write the run file, and clear what a run that was killed left half written. Raises UserError."""
     if not is_main_process():
         return
-    plan.recorded = plan.recorded | {"identity": plan.identity}
-    if plan.given:
-        plan.recorded["resumed_from"] = plan.given
     try:
         plan.output_dir.mkdir(parents=True, exist_ok=True)
         remove_partial(plan.output_dir)
-        write_json(plan.output_dir / RUN_FILE, plan.recorded)
+        write_json(plan.output_dir / RUN_FILE, plan.record)
     except OSError as error:
         raise UserError(f"output_dir {plan.output_dir} cannot be written to ({error.strerror or error})") from error
 
@@ -123,7 +120,7 @@ def train_once(plan: Plan, signals, announce: bool):
     # transformers' own default is a new folder at every start, which would cut a resumed curve in two
     with default_environment("TENSORBOARD_LOGGING_DIR", str(plan.output_dir / "runs")) as plan.tensorboard_folder:
         trainer = plan.task.trainer(model, plan.args, signals, tuple(plan.passed_over))
-    trainer.checkpoint_facts = {"identity": plan.identity, "passed_over": plan.passed_over}
+    trainer.checkpoint_facts = plan.record
     with named_timeouts(plan.args):
         trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
     return trainer
@@ -131,24 +128,24 @@ def train_once(plan: Plan, signals, announce: bool):
 
 def go_back(plan: Plan, trainer, rollbacks: int) -> None:
     """Let the plan go on from the last checkpoint and pass over the batches of the bad steps. Raises UserError."""
-    from .trainer import batch_of_step
+    from .epochs import batch_of_step
 
     bad_steps = trainer.faults.bad_steps
     could_not = f"{plan.output_dir}: {len(bad_steps)} steps in a row could not be taken, and"
     if rollbacks > MAX_ROLLBACKS:
         raise UserError(
-            f"{could_not} going back {MAX_ROLLBACKS} times did not help; a lower learning rate or a longer warm-up may"
+            f"{could_not} going back {MAX_ROLLBACKS} times did not help; a lower learning rate or a longer warm-up may "
+            "(--learning_rate X --allow_changes learning_rate)"
         )
     if not plan.task.can_pass_over:
         raise UserError(
             f"{could_not} only a language model without carry_state can pass over their batches; a lower learning "
             "rate or a longer warm-up may help"
         )
-    plan.passed_over += [batch_of_step(step, plan.passed_over) for step in bad_steps]
+    plan.record["passed_over"] += [batch_of_step(step, plan.passed_over) for step in bad_steps]
     plan.checkpoint = last_complete_checkpoint(plan.output_dir) or plan.given
     if is_main_process():
-        facts = {"identity": plan.identity, "passed_over": plan.passed_over}
-        write_json(plan.output_dir / RUN_FILE, plan.recorded | facts)
+        write_json(plan.output_dir / RUN_FILE, plan.record)
         print(
             f"step {trainer.state.global_step}: {len(bad_steps)} steps in a row were skipped; back to "
             f"{plan.checkpoint or 'the beginning'}, passing over their batches",
@@ -181,9 +178,7 @@ def finish(plan: Plan, trainer) -> None:
     trainer.accelerator.wait_for_everyone()
     if is_main_process():
         trainer.state.save_to_json(str(plan.output_dir / "trainer_state.json"))
-        finished = {"identity": plan.identity, "finished_step": trainer.state.global_step}
-        passed_over = {"passed_over": plan.passed_over} if plan.passed_over else {}
-        write_json(plan.output_dir / RUN_FILE, finished | passed_over)
+        write_json(plan.output_dir / RUN_FILE, plan.record | {"finished_step": trainer.state.global_step})
         print(f"model        {plan.output_dir}")
         if "tensorboard" in plan.args.report_to:
             print(f"tensorboard  tensorboard --logdir {plan.tensorboard_folder}")

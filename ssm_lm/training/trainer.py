@@ -4,7 +4,6 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from torch.utils.data import Sampler, Subset
@@ -18,9 +17,11 @@ from ..internals.deepspeed import share_master_weights
 from ..internals.transformers import EvaluationCut
 from .carry import CarriedState, RowSampler
 from .checkpointing import CheckpointedTrainer
+from .epochs import Epochs
 from .faults import Faults
 from .meters import CommunicationSample, Meters, MetricsFile, ProfileTrace
 from .param_groups import check_ssm_group, check_ssm_precision, parameter_groups
+from .schedule import curve, schedule_settings
 from .sequence_parallel import RepeatedBatches, SequenceParallel, SlicedWindows
 from .stopping import RandomState
 
@@ -40,6 +41,10 @@ class RunSampler(Sampler):
     def __len__(self):
         return self.total
 
+    @property
+    def samples_per_epoch(self) -> int:
+        return len(self.windows)
+
     def __iter__(self):
         place, given, epoch = 0, 0, 0
         while given < self.total:
@@ -52,13 +57,6 @@ class RunSampler(Sampler):
                     given += 1
                 place += 1
             epoch += 1
-
-
-def batch_of_step(step: int, passed_over: Iterable[int]) -> int:
-    """The number of the batch that step `step` sees, both counted from 0."""
-    for batch in sorted(passed_over):
-        step += batch <= step
-    return step
 
 
 class LossLines(TrainerCallback):
@@ -136,8 +134,25 @@ class S4Trainer(CheckpointedTrainer):
             )
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **kwargs)
+            self._settings = {
+                group["name"]: {key: group[key] for key in ("lr", "weight_decay", "betas", "eps") if key in group}
+                for group in self.optimizer.param_groups
+            }
             self.faults.attach(self.optimizer)
         return self.optimizer
+
+    def taken_up(self, checkpoint):
+        """Let the config win over what a checkpoint says of it: what is gone on from is weights and Adam's averages."""
+        super().taken_up(checkpoint)
+        step, factor = self.state.global_step, curve(schedule_settings(self.args))
+        self.state.compute_steps(self.args, self.state.max_steps)  # logging_steps and the like
+        groups = self.engine_optimizer().param_groups
+        for group in groups:
+            settings = self._settings[group["name"]]
+            group |= settings | {"initial_lr": settings["lr"], "lr": settings["lr"] * factor(step)}
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # without accelerate's wrapper
+        rates = {"base_lrs": [g["initial_lr"] for g in groups], "_last_lr": [g["lr"] for g in groups]}
+        schedule.load_state_dict(schedule.state_dict() | rates | {"last_epoch": step, "_step_count": step + 1})
 
     # ---- guards and meters
 
@@ -149,6 +164,7 @@ class S4Trainer(CheckpointedTrainer):
         self.faults.load(folder)
 
     def before_the_end(self):
+        super().before_the_end()
         if self.faults.stopped or self.faults.bad_steps:
             self.state.best_model_checkpoint = None  # nothing is final yet: no best model to load, none to clear for
 
@@ -235,25 +251,31 @@ class LanguageModelTrainer(S4Trainer):
             parallel = SequenceParallel(args.sequence_parallel_size)
             parallel.attach(model)
             train_dataset = SlicedWindows(train_windows, parallel)
+        self._order = self._all_windows(args)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=default_data_collator,  # windows are of one length: there is nothing to pad
+            callbacks=[Epochs(self._order.samples_per_epoch, args.global_batch_size, passed_over)],
             **kwargs,
         )
         self._carried = None
         if args.carry_state:
-            per_row = self.train_sampler().windows_per_row
+            per_row = self._order.windows_per_row
             self._carried = CarriedState(model.config, per_row, args.gradient_accumulation_steps)
 
+    def _all_windows(self, args):
+        """Where the windows of the run start, in their order."""
+        rows, stream = args.global_batch_size, self.windows.stream
+        if args.carry_state:
+            return RowSampler(len(stream), self.windows.sequence_length, rows, args.max_steps * rows)
+        windows = WindowSampler(self.windows, seed=args.seed)
+        return RunSampler(windows, args.max_steps * rows, rows, self.passed_over)
+
     def train_sampler(self, dataset=None):
-        rows = self.args.global_batch_size
-        total = self.args.max_steps * rows
-        if self.args.carry_state:
-            return RowSampler(len(self.windows.stream), self.windows.sequence_length, rows, total)
-        sampler = RunSampler(WindowSampler(self.windows, seed=self.args.seed), total, rows, self.passed_over)
+        sampler = self._order
         if self.args.sequence_parallel_size > 1:
             return RepeatedBatches(sampler, self.args.per_device_train_batch_size, self.args.sequence_parallel_size)
         return sampler

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
+from ssm_lm.training.epochs import batch_of_step
 from ssm_lm.training.guard import MIN_HISTORY, StepGuard
-from ssm_lm.training.trainer import RunSampler, batch_of_step
+from ssm_lm.training.trainer import RunSampler
 
 
 def seasoned(threshold=10.0, steps=60) -> StepGuard:
