@@ -43,8 +43,8 @@ class CheckpointedTrainer(OpenTrainer):
         self.writing_into = output_dir / PARTIAL
         try:
             super().write_checkpoint(model, trial)
-            if is_best:  # not where it is being written
-                self.state.best_model_checkpoint = str(output_dir / name)
+            if is_best:
+                self.best_is_there(output_dir / name)  # or will be: it is being written elsewhere
             self.save_state(self.writing_into / name)
             if self.args.should_save:
                 self.state.save_to_json(str(self.writing_into / name / TRAINER_STATE_NAME))
@@ -59,14 +59,17 @@ class CheckpointedTrainer(OpenTrainer):
                 publish(self.writing_into / name, output_dir / name, facts)
                 rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
-            if is_best:
-                self._best = self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint
         except (OSError, SafetensorError, RuntimeError) as error:
             raise self._cannot_save(name, error) from error
         finally:
             self.writing_into = None
 
     # ---- the best checkpoint is one that is there: not a step that was measured and not saved
+
+    def best_is_there(self, checkpoint: Path) -> None:
+        """The best step that was measured has this checkpoint."""
+        self.state.best_model_checkpoint = str(checkpoint)
+        self._best = self.state.best_metric, self.state.best_global_step, str(checkpoint)
 
     def _best_is_published(self) -> None:
         """Forget a best step that has left no checkpoint. One that was just measured may yet be saved."""

@@ -25,6 +25,7 @@ CHANGEABLE = (
     "neftune_noise_alpha",
     "bf16",
     "fp16",
+    "reduce_dtype",
     "spike_threshold",
     "spike_window",
     "max_skipped_steps",

@@ -218,7 +218,7 @@ class S4Trainer(CheckpointedTrainer):
             self.faults.evaluation_due = self.args.eval_on_start = False
             checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             if checkpoint.is_dir() and self.judge_best(metrics):
-                self.state.best_model_checkpoint = str(checkpoint)
+                self.best_is_there(checkpoint)
         if self._meter is not None:
             self._meter = (time.perf_counter(), self.state.global_step)  # evaluation is not training time
             self.meters.reset()
