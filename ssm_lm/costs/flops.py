@@ -5,7 +5,10 @@ chunk_size. A multiply-add counts as two operations. The backward of a matmul is
 factor, so "backward" is twice "forward" but where the text says otherwise.
 
     a token's matmuls, forward                                                 in every
-    out_proj       2 H g H                g = 2 for glu, else 1                state space sublayer
+    out_proj       2 H g H                g = 2 for glu, else 1                sublayer ssm
+    in, out_proj   8 H^2                  q, k, v; output                      sublayer h3
+                   6 E H                  two branches; output, E = expand H   sublayer gated, whose state space
+                                                                               has E channels for H
     chunk scan     H (2 T + 4 N)          Toeplitz; inject and emit            S4, S4D
                    + H 2 N^2 / T          the dense carry, once a chunk        S4
                    P/2 (8 T + 16)         the same on complex signals, N = 2   S5 (P = state_size)
@@ -19,12 +22,14 @@ factor, so "backward" is twice "forward" but where the text says otherwise.
 What is recomputed in the backward comes apart from these, in `recompute`: the operators of a chunk scan, which are
 made a second time instead of being kept, and under activation checkpointing the whole forward of the blocks.
 
-`other` holds what a state space does beside matmuls: FFTs, at 2.5 n log2 n a real transform of n points, and the
-elementwise recurrence over its states. Not counted, as is usual: norms, activations, dropout, the softmax, the
-optimizer, the powers of a diagonal. They cost memory traffic, not arithmetic.
+`other` holds what a state space does beside matmuls: FFTs, at 2.5 n log2 n a real transform of n points, the
+elementwise recurrence over its states, and the short convolution before it, 2 K a channel.
+Not counted, as is usual: norms, activations, dropout, the softmax, the optimizer, the powers of a diagonal. They cost
+memory traffic, not arithmetic.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -129,12 +134,18 @@ def training_flops(
     matmuls, repeated = _projections(config, tokens)
     for name, forward in matmuls.items():
         parts.append(Part(name, forward, 2 * forward, repeated[name] if checkpointing else 0))
-    ssm_layers = blocks * sum(STATES[kind] for kind in config.sublayers)
-    for name, forward, backward, recompute, other in _state_space(config, batch_size, length, execution, needs_state):
-        if checkpointing:
-            recompute += forward
-        scaled = (x * ssm_layers * directions for x in (forward, backward, recompute, other))
-        parts.append(Part(name, *scaled, in_float32=True))
+    wide = config.expand * H
+    channels = Counter({"ssm": H, "h3": H, "gated": wide}[kind] for kind in config.sublayers if STATES[kind])
+    for width, layers in channels.items():
+        found = _state_space(config, width, batch_size, length, execution, needs_state)
+        for name, forward, backward, recompute, other in found:
+            if checkpointing:
+                recompute += forward
+            scaled = (x * layers * blocks * directions for x in (forward, backward, recompute, other))
+            parts.append(Part(name, *scaled, in_float32=True))
+    convolved = blocks * sum({"h3": 3 * H, "gated": wide}.get(kind, 0) for kind in config.sublayers)
+    if convolved:
+        parts.append(Part("convolution", 0, 0, other=3 * 2 * tokens * config.conv_size * convolved))
 
     # ---- head
     if task == "classification":
@@ -158,8 +169,11 @@ def _projections(config, tokens) -> tuple[dict[str, float], dict[str, float]]:
     input of the block's last matmul, unless something after it, a dropout or a gate, has a tensor to make again.
     """
     H, inner = config.hidden_size, config.intermediate_size
+    wide = config.expand * H
     of_kind = {
         "ssm": [("out_proj", (2 if config.glu == "glu" else 1) * H)],
+        "h3": [("in_proj", 3 * H), ("out_proj", H)],
+        "gated": [("in_proj", 2 * wide), ("out_proj", wide)],
         "ffn": [("ffn", inner), ("ffn", inner)],
         "swiglu": [("ffn", 2 * inner), ("ffn", inner)],
     }
@@ -193,8 +207,9 @@ def _adaptive_head(config, tokens, tail_shares) -> float:
 # ---- one state space, one direction: (name, forward, backward, recompute, other)
 
 
-def _state_space(config, B, L, execution, needs_state):
-    H, N, mode = config.hidden_size, config.state_size, execution.mode
+def _state_space(config, H, B, L, execution, needs_state):
+    """Of one over H channels."""
+    N, mode = config.state_size, execution.mode
     tokens, s5 = B * L, config.ssm == "s5"
     rank = len(INITIALIZATIONS["s4"][config.ssm_init](2).P) if config.ssm == "s4" else 0
     if s5:
@@ -206,7 +221,7 @@ def _state_space(config, B, L, execution, needs_state):
         yield "scan", 0, 0, 0, (4 + 4 + 4 + 8) * tokens * N
         return
     if mode == "chunk":
-        scan, scan_other, operators = _chunk_scan(config, B, L, rank, execution)
+        scan, scan_other, operators = _chunk_scan(config, H, B, L, rank, execution)
         yield "scan", scan, 2 * scan, 0, 3 * scan_other
         if operators:
             yield "operators", operators, 2 * operators, operators, 0
@@ -224,7 +239,7 @@ def _state_space(config, B, L, execution, needs_state):
             kernel = _s4d_kernel(H, N, L)
             kernel_backward = 2 * kernel
         if needs_state:  # one more pass, without output, for the final state
-            scan, _, operators = _chunk_scan(config, B, L, rank, execution)
+            scan, _, operators = _chunk_scan(config, H, B, L, rank, execution)
             kernel, kernel_backward = kernel + scan + operators, kernel_backward + 2 * scan + 3 * operators
     elif mode == "recurrent":
         if config.ssm == "s4":  # G^T h; and F times it, which for rank 1 is elementwise
@@ -236,7 +251,7 @@ def _state_space(config, B, L, execution, needs_state):
     yield "kernel" if mode == "fft" else "scan", kernel, kernel_backward, 0, other
 
 
-def _chunk_scan(config, B, L, rank, execution) -> tuple[float, float, float]:
+def _chunk_scan(config, H, B, L, rank, execution) -> tuple[float, float, float]:
     """(matmuls of the scan, its elementwise work, matmuls of the operators), forward."""
     T = min(execution.chunk_size, L)
     scan = elementwise = operators = 0
@@ -244,15 +259,13 @@ def _chunk_scan(config, B, L, rank, execution) -> tuple[float, float, float]:
     for size, chunks in ((T, -(-L // T)),) if execution.kernel else ((T, L // T), (L % T, 1)):
         if not size:
             continue
-        signals, N, p = (
-            (config.state_size // 2, 2, 2) if config.ssm == "s5" else (config.hidden_size, config.state_size, 1)
-        )
+        signals, N, p = (config.state_size // 2, 2, 2) if config.ssm == "s5" else (H, config.state_size, 1)
         rows = B * chunks * signals
         scan += rows * 2 * (p * size) ** 2  # Toeplitz
         scan += rows * 2 * 2 * p * size * N  # inject, emit
         if config.ssm == "s4":
             scan += rows * 2 * N * N  # carry
-            operators += _s4_operators(config.hidden_size, N, size, rank)
+            operators += _s4_operators(H, N, size, rank)
         else:
             elementwise += rows * 4 * N  # a complex product and a sum
     return scan, elementwise, operators

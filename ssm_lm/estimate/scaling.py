@@ -6,9 +6,12 @@ docs/scaling.md has the equations with their assumptions; the names are the same
 import math
 from typing import NamedTuple
 
+import torch
+
 from ..costs.devices import Device
 from ..costs.flops import Part
-from ..modeling.configuration_s4 import STATES
+from ..modeling.blocks import S4Block
+from ..modeling.configuration_s4 import STATES, S4Config
 from .memory import FLOAT, Pieces
 
 # bytes that AdamW moves for a parameter: reads p, g, m, v, writes p, m, v
@@ -96,12 +99,15 @@ def volumes(parameters: int, ranks: int, stage: int | None, accumulation: int) -
     return (P, P) if stage == 1 else (2 * P, 0.0)
 
 
-def state_exchange(batch_size: int, hidden_size: int, state_size: int, ssm: str, ranks: int) -> int:
-    """Bytes that a rank receives for one layer's forward under sequence parallelism: the states (B, H, N), for S5
-    (B, 1, N), of the others. The backward exchanges as much. Independent of the length.
+def state_exchange(config: S4Config, batch_size: int, ranks: int) -> tuple[int, int]:
+    """(bytes that a rank receives in an exchange of sequence parallelism, on average; exchanges in a forward and
+    backward). Each state of a layer, of a state space (B, H, N) or the tail of a convolution, is exchanged once in the
+    forward and once in the backward. Independent of the length.
     """
-    channels = 1 if ssm == "s5" else hidden_size
-    return FLOAT * batch_size * channels * state_size * (ranks - 1)
+    with torch.device("meta"):
+        block = S4Block(config, 0)
+    kept = [module.zero_state(batch_size).numel() for module in block.modules() if hasattr(module, "zero_state")]
+    return FLOAT * sum(kept) * (ranks - 1) // len(kept), 2 * config.num_hidden_layers * len(kept)
 
 
 def step_time(

@@ -41,9 +41,7 @@ class OnPaper:
             self.pieces, self.parts, self.device, subject.precision, subject.ssm_precision, subject.checkpointing
         )
         self.micro_batch = sum(max(pair) for pair in self.limits.values())  # seconds of it
-        self.exchange = state_exchange(
-            subject.batch, config.hidden_size, config.state_size, config.ssm, subject.sequence_ranks
-        )
+        self.exchange, self.exchanges = state_exchange(config, subject.batch, subject.sequence_ranks)
 
     def _count(self, batch: int):
         """The pieces of a micro-batch of so many sequences on one rank."""
@@ -68,7 +66,6 @@ class OnPaper:
         )
 
     def _step(self, ranks: int, stage: int | None) -> StepTime:
-        config = self.subject.config
         return step_time(
             ranks,
             self.pieces.parameters,
@@ -81,7 +78,7 @@ class OnPaper:
             bucket=self.subject.bucket,
             sequence_ranks=self.subject.sequence_ranks,
             exchange=self.exchange,
-            exchanges=2 * config.num_hidden_layers * config.sublayers.count("ssm"),
+            exchanges=self.exchanges,
         )
 
     # ---- sections

@@ -19,7 +19,7 @@ from .single_steps import Memo
 
 
 class Reference:
-    """A state space that a cache needs and does not own: a copy of the cache shares it, a pickle leaves it out."""
+    """What a cache needs of a model, and does not own: a copy of the cache shares it, a pickle leaves it out."""
 
     def __init__(self, ssm=None):
         self.get = (lambda: None) if ssm is None else weakref.ref(ssm)
@@ -34,7 +34,8 @@ class Reference:
 class Record:
     """One state as it was, and what has driven it since: enough to bring it to any token in between.
 
-    snapshot: the state (B, H, N) before the first recorded token. inputs[i]: (B, L_i, H), one entry a forward.
+    snapshot: the state before the first recorded token, (B, H, N) of a state space, (B, K - 1, C) of a convolution.
+    inputs[i]: (B, L_i, H or C), one entry a forward. ssm: what they drive, a StateSpace or a ShortConvolution.
     begins[i]: (B, L_i) bool, tokens before which the state became zero (the first of a document), or None.
     """
 
@@ -69,7 +70,7 @@ class Record:
         tokens, or step by step where the parameters have left again (offloaded, or sharded).
         """
         surplus = len(self) - length
-        parameter = self.ssm.get().log_dt
+        parameter = next(self.ssm.get().parameters())
         here = parameter.device == self.snapshot.device and parameter.numel() > 0
         self.snapshot = self.state_after(surplus, None if here else memo)
         inputs = torch.cat(self.inputs, 1)[:, surplus:].clone()  # no view, which would keep all of them
@@ -89,7 +90,8 @@ class Record:
 
 
 class S4CacheLayer(CacheLayerMixin):
-    """states[i]: (B, H, N) float32, the state of the layer's i-th state space; empty before the first forward.
+    """states[i]: the layer's i-th state, float32, in the order in which a forward comes to them: (B, H, N) of a state
+    space, (B, K - 1, C) the tail of a convolution; empty before the first forward.
 
     memos[i]: what that state space derived from its parameters for single steps (see `StateSpace.forward`), which is
     dropped when these were written to; the states stay, as keys and values would. It is no part of what the cache
@@ -97,7 +99,8 @@ class S4CacheLayer(CacheLayerMixin):
 
     records[i]: while the past is recorded, state i as it was at the last crop and what has driven it since, else None.
     A record that grows to more than `max_recorded` tokens goes back to the last `min_recorded` of them, so at least
-    these can be cropped, and memory stays bounded: max_recorded x hidden_size numbers a row and state space.
+    these can be cropped, and memory stays bounded: max_recorded x hidden_size numbers a row and state space, of a
+    convolution max_recorded x its channels.
     """
 
     __slots__ = ("memos",)  # outside of __dict__, where transformers' exporters look

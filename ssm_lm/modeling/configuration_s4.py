@@ -10,11 +10,13 @@ from .hippo import INITIALIZATIONS
 from .kernels_s4 import SETTINGS
 
 # the kinds of sublayer, each with how many states it keeps between tokens; see mixers.py and feed_forwards.py
-STATES = {"ssm": 1, "ffn": 0, "swiglu": 0}
+STATES = {"ssm": 1, "h3": 2, "gated": 2, "ffn": 0, "swiglu": 0}
 # what one layer is made of; num_hidden_layers counts these
 ARCHITECTURES = {
     "s4": ("ssm", "ssm", "ffn"),  # the language model of the S4 paper
     "s4-ffn": ("ssm", "ffn"),  # the plain alternation
+    "h3": ("h3", "ffn"),  # a state space between products, as in H3 and Hyena
+    "gated": ("gated",),  # a state space with a gate, as in Mamba
     "ssm": ("ssm",),  # state spaces alone, as in the papers' Long Range Arena models
 }
 GATES = ("glu", "half", "none")
@@ -29,9 +31,11 @@ class S4Config(PreTrainedConfig):
     vocab_size: number of token ids.
     hidden_size: channels H, each with a state space of its own.
     num_hidden_layers: how many times the sublayers of `arch` are stacked.
-    arch: "s4", [SSM, SSM, FFN] as in the S4 paper; "s4-ffn", [SSM, FFN]; "ssm", [SSM]; or a list of kinds of sublayer,
-        such as [ssm, swiglu]. Kinds: "ssm", a state space and what mixes its channels; "ffn", a Transformer's
-        feed-forward network; "swiglu", one with gated hidden values and without biases.
+    arch: "s4", [SSM, SSM, FFN] as in the S4 paper; "s4-ffn", [SSM, FFN]; "ssm", [SSM]; "h3", [H3, FFN]; "gated",
+        [gated]; or a list of kinds of sublayer, such as [h3, swiglu, gated]. Kinds, with their equations in mixers.py
+        and feed_forwards.py: "ssm", a state space and what mixes its channels; "h3", query * state space(key * value);
+        "gated", a state space with a gate; "ffn", a Transformer's feed-forward network; "swiglu", one with gated hidden
+        values and without biases.
     ssm: "s4", diagonal plus low rank; "s4d", diagonal; "s5", diagonal with one system for all channels.
     state_size: order N of every real system, even: N/2 conjugate pairs. For s5 it is the state of the whole layer.
     ssm_init: "legs"; for s4 also "legt" (rank 2) and "fourier"; for s4d also "lin", "inv", "quad" and "real".
@@ -46,12 +50,15 @@ class S4Config(PreTrainedConfig):
     chunk_size: tokens in a chunk of the chunk scan.
     kernels: "auto", the Triton kernels where they can run, which is on a GPU; "triton", an error where they cannot;
         "torch", never. The environment variable SSM_LM_KERNELS goes before it.
+    conv_size: of h3 and gated, tokens that the short convolution before the state space sees, itself among them.
+    expand: of gated, width of its branches in multiples of hidden_size.
     intermediate_size: width of the FFN; None: 4 * hidden_size, or 8/3 of it, up to a multiple of 8, where swiglu stands
         without ffn: as many parameters.
     hidden_act: activation after an SSM and inside an FFN.
     glu: what mixes the channels after an SSM: "glu", a linear layer to twice the width and a GLU, as in S4; "half",
         x * sigmoid(linear(x)), as in S5; "none", a linear layer.
-    norm: "layer" or "rms", before every sublayer and after the last.
+    norm: "layer" or "rms", before every sublayer and after the last; None: "rms" where `arch` has a sublayer of a kind
+        h3, gated or swiglu, else "layer".
     dropout: on the output of the activation and of every sublayer; embedding_dropout: on the embeddings.
     adaptive_cutoffs: where the vocabulary is cut into clusters, ids sorted by frequency; gives the model an adaptive
         embedding and an adaptive softmax (adaptive.py). Its `logits` are log-probabilities, float32. None: neither.
@@ -91,10 +98,12 @@ class S4Config(PreTrainedConfig):
     mode: str = "auto"
     chunk_size: int = 64
     kernels: str = "auto"
+    conv_size: int = 4
+    expand: int = 2
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
     glu: str = "glu"
-    norm: str = "layer"
+    norm: str | None = None
     dropout: float | int = 0.0
     embedding_dropout: float | int = 0.0
     tie_dropout: bool = False
@@ -122,12 +131,14 @@ class S4Config(PreTrainedConfig):
         if self.intermediate_size is None:
             narrow = "swiglu" in self.arch and "ffn" not in self.arch
             self.intermediate_size = 8 * -(-self.hidden_size // 3) if narrow else 4 * self.hidden_size
+        if self.norm is None:
+            self.norm = "rms" if {"h3", "gated", "swiglu"} & set(self.sublayers) else "layer"
         super().__post_init__(**kwargs)
 
     @property
     def sublayers(self) -> tuple[str, ...]:
         """The kinds of sublayer in one layer, keys of STATES."""
-        return ARCHITECTURES[self.arch] if isinstance(self.arch, str) else tuple(self.arch)
+        return ARCHITECTURES.get(self.arch, ()) if isinstance(self.arch, str) else tuple(self.arch)
 
     @property
     def layer_types(self) -> list[str]:
@@ -155,6 +166,7 @@ class S4Config(PreTrainedConfig):
         ):
             check_one_of(key, getattr(self, key), known)
         counted = "vocab_size hidden_size num_hidden_layers intermediate_size n_ssm ssm_blocks input_size".split()
+        counted += ["conv_size", "expand"]
         check_positive(**{key: getattr(self, key) for key in counted})
         self._check_kind()
         check_system(

@@ -1,8 +1,15 @@
 """What moves information along the sequence: a state space, and what stands around it in a block.
 
-    ssm     f = GLU(Linear(dropout(act(state space(x)))))                  S4: Gu et al., 2111.00396
+    ssm     y = GLU(W_o dropout(act(SSM(x))) + b)             S4: Gu et al., 2111.00396
+    h3      q, k, v = conv(W_i x);  y = W_o (q * SSM(k * v))    H3: Fu et al., 2212.14052, with Hyena's convolutions
+                                                              on all three (Poli et al., 2302.10866)
+    gated   u, z = W_i x;  y = W_o norm(SSM(silu(conv(u))) * silu(z))    the frame of Mamba: Gu and Dao, 2312.00752
 
-Every mixer is (B, L, H) -> (B, L, H). What it keeps between tokens lies in the cache, one tensor a state.
+SSM is any of ssm.py, with its D; conv a ShortConvolution; * the product of channels. A state space is linear and the
+same at every token: it mixes what stands where in a text and cannot compare it. The products do.
+
+Every mixer is (B, L, H) -> (B, L, H). What it keeps between tokens lies in the cache, one tensor a state: the
+convolution's tail, then the state space's.
 """
 
 import torch
@@ -14,16 +21,20 @@ from .documents import Documents
 from .execution import Execution
 from .norms_and_dropout import make_dropout
 from .ops import gradient_in_rows
+from .short_convolution import ShortConvolution
 from .ssm import LAYERS, StateSpace
 
 
-def make_state_space(config: S4Config) -> StateSpace:
+def make_state_space(config: S4Config, channels: int | None = None) -> StateSpace:
+    """The state space of a config, over `channels`; None: hidden_size."""
+    channels = channels or config.hidden_size
     if config.ssm == "s5":
         own = {"blocks": config.ssm_blocks}
     else:
-        own = {"n_ssm": config.n_ssm, "b_clip": config.b_clip}
+        # as many as hidden_size: one a channel
+        own = {"n_ssm": channels if config.n_ssm == config.hidden_size else config.n_ssm, "b_clip": config.b_clip}
     return LAYERS[config.ssm](
-        config.hidden_size,
+        channels,
         config.state_size,
         init=config.ssm_init,
         discretization=config.discretization,
@@ -47,14 +58,14 @@ def masked(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor
 class Mixer(nn.Module):
     """A state space between the cache and the tokens; subclasses say what stands around it.
 
-    layer_index, state_index: where the cache holds its states: of that layer, from that index on.
+    layer_index, state_index: where the cache holds its state. channels: its width; None: hidden_size.
     """
 
-    def __init__(self, config: S4Config, layer_index: int, state_index: int):
+    def __init__(self, config: S4Config, layer_index: int, state_index: int, channels: int | None = None):
         super().__init__()
         self.layer_index, self.state_index = layer_index, state_index
         self.mode = config.mode
-        self.ssm = make_state_space(config)
+        self.ssm = make_state_space(config, channels)
         self.ssm.kernels = config.kernels
 
     def cache_of(self, past_key_values):
@@ -93,6 +104,24 @@ class Mixer(nn.Module):
         return y, execution
 
 
+class ConvolvedMixer(Mixer):
+    """With a short convolution of `convolved` channels before the state space; its tail stands before that's state."""
+
+    def __init__(self, config: S4Config, layer_index: int, state_index: int, channels: int, convolved: int):
+        super().__init__(config, layer_index, state_index + 1, channels)
+        self.tail_index = state_index
+        self.conv = ShortConvolution(convolved, config.conv_size)
+
+    def convolve(self, x, cache, documents: Documents | None) -> torch.Tensor:
+        """conv(x), from the tail in the cache, which it takes to the last token."""
+        tail = None if cache is None else cache.get_state(self.tail_index)
+        y, tail = self.conv(x, initial_state=tail, output_final_state=cache is not None, seq_idx=documents)
+        if cache is not None:
+            recorded = {"ssm": self.conv, "inputs": x, "documents": documents} if cache.record_past else {}
+            cache.update_state(self.tail_index, tail, x.shape[1], **recorded)
+        return y
+
+
 class S4Mixer(Mixer):
     """A state space, then a position-wise layer, gated or not, that mixes the channels."""
 
@@ -120,4 +149,40 @@ class S4Mixer(Mixer):
         return nn.functional.glu(projected, dim=-1) if self.glu == "glu" else projected
 
 
-MIXERS = {"ssm": S4Mixer}
+class H3Mixer(ConvolvedMixer):
+    """Query, key and value, convolved; the state space remembers k * v, and q asks it."""
+
+    def __init__(self, config: S4Config, layer_index: int, state_index: int):
+        H = config.hidden_size
+        super().__init__(config, layer_index, state_index, channels=H, convolved=3 * H)
+        self.in_proj = nn.Linear(H, 3 * H, bias=False)
+        self.out_proj = nn.Linear(H, H, bias=False)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, documents: Documents | None = None):
+        cache = self.cache_of(past_key_values)
+        x = self.in_proj(masked(hidden_states, attention_mask))
+        q, k, v = self.convolve(x, cache, documents).chunk(3, -1)
+        # once more, for the convolution has a bias
+        y, _ = self.scan(masked(k * v, attention_mask), cache, documents)
+        return self.out_proj(q * y)
+
+
+class GatedMixer(ConvolvedMixer):
+    """One branch is convolved, activated and scanned, the other gates it; both are `expand` times as wide."""
+
+    def __init__(self, config: S4Config, layer_index: int, state_index: int):
+        wide = config.expand * config.hidden_size
+        super().__init__(config, layer_index, state_index, channels=wide, convolved=wide)
+        self.in_proj = nn.Linear(config.hidden_size, 2 * wide, bias=False)
+        self.norm = nn.RMSNorm(wide, eps=config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(wide, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, documents: Documents | None = None):
+        cache = self.cache_of(past_key_values)
+        u, gate = self.in_proj(masked(hidden_states, attention_mask)).chunk(2, -1)
+        u = nn.functional.silu(self.convolve(u, cache, documents))
+        y, _ = self.scan(masked(u, attention_mask), cache, documents)
+        return self.out_proj(self.norm(y * nn.functional.silu(gate)))
+
+
+MIXERS = {"ssm": S4Mixer, "h3": H3Mixer, "gated": GatedMixer}

@@ -35,6 +35,7 @@ from .decoding_s4 import STRATEGIES
 from .documents import find_documents, from_position_ids
 from .losses import LanguageModelHead, average, causal_targets
 from .norms_and_dropout import make_norm
+from .short_convolution import ShortConvolution
 from .ssm import StateSpace
 
 
@@ -55,7 +56,7 @@ class S4PreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, StateSpace):
+        if isinstance(module, (StateSpace, ShortConvolution)):
             # init.copy_ leaves alone what was loaded from a checkpoint
             for name, value in module.initial_values().items():
                 parameter = getattr(module, name)

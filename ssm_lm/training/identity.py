@@ -4,6 +4,8 @@ import json
 
 # keys of the model that change how fast it is and not what it learns
 SPEED_ONLY = ("mode", "kernels", "chunk_size", "loss_chunk_size")
+# keys of the model that runs from before them did not record; what these were is the default
+LATER = {"conv_size": 4, "expand": 2}
 
 # with another value of these it is another run, whatever is allowed
 FIXED = ("sequence_length", "carry_state", "seed", "init_from", "optim", "optim_args")
@@ -50,8 +52,11 @@ def run_identity(values: dict, task, global_batch_size: int) -> dict:
 
 
 def without_speed(identity: dict) -> dict:
-    """An identity less the keys of SPEED_ONLY, some of which older runs have recorded."""
-    model = {key: value for key, value in identity.get("model", {}).items() if key not in SPEED_ONLY}
+    """An identity less the keys of SPEED_ONLY, some of which older runs have recorded, and of LATER at their defaults,
+    which older runs have not.
+    """
+    model = [item for item in identity.get("model", {}).items() if item not in LATER.items()]
+    model = {key: value for key, value in model if key not in SPEED_ONLY}
     return identity | {"model": model}
 
 

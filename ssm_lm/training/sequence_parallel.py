@@ -8,6 +8,7 @@ leaves from a zero start, and Phi = A_bar^(length of a slice),
 Each rank finds s_q by a scan without outputs (about a third of a forward), one all-gather a layer exchanges them, and
 the ordinary scan runs from h_r. What is sent, (B, H, N) numbers a layer and rank, does not depend on the length, and
 the backward sends as much. Memory a rank is that of its slice, so the longest sequence grows with the number of ranks.
+A short convolution is linear too: its state is the tail of its inputs, (B, K - 1, C), and is exchanged as well.
 
 Groups are runs of consecutive ranks, to keep them within a node. Everything else (ZeRO, accumulation, clipping) sees
 data parallelism: the loss of a rank is its slice's share, and an average over all ranks is the gradient.
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, Sampler
 
+from ..modeling.short_convolution import ShortConvolution
 from ..modeling.ssm import StateSpace
 
 
@@ -65,8 +67,8 @@ class SequenceParallel:
         part = length // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
-    def start_state(self, layer: StateSpace, left: torch.Tensor, length: int) -> torch.Tensor:
-        """h_r from s_r, `left`; both (B, *layer.state_shape). One all-gather.
+    def start_state(self, layer: StateSpace | ShortConvolution, left: torch.Tensor, length: int) -> torch.Tensor:
+        """h_r from s_r, `left`; both as `layer.zero_state`. One all-gather.
 
         Every rank walks the whole chain, so that the graph, and with it the collectives of the backward, are the same
         on all of them; a step of it is one small product.
@@ -81,17 +83,17 @@ class SequenceParallel:
         return start + 0 * parts.sum(0) if self.rank == 0 else start
 
     def attach(self, model: nn.Module) -> None:
-        """Let every state space of the model go on from the slices before this rank's, in training mode.
+        """Let state spaces and convolutions of the model go on from the slices before this rank's, in training mode.
 
         In evaluation mode a layer is as it was, and its rank sees a whole sequence.
         """
         for layer in model.modules():
-            if isinstance(layer, StateSpace):
+            if isinstance(layer, (StateSpace, ShortConvolution)):
                 layer.forward = MethodType(_forward_of(self), layer)
 
 
 def _forward_of(parallel: SequenceParallel):
-    def forward(layer: StateSpace, u, mode="auto", initial_state=None, output_final_state=True, **options):
+    def forward(layer: StateSpace | ShortConvolution, u, initial_state=None, **options):
         plain = type(layer).forward
         if layer.training:
             if layer.bidirectional or initial_state is not None or options.get("seq_idx") is not None:
@@ -104,7 +106,7 @@ def _forward_of(parallel: SequenceParallel):
             left = checkpoint(layer.advance, u, zero, use_reentrant=False, preserve_rng_state=False)
             initial_state = parallel.start_state(layer, left, u.shape[1])
             options.pop("execution", None)  # it was decided without that state
-        return plain(layer, u, mode, initial_state, output_final_state, **options)
+        return plain(layer, u, initial_state=initial_state, **options)
 
     return forward
 

@@ -12,6 +12,7 @@ import torch
 from transformers.models.auto import modeling_auto
 
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification, S4Model  # also registers them with Auto*
+from ssm_lm.modeling.configuration_s4 import STATES
 
 from ...causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 from ...test_configuration_common import ConfigTester
@@ -56,11 +57,11 @@ class S4ModelTest(CausalLMModelTest, unittest.TestCase):
         """In place of the shapes of keys and values: those of the states."""
         assert len(past_key_values.layers) == config.num_hidden_layers
         for layer in past_key_values.layers:
-            assert len(layer.states) == config.sublayers.count("ssm")
+            assert len(layer.states) == sum(STATES[kind] for kind in config.sublayers)
             for state in layer.states:
                 assert state.dtype == torch.float32
                 assert state.shape[0] == batch_size
-                assert state.shape[-1] == config.state_size
+                assert state.shape[-1] == config.state_size or state.shape[1] == config.conv_size - 1
             assert int(layer.get_seq_length()) == seq_length
 
     def _check_caches_are_equal(self, cache1, cache2):

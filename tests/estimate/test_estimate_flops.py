@@ -36,6 +36,8 @@ LAYERS = [
     ("s4", "recurrent", {"ssm_init": "legt"}),
     ("s4d", "chunk", {"arch": "s4-ffn"}),
     ("s4d", "chunk", {"arch": ["ffn", "ssm", "swiglu"]}),
+    ("s4", "chunk", {"arch": "h3"}),
+    ("s5", "chunk", {"arch": ["h3", "gated"], "expand": 3}),
     ("s4d", "fft", {"glu": "half"}),
     ("s4d", "recurrent", {}),
     ("s4d", "auto", {}),

@@ -33,6 +33,8 @@ def estimated(keys, batch_size, length, bf16=False, **options):
         ({"ssm": "s4d", "arch": "s4-ffn", "num_hidden_layers": 3}, True, False),
         ({"ssm": "s5", **LARGE_VOCABULARY}, False, False),
         ({"ssm": "s5", "arch": "s4-ffn", "num_hidden_layers": 3}, True, True),
+        ({"ssm": "s4d", "arch": "h3"}, True, True),
+        ({"ssm": "s4d", "arch": ["gated", "swiglu"]}, False, False),
         ({"ssm": "s4", "hidden_size": 128, "vocab_size": 2000, "adaptive_cutoffs": [500, 1000]}, False, False),
     ],
     ids=str,

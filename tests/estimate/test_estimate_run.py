@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ssm_lm import S4Config
 from ssm_lm.cli import main
 from ssm_lm.costs.devices import DEVICES, known_device
 from ssm_lm.estimate.scaling import Assumptions, Network, state_exchange, step_time, volumes
@@ -109,8 +110,11 @@ def test_volumes_of_the_stages():
 
 
 def test_state_exchange_is_the_states_of_the_others():
-    assert state_exchange(2, 1024, 64, "s4", 8) == 4 * 2 * 1024 * 64 * 7
-    assert state_exchange(2, 1024, 64, "s5", 8) == 4 * 2 * 64 * 7
+    keys = {"hidden_size": 1024, "num_hidden_layers": 3, "state_size": 64}
+    assert state_exchange(S4Config(**keys), 2, 8) == (4 * 2 * 1024 * 64 * 7, 2 * 3 * 2)
+    assert state_exchange(S4Config(**keys, ssm="s5"), 2, 8)[0] == 4 * 2 * 64 * 7
+    tail, state = 3 * 3 * 1024, 1024 * 64
+    assert state_exchange(S4Config(**keys, arch="h3"), 2, 8) == (4 * 2 * (tail + state) // 2 * 7, 2 * 3 * 2)
 
 
 def test_step_time():

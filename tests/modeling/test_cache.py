@@ -6,16 +6,17 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from tiny import ENDLESS, tiny_model
+from tiny import ENDLESS, MIXTURE, tiny_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 VOCAB = 97
-SSMS = ("s4", "s4d", "s5")
+KINDS = {"s4": "s4-ffn", "s4d": "s4-ffn", "s5": "s4-ffn", "s4d in blocks": MIXTURE}
 
 
-@pytest.fixture(scope="module", params=SSMS)
+@pytest.fixture(scope="module", params=KINDS)
 def model(request):
-    return tiny_model(seed=1, vocab_size=VOCAB, chunk_size=16, ssm=request.param, arch="s4-ffn", **ENDLESS)
+    ssm, arch = request.param.split()[0], KINDS[request.param]
+    return tiny_model(seed=1, vocab_size=VOCAB, chunk_size=16, ssm=ssm, arch=arch, **ENDLESS)
 
 
 prompt = partial(tiny.prompt, vocabulary=VOCAB)

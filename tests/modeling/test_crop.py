@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import MIXTURE, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from ssm_lm.modeling import execution
@@ -15,7 +15,7 @@ from ssm_lm.modeling.cache_s4 import S4CacheLayer
 from ssm_lm.modeling.single_steps import Memo
 
 VOCAB = 61
-KINDS = [("s4", "s4"), ("s4", "s4-ffn"), ("s4d", "s4"), ("s4d", "s4-ffn"), ("s5", "s4"), ("s5", "s4-ffn")]
+KINDS = [("s4", "s4"), ("s4", "s4-ffn"), ("s4d", "s4"), ("s4d", MIXTURE), ("s5", "s4"), ("s5", MIXTURE)]
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -61,7 +61,7 @@ def assert_same_states(cache, expected, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @torch.no_grad()
 def test_crop_equals_a_computation_from_scratch(kind, dtype):
     """After 0 to all of the recorded tokens were rejected; the tokens came in one forward, in several, one by one."""
@@ -166,10 +166,10 @@ def test_nothing_is_kept_without_recording_or_after_a_reset():
         cache.crop(-1)
 
 
-@pytest.mark.parametrize("ssm", ["s4", "s5"])
+@pytest.mark.parametrize("kind", [("s4",), ("s5",), ("s4d", MIXTURE)], ids=str)
 @torch.no_grad()
-def test_a_record_follows_its_batch(ssm):
-    model, ids = build(ssm), tokens(30, batch=3)
+def test_a_record_follows_its_batch(kind):
+    model, ids = build(*kind), tokens(30, batch=3)
     rows = torch.tensor([2, 0, 0])
     for change, expected in (
         (lambda cache: cache.reorder_cache(rows), ids[rows]),
@@ -184,9 +184,10 @@ def test_a_record_follows_its_batch(ssm):
         assert_same_states(cache, from_scratch(model, expected[:, :19]))
 
 
+@pytest.mark.parametrize("arch", ["s4", MIXTURE], ids=str)
 @torch.no_grad()
-def test_padding_and_documents_are_recorded_as_they_drove_the_states():
-    model, ids = build("s4d"), tokens(24, batch=2)
+def test_padding_and_documents_are_recorded_as_they_drove_the_states(arch):
+    model, ids = build("s4d", arch), tokens(24, batch=2)
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[0, :9] = 0
     cache = recording(model)
@@ -229,8 +230,9 @@ def test_copies_and_pickles():
     assert cache.layers[0].records[0].ssm.get() is None
 
 
-def test_a_crop_between_two_backward_passes():
-    model, ids = build(dtype=torch.float64), tokens(12)
+@pytest.mark.parametrize("arch", ["s4", MIXTURE], ids=str)
+def test_a_crop_between_two_backward_passes(arch):
+    model, ids = build(arch=arch, dtype=torch.float64), tokens(12)
 
     def loss(cropped):
         cache = recording(model)

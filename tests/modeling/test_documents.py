@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
+from tiny import MIXTURE, tiny_model
 
 from ssm_lm.modeling.documents import find_documents, from_position_ids
 from ssm_lm.modeling.ssm import S4, S4D, S5
@@ -185,9 +185,11 @@ def model(**kw):
 
 
 @pytest.mark.parametrize("how", ["seq_idx", "position_ids"])
-@pytest.mark.parametrize("ssm", ["s4", "s4d", "s5"])
-def test_packed_documents_in_the_model(ssm, how):
-    m = model(ssm=ssm)
+@pytest.mark.parametrize(
+    ("ssm", "arch"), [("s4", "s4"), ("s4d", "s4"), ("s5", "s4"), ("s4", MIXTURE), ("s4d", MIXTURE)], ids=str
+)
+def test_packed_documents_in_the_model(ssm, arch, how):
+    m = model(ssm=ssm, arch=arch)
     lengths = [5, 13, 1, 8]
     ids = torch.randint(0, 50, (1, 27), generator=torch.Generator().manual_seed(0))
     value = pack([lengths])
@@ -202,11 +204,12 @@ def test_packed_documents_in_the_model(ssm, how):
         assert torch.equal(m(other, **{how: value}).logits[:, 5:], logits[:, 5:])
 
 
-def test_training_on_packed_documents_with_checkpointing():
+@pytest.mark.parametrize("arch", ["s4", MIXTURE], ids=str)
+def test_training_on_packed_documents_with_checkpointing(arch):
     ids = torch.randint(0, 50, (2, 27), generator=torch.Generator().manual_seed(0))
     gradients = []
     for checkpointing in (False, True):
-        m = model().train()
+        m = model(arch=arch).train()
         if checkpointing:
             m.activation_checkpointing_enable()
         m(ids, labels=ids, seq_idx=pack([[5, 13, 9], [20, 7]])).loss.backward()
@@ -215,8 +218,9 @@ def test_training_on_packed_documents_with_checkpointing():
         torch.testing.assert_close(a, b)
 
 
-def test_prefill_of_packed_documents_goes_on_with_the_last():
-    m = model()
+@pytest.mark.parametrize("arch", ["s4", MIXTURE], ids=str)
+def test_prefill_of_packed_documents_goes_on_with_the_last(arch):
+    m = model(arch=arch)
     ids = torch.randint(0, 50, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         cache = m(ids[:, :15], seq_idx=pack([[6, 9]]), use_cache=True).past_key_values

@@ -204,6 +204,8 @@ def test_the_config_says_what_was_built():
         ({"input_size": 0}, "input_size"),
         ({"dt_min": 1.0}, "dt_min"),
         ({"hidden_size": "large"}, "hidden_size"),
+        ({"conv_size": 0}, "conv_size"),
+        ({"expand": 0}, "expand"),
     ],
 )
 def test_bad_configs_name_the_key(kwargs, message):

@@ -6,13 +6,14 @@ import pytest
 import tiny
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tiny import SIZES, tiny_model
+from tiny import MIXTURE, SIZES, tiny_model
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification, S4Model
 
 SSMS = ("s4", "s4d", "s5")
+BLOCKS = {"ssm": "s4d", "arch": MIXTURE}
 
 
 build = tiny_model
@@ -43,14 +44,14 @@ def test_a_configuration_comes_back_from_its_file(tmp_path):
 # ---- dtype
 
 
-@pytest.mark.parametrize("ssm", SSMS)
+@pytest.mark.parametrize("kw", [*({"ssm": ssm} for ssm in SSMS), BLOCKS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_the_state_spaces_in_float32(ssm, dtype, tmp_path):
-    model, ids = build(ssm=ssm), prompt()
+def test_half_precision_keeps_the_state_spaces_in_float32(kw, dtype, tmp_path):
+    model, ids = build(**kw), prompt()
     model.save_pretrained(tmp_path)
     halves = [
         S4ForCausalLM.from_pretrained(tmp_path, dtype=dtype),
-        build(ssm=ssm).to(dtype),
+        build(**kw).to(dtype),
         S4ForCausalLM._from_config(model.config, dtype=dtype),
     ]
     for half in halves:
@@ -154,7 +155,7 @@ def test_embeddings_can_be_replaced():
 # ---- saving and loading
 
 
-@pytest.mark.parametrize("kw", [{}, {"ssm": "s5"}, {"adaptive_cutoffs": [20, 40]}], ids=str)
+@pytest.mark.parametrize("kw", [{}, BLOCKS, {"ssm": "s5"}, {"adaptive_cutoffs": [20, 40]}], ids=str)
 @pytest.mark.parametrize("device_map", [None, "cpu", "auto"])
 def test_shards_and_device_maps(kw, device_map, tmp_path):
     model, ids = build(**kw), prompt()
@@ -171,7 +172,7 @@ def test_shards_and_device_maps(kw, device_map, tmp_path):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("kw", [{"ssm": ssm} for ssm in SSMS] + [{"mode": "fft"}], ids=str)
+@pytest.mark.parametrize("kw", [{"ssm": ssm} for ssm in SSMS] + [BLOCKS, {"mode": "fft"}], ids=str)
 def test_activation_checkpointing_changes_nothing(kw, reentrant):
     ids, gradients = prompt(40), []
     for checkpointing in (False, True):
@@ -191,10 +192,10 @@ def test_activation_checkpointing_changes_nothing(kw, reentrant):
 
 
 @pytest.mark.parametrize("frozen", [(".ssm.",), (".C", ".log_dt"), ("",)], ids=str)
-@pytest.mark.parametrize("ssm", SSMS)
-def test_gradients_where_parameters_are_frozen(ssm, frozen):
+@pytest.mark.parametrize("kw", [*({"ssm": ssm} for ssm in SSMS), BLOCKS], ids=str)
+def test_gradients_where_parameters_are_frozen(kw, frozen):
     ids = prompt(20)
-    model = build(ssm=ssm, chunk_size=8).train()
+    model = build(**kw, chunk_size=8).train()
     model(ids, labels=ids).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()

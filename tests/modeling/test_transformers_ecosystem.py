@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from tiny import tiny_model
+from tiny import MIXTURE, tiny_model
 from torch._dynamo.testing import CompileCounter
 from transformers import GenerationConfig, PreTrainedTokenizerFast, StaticCache, pipeline
 
@@ -12,7 +12,8 @@ from ssm_lm.data.bpe import train_bpe
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "chunk_size": 8}
 ENDLESS = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
-PROJECTIONS = ["out_proj", "up_proj", "down_proj"]
+PROJECTIONS = ["in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"]
+BLOCKS = {"ssm": "s4d", "arch": MIXTURE}
 
 
 def build(**kw):
@@ -31,16 +32,16 @@ def greedy(model, ids, tokens=8, **options):
 # ---- PEFT
 
 
-@pytest.mark.parametrize("ssm", ["s4", "s4d", "s5"])
-def test_lora_on_the_projections(ssm, tmp_path):
+@pytest.mark.parametrize("kw", [{"ssm": "s4"}, {"ssm": "s4d"}, {"ssm": "s5"}, BLOCKS], ids=str)
+def test_lora_on_the_projections(kw, tmp_path):
     peft = pytest.importorskip("peft")
     ids = prompt()
     adapter = peft.LoraConfig(r=4, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(build(ssm=ssm), adapter)
+    model = peft.get_peft_model(build(**kw), adapter)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable
     assert all("lora_" in name and any(p in name for p in PROJECTIONS) for name in trainable)
-    torch.testing.assert_close(model(ids).logits, build(ssm=ssm)(ids).logits)  # B starts at zero
+    torch.testing.assert_close(model(ids).logits, build(**kw)(ids).logits)  # B starts at zero
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -56,7 +57,7 @@ def test_lora_on_the_projections(ssm, tmp_path):
         logits = model.eval()(ids).logits
         generated = greedy(model, ids)
         model.save_pretrained(tmp_path)
-        loaded = peft.PeftModel.from_pretrained(build(ssm=ssm), tmp_path).eval()
+        loaded = peft.PeftModel.from_pretrained(build(**kw), tmp_path).eval()
         assert torch.equal(loaded(ids).logits, logits)
         merged = loaded.merge_and_unload()
         assert type(merged) is S4ForCausalLM
@@ -148,11 +149,11 @@ def test_feature_extraction_pipeline(talker):
 # ---- torch.compile
 
 
-@pytest.mark.parametrize("ssm", ["s4", "s4d", "s5"])
+@pytest.mark.parametrize("kw", [{"ssm": "s4"}, {"ssm": "s4d"}, {"ssm": "s5"}, BLOCKS], ids=str)
 @torch.no_grad()
-def test_a_compiled_decode_step_is_traced_once(ssm):
+def test_a_compiled_decode_step_is_traced_once(kw):
     torch._dynamo.reset()
-    model, ids = build(ssm=ssm), prompt(20)
+    model, ids = build(**kw), prompt(20)
     expected = model(ids, use_cache=False).logits
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
@@ -170,6 +171,7 @@ TRAINING = [
     {},
     {"mode": "fft"},
     {"ssm": "s4d", "arch": "s4"},
+    BLOCKS,
     {"ssm": "s4d", "loss_chunk_size": 16},
     {"ssm": "s4d", "adaptive_cutoffs": [20], "adaptive_div_val": 2},
 ]

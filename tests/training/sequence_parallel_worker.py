@@ -1,6 +1,5 @@
 """Run by test_sequence_parallel.py under torchrun: one JSON object on rank 0's last line."""
 
-import itertools
 import json
 import os
 import sys
@@ -40,10 +39,12 @@ def share_of_loss(model, ids, part) -> torch.Tensor:
 def agreement() -> dict:
     results = {}
     size = dist.get_world_size()
-    cases = [*itertools.product(("s4", "s4d", "s5"), PRECISIONS, (False,)), ("s4", torch.float64, True)]
-    for ssm, dtype, checkpointing in cases:
+    cases = [(ssm, dtype, False, "s4-ffn") for ssm in ("s4", "s4d", "s5") for dtype in PRECISIONS]
+    cases += [("s4", torch.float64, True, "s4-ffn")]
+    cases += [("s4d", dtype, False, ["h3", "gated"]) for dtype in PRECISIONS]
+    for ssm, dtype, checkpointing, arch in cases:
         ids = torch.randint(31, (2, 24 * size), generator=torch.Generator().manual_seed(1))
-        whole, model = make_model(dtype, ssm=ssm), make_model(dtype, ssm=ssm)
+        whole, model = make_model(dtype, ssm=ssm, arch=arch), make_model(dtype, ssm=ssm, arch=arch)
         expected = share_of_loss(whole, ids, slice(None))
         expected.backward()
         parallel = SequenceParallel(size)
@@ -59,7 +60,7 @@ def agreement() -> dict:
             dist.all_reduce(ours.grad)
             worst = max(worst, float((ours.grad - theirs.grad).norm() / theirs.grad.norm()))
             gradients += 1
-        name = f"{ssm} {str(dtype).removeprefix('torch.')} {'recomputed' if checkpointing else 'kept'}"
+        name = f"{ssm} {str(dtype).removeprefix('torch.')} {'recomputed' if checkpointing else 'kept'} {arch}"
         error = float((loss - expected.detach()).abs() / expected.detach().abs())
         results[name] = {"loss": error, "gradient": worst, "gradients": gradients}
     return results

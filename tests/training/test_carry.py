@@ -12,10 +12,11 @@ from ssm_lm.errors import UserError
 from ssm_lm.training.carry import CarriedState, RowSampler
 
 
-@pytest.mark.parametrize("ssm", ["s4", "s4d"])
-def test_four_segments_equal_one_forward(ssm):
+@pytest.mark.parametrize(("ssm", "arch"), [("s4", "s4"), ("s4d", "s4"), ("s4d", ["h3", "gated"])], ids=str)
+def test_four_segments_equal_one_forward(ssm, arch):
     torch.manual_seed(0)
-    model = S4ForCausalLM(S4Config(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=8, ssm=ssm))
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 8}
+    model = S4ForCausalLM(S4Config(**sizes, ssm=ssm, arch=arch))
     ids = torch.randint(0, 50, (2, 1024))
     carried = CarriedState(model.config, windows_per_row=10, batches_per_step=1)
     with torch.no_grad():

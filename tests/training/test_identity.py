@@ -40,6 +40,15 @@ def test_a_run_that_recorded_its_kernels_goes_on_with_others(tmp_path):
     check_resumable(folder / "checkpoint-4", identity(kernels="triton"))
 
 
+def test_a_run_from_before_a_key_goes_on_where_the_key_has_its_default(tmp_path):
+    config = {"conv_size": 4, "expand": 2}
+    folder = folder_of(tmp_path / "run", identity(arch="h3"))
+    assert not config.keys() & identity(arch="h3")["model"].keys()
+    claim(folder, identity(arch="h3", **config))
+    with pytest.raises(UserError, match="conv_size"):
+        claim(folder, identity(arch="h3", conv_size=3))
+
+
 @pytest.mark.parametrize("other", [{"ssm": "s4d"}, {"dt_min": 0.01}])
 def test_another_model_is_another_run(tmp_path, other):
     folder = folder_of(tmp_path / "run", identity())
