@@ -53,10 +53,12 @@ def ema(monkeypatch):
     monkeypatch.setitem(ssm.LAYERS, "ema", names["EMA"])
     make = mixers.make_state_space
 
-    def with_ema(config):
+    def with_ema(config, channels=None):
         if config.ssm != "ema":
-            return make(config)
-        return names["EMA"](config.hidden_size, config.state_size, config.ssm_init, chunk_size=config.chunk_size)
+            return make(config, channels)
+        return names["EMA"](
+            channels or config.hidden_size, config.state_size, config.ssm_init, chunk_size=config.chunk_size
+        )
 
     monkeypatch.setattr(mixers, "make_state_space", with_ema)
     return names["EMA"]
