@@ -23,8 +23,11 @@ SHOWN = (
     "n_ssm",
     "dt_min",
     "dt_max",
+    "conv_size",
+    "expand",
     "intermediate_size",
     "hidden_act",
+    "norm",
     "tie_word_embeddings",
 )
 OWN_CODE = "The code of the model lies in this repository, so it has to be allowed to run; read it first."
@@ -89,6 +92,7 @@ def write_card(
         "```",
         "",
         *_strategies(model),
+        *([] if baseline else _projections(model)),
         f"Written with transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}.",
         "",
         "## Configuration",
@@ -164,6 +168,14 @@ def _strategies(model) -> list[str]:
         f'`model.generate(..., custom_generate=model.strategies["{names[0]}"])`.',
         "",
     ]
+
+
+def _projections(model) -> list[str]:
+    """What an adapter of PEFT can stand on: the matrices of the blocks."""
+    layers = [module for name, module in model.named_modules() if name.split(".")[-1] == "layers"]
+    linear = [name for part in layers for name, module in part.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = sorted({name.split(".")[-1] for name in linear})
+    return [f"An adapter of PEFT stands on the blocks' projections: `target_modules={json.dumps(names)}`.", ""]
 
 
 def _number(value: float | None) -> str:

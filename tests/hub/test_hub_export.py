@@ -82,6 +82,7 @@ def test_the_card(exported):
     for expected in ("# tiny-s4", f"{parameters:,} parameters", "| state_size | 8 |", "trust_remote_code=True"):
         assert expected in text
     assert "| prose | test | full context, state carried | token perplexity | 12.3457 |" in text
+    assert 'target_modules=["down_proj", "out_proj", "up_proj"]' in text
     assert "Apache License 2.0" in text
     assert text.startswith("---\nlibrary_name: transformers\n")
 
