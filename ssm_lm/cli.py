@@ -11,6 +11,7 @@ import argparse
 import difflib
 import importlib
 import os
+import re
 import signal
 import sys
 import time
@@ -35,23 +36,37 @@ VERBS = {
     "plot": ("ssm_lm.runs.curves", "draw the curves of one run or of several into one picture"),
     "bench": ("ssm_lm.bench.kernels", "time the fused kernels, or compile them for any GPU and count"),
     "doctor": ("ssm_lm.doctor", "say what this machine has: torch, GPU, Triton, DeepSpeed"),
+    "completion": ("ssm_lm.completion", "print the script by which bash or zsh completes all this"),
 }
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage block."""
+    """An argument parser whose errors are one line, without the usage block.
+
+    verbs: the parsers of the verbs by their names, of the parser above them; verb: the one that is called.
+    """
+
+    verbs, verb = {}, None
 
     def error(self, message):
-        raise UserError(f"{message}; see `{self.prog} --help`")
+        called = self.verbs.get(self.verb, self)  # argparse has what stands above complain of an unknown option
+        hint = ""
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            known = sorted(set(re.findall(r"--[a-z][\w-]*", called.format_help())))
+            near = difflib.get_close_matches(unknown[1], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{message}{hint or f'; see `{called.prog} --help`'}")
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser of the whole command, with the arguments of `verb` alone filled in."""
     parser = OneLineParser(prog="ssm-lm", description="Train and run state space language models.")
     parser.add_argument("--version", action="version", version=f"ssm-lm {__version__}")
+    parser.verbs, parser.verb = {}, verb
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=OneLineParser)
     for name, (module, summary) in VERBS.items():
         verb_parser = verbs.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        parser.verbs[name] = verb_parser
         if name == verb:
             implementation = importlib.import_module(module)
             implementation.add_arguments(verb_parser)

@@ -59,7 +59,8 @@ class S4Config(PreTrainedConfig):
         x * sigmoid(linear(x)), as in S5; "none", a linear layer.
     norm: "layer" or "rms", before every sublayer and after the last; None: "rms" where `arch` has a sublayer of a kind
         h3, gated or swiglu, else "layer".
-    dropout: on the output of the activation and of every sublayer; embedding_dropout: on the embeddings.
+    dropout: on the output of the activation and of every sublayer.
+    embedding_dropout: on the embeddings.
     adaptive_cutoffs: where the vocabulary is cut into clusters, ids sorted by frequency; gives the model an adaptive
         embedding and an adaptive softmax (adaptive.py). Its `logits` are log-probabilities, float32. None: neither.
     adaptive_div_val: cluster i has vectors of hidden_size / adaptive_div_val^i entries.
@@ -73,7 +74,9 @@ class S4Config(PreTrainedConfig):
     input_size: for classification, the number of features of a continuous input `inputs_embeds` (batch, length,
         input_size), which a linear encoder takes to hidden_size; None: the input is tokens, or of hidden_size.
     pooling: "mean", "last" or "max" over the positions that are not padding, for classification.
-    layer_norm_epsilon, initializer_range (standard deviation of matrices and embeddings), tie_word_embeddings,
+    layer_norm_epsilon: added to the variance that a norm divides by.
+    initializer_range: standard deviation of matrices and embeddings at the start.
+    tie_word_embeddings: the head shares the embedding's weights.
     use_cache, bos_token_id, eos_token_id, pad_token_id: as everywhere in transformers.
     Raises a ValueError that names the key for a value that makes no model.
     """

@@ -8,6 +8,7 @@ import argparse
 import shlex
 from pathlib import Path
 
+from ..config.help import HelpKeys
 from ..config.reading import parse_overrides, read_train_config
 from ..errors import UserError
 from ..files import write_json
@@ -27,6 +28,9 @@ MAX_ROLLBACKS = 3  # in one start of the command; what does not help three times
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--help-keys", action=HelpKeys, nargs="?", metavar="WORD", help="every key, its default, its line"
+    )
     parser.add_argument("config", help="a YAML file; see configs/train/")
     parser.add_argument(
         "overrides",
