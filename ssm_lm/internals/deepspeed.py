@@ -8,8 +8,10 @@ import ast
 import contextlib
 import importlib.util
 import os
+import pickle
+import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from ..errors import UserError
 from . import Part
 
 ADAM = ("exp_avg", "exp_avg_sq")
+ONLY_KNOWN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own switch, which goes before what a caller says
 
 
 # ---- the process
@@ -98,6 +101,38 @@ def set_steps(engine, steps: int) -> None:
 def engine_folder(checkpoint: Path) -> Path:
     """Where in a checkpoint the engine's own files lie."""
     return checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
+
+
+@contextlib.contextmanager
+def known_objects(checkpoint: Path) -> Iterator[None]:
+    """Within the block `torch.load` makes tensors, plain values and what DeepSpeed's files hold, whatever its caller
+    asks for: DeepSpeed's own calls would run any code that a file names.
+
+    Raises UserError for a file that holds anything else.
+    """
+    known = []
+    if any(checkpoint.glob("global_step*")):
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    given = os.environ.get(ONLY_KNOWN)
+    os.environ[ONLY_KNOWN] = "1"
+    try:
+        with torch.serialization.safe_globals(known):
+            yield
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{checkpoint}: a file in it holds {named[1] if named else 'an object'}, which no checkpoint holds and "
+            "which could run code; it was not run: go on from another checkpoint, or train anew"
+        ) from error
+    finally:
+        if given is None:
+            del os.environ[ONLY_KNOWN]
+        else:
+            os.environ[ONLY_KNOWN] = given
 
 
 def convert_to_universal(source: Path, target: Path) -> None:
@@ -250,6 +285,30 @@ PARTS = (
         "read from that",
         RESHARDING,
         UNTIL_UNIVERSAL,
+    ),
+    Part(
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "named as harmless to read from a checkpoint",
+        "DeepSpeed pickles it into the optimizer's states, and reads them with weights_only=False",
+        "DeepSpeed reads its files with weights_only",
+    ),
+    Part(
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "named as harmless to read from a checkpoint",
+        "likewise",
+        "DeepSpeed reads its files with weights_only",
+    ),
+    Part(
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "named as harmless to read from a checkpoint",
+        "likewise",
+        "DeepSpeed reads its files with weights_only",
+    ),
+    Part(
+        "deepspeed.utils.tensor_fragment.fragment_address",
+        "named as harmless to read from a checkpoint",
+        "likewise",
+        "DeepSpeed reads its files with weights_only",
     ),
     Part(
         "deepspeed.checkpoint.ds_to_universal.main",

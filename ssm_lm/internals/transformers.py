@@ -1,5 +1,6 @@
 """What reaches into transformers' Trainer."""
 
+import contextlib
 from pathlib import Path
 
 from transformers import Trainer
@@ -34,6 +35,10 @@ class OpenTrainer(Trainer):
 
     def taken_up(self, checkpoint: str) -> None:
         """Called when a checkpoint is in the engine, before the first step."""
+
+    def reading(self, checkpoint: str) -> contextlib.AbstractContextManager:
+        """Within it the Trainer or its engine reads a checkpoint."""
+        return contextlib.nullcontext()
 
     def take_up_best_model(self) -> None:
         """Load the weights of the best checkpoint, at the end of the training."""
@@ -71,18 +76,20 @@ class OpenTrainer(Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, None)
-        if self.takes_up(resume_from_checkpoint):
-            # as if there were none: the engine is made, and nothing of the checkpoint is read into it
-            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-            self.take_up(resume_from_checkpoint)
-            self._load_scaler(resume_from_checkpoint)
-        else:
-            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        with self.reading(resume_from_checkpoint):
+            if self.takes_up(resume_from_checkpoint):
+                # as if there were none: the engine is made, and nothing of the checkpoint is read into it
+                prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+                self.take_up(resume_from_checkpoint)
+                self._load_scaler(resume_from_checkpoint)
+            else:
+                prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.taken_up(resume_from_checkpoint)
         return prepared
 
     def _load_best_model(self):
-        self.take_up_best_model()
+        with self.reading(self.state.best_model_checkpoint):
+            self.take_up_best_model()
 
     def _finalize_training(self, *args, **kwargs):
         self.before_the_end()

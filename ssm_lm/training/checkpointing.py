@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ..errors import UserError, one_line
-from ..internals.deepspeed import set_steps
+from ..internals.deepspeed import known_objects, set_steps
 from ..internals.transformers import OpenTrainer
 from .checkpoints import PARTIAL, check_resumable, last_complete_checkpoint, publish, read_mark, rotate
 from .environment import agree
@@ -140,6 +140,8 @@ class CheckpointedTrainer(OpenTrainer):
         if self.args.process_index == 0:
             try:
                 convert(checkpoint, mark)
+            except UserError as error:
+                problem = str(error)
             except Exception as error:  # a full disk, a damaged shard: DeepSpeed raises anything
                 problem = f"{checkpoint} could not be converted ({one_line(error)})"
         agree(problem)
@@ -151,6 +153,9 @@ class CheckpointedTrainer(OpenTrainer):
             return super().take_up_best_model()
         self._convert(best, mark)
         self._put(best, mark)
+
+    def reading(self, checkpoint):
+        return known_objects(Path(checkpoint))
 
     def takes_up(self, checkpoint):
         return self._reshard is not None

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from ..internals.deepspeed import ADAM, convert_to_universal, engine_folder, placer
+from ..internals.deepspeed import ADAM, convert_to_universal, engine_folder, known_objects, placer
 from .checkpoints import PARTIAL
 
 UNIVERSAL = "universal"  # the converted form, a folder within the checkpoint
@@ -51,7 +51,8 @@ def convert(checkpoint: Path, mark: dict) -> None:
         return
     partial = checkpoint / f"{PARTIAL}-{UNIVERSAL}"
     shutil.rmtree(partial, ignore_errors=True)
-    convert_to_universal(engine_folder(checkpoint), partial)
+    with known_objects(checkpoint):
+        convert_to_universal(engine_folder(checkpoint), partial)
     os.rename(partial, target)
 
 
@@ -112,5 +113,4 @@ def adam_steps(optimizer) -> int:
 
 
 def _load(path: Path):
-    # the files are DeepSpeed's, with objects of its own in them, and come from the run's own folder
-    return torch.load(path, map_location="cpu", weights_only=False)
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,12 +1,14 @@
 """Checkpoints that go on under another engine, or with another number of ranks: the losses stay the same."""
 
 import json
+import os
+import re
 import shutil
 
 import forked
 import pytest
 import torch
-from harness import REPO, losses
+from harness import REPO, losses, zero
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -65,6 +67,39 @@ def test_two_ranks_and_then_another_number_or_stage(write_config, tmp_path, stag
         done = forked.train(start, "--output_dir", str(place), *engine_options(f"zero{other}"), ranks=ranks)
         assert "resuming" in done.stdout
         assert_same_run(place, tmp_path / "start")
+
+
+class Shell:
+    """What a pickle can hold: a call that is made when it is read."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader", "file"),
+    [
+        ("torch", "zero2", "optimizer.pt"),  # read here
+        ("zero2", "zero3", "*_optim_states.pt"),  # read by DeepSpeed's converter
+        ("zero2", "zero2", "*_optim_states.pt"),  # read by DeepSpeed's engine
+    ],
+)
+def test_no_checkpoint_can_run_a_command(write_config, tmp_path, straight, writer, reader, file):
+    settings = SETTINGS if writer == "torch" else SETTINGS | {"deepspeed": zero(2)}
+    place, ran = tmp_path / "run", tmp_path / "ran"
+    rewind(straight(**settings), place, 4)
+    (path,) = (place / "checkpoint-4").rglob(file)
+    torch.save({"first": Shell(f"touch {ran}"), **torch.load(path, weights_only=False)}, path)
+    mark = json.loads((place / "checkpoint-4" / "complete.json").read_text())
+    mark["files"][str(path.relative_to(place / "checkpoint-4"))] = path.stat().st_size
+    (place / "checkpoint-4" / "complete.json").write_text(json.dumps(mark))
+    done = forked.attempt(["-m", "ssm_lm", "train", write_config("run", **SETTINGS), *engine_options(reader)])
+    assert not ran.exists()
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"checkpoint-4: a file in it holds \w+.system, which", done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize("config", ["zero2_offload", "zero3_offload"])
