@@ -23,6 +23,7 @@ from .environment import (
     world_size,
 )
 from .plan import Plan, make_plan, print_plan
+from .record import config_text, describe_start, resolved_settings, schedule_text, write_record
 
 MAX_ROLLBACKS = 3  # in one start of the command; what does not help three times will not help the fourth
 
@@ -44,30 +45,36 @@ def run(args: argparse.Namespace) -> None:
     overrides = parse_overrides(args.overrides)
     if not overrides.pop("dry_run", False):
         command = shlex.join(["ssm-lm", "train", args.config, *args.overrides])
-        train(read_train_config(args.config, overrides), where=args.config, command=command)
+        train(read_train_config(args.config, overrides), args.config, command=command, given=frozenset(overrides))
     elif is_main_process():  # which speaks for all
         with dry_run():
-            train(read_train_config(args.config, overrides), where=args.config, plan_only=True)
+            train(read_train_config(args.config, overrides), args.config, plan_only=True, given=frozenset(overrides))
 
 
-def train(values: dict, where: str = "config", plan_only: bool = False, command: str = "") -> Path:
+def train(
+    values: dict, where: str = "config", plan_only: bool = False, command: str = "", given: frozenset = frozenset()
+) -> Path:
     """Train as a checked config says (see `reading.read_train_config`); returns the folder of the finished model.
 
     The folder holds the model and its tokenizer, checkpoint-N folders, TensorBoard files in runs/ and the log in
-    metrics.jsonl (see meters.py).
+    metrics.jsonl (see meters.py), config.yaml and starts.jsonl (see record.py). given: the keys of the command line.
     Raises UserError, before anything is written, for whatever the config or the folders have wrong, and
     SystemExit(75), after a checkpoint, where SIGTERM, SIGUSR1 or Ctrl-C asked the run to end; `command` is then said to
-    be what goes on. With `plan_only` (see
-    `environment.dry_run`) it prints the plan instead, and writes nothing.
+    be what goes on. With `plan_only` (see `environment.dry_run`) it prints the whole config and the plan instead, and
+    writes nothing.
     """
     plan = make_plan(values, where, alone=plan_only)
     if plan.finished_step is not None:
         if is_main_process():
             print(f"{plan.output_dir}: this run is finished ({plan.finished_step} steps); nothing to do")
     elif plan_only:
+        print(config_text(resolved_settings(values, plan, given), where))
         print_plan(plan, plan.task.new_model())
+        print(schedule_text(plan.identity))
+        if plan.checkpoint is None:
+            print(f"begins    a new run in {plan.output_dir}")
     else:
-        begin(plan)
+        begin(plan, config_text(resolved_settings(values, plan, given), where), command)
         trainer, signal = train_to_the_end(plan)
         if trainer.faults.stopped:
             stop(plan, trainer, signal, command)
@@ -78,14 +85,17 @@ def train(values: dict, where: str = "config", plan_only: bool = False, command:
 # ---- plan: make_plan, and what it writes first
 
 
-def begin(plan: Plan) -> None:
-    """Write the run file, and clear what a run that was killed left half written. Raises UserError."""
+def begin(plan: Plan, config: str, command: str) -> None:
+    """Write the run file, the resolved config and how the run is started; clear what one that was killed left half
+    written. Raises UserError.
+    """
     if not is_main_process():
         return
     try:
         plan.output_dir.mkdir(parents=True, exist_ok=True)
         remove_partial(plan.output_dir)
         write_json(plan.output_dir / RUN_FILE, plan.record)
+        write_record(plan.output_dir, config, describe_start(plan, command))
     except OSError as error:
         raise UserError(f"output_dir {plan.output_dir} cannot be written to ({error.strerror or error})") from error
 
