@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..loading.folder import INDEX, WEIGHTS
 from ..training.checkpoints import RUN_FILE, complete_checkpoints
 from ..training.history import read_metrics, series
+from ..training.lock import is_held
 
 DEEPEST = 3  # folders below the given one in which a run is looked for
 STATES = {
@@ -98,6 +99,8 @@ def state_of(folder: Path) -> str:
         finished = recorded.get("finished_step") is not None
     except (OSError, ValueError, AttributeError):
         return "broken"
+    if is_held(folder):
+        return "running"
     if finished:
         return "finished" if any((folder / name).is_file() for name in (WEIGHTS, INDEX)) else "broken"
     if any(folder.glob("checkpoint-*")) and not complete_checkpoints(folder):

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..files import write_json
 from ..loading.folder import COMPLETE as COMPLETE_FILE
 from .identity import fixed_difference
+from .lock import LOCK_FILE
 
 RUN_FILE = "run.json"
 PARTIAL = ".partial"  # beginning of the names of folders that are being written or deleted
@@ -154,7 +155,7 @@ def claim(output_dir: Path, identity: dict) -> dict:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir {output_dir} is a file; choose a folder")
     if not run_file.is_file():
-        if output_dir.is_dir() and any(output_dir.iterdir()):
+        if output_dir.is_dir() and any(path.name != LOCK_FILE for path in output_dir.iterdir()):
             raise UserError(f"output_dir {output_dir} is not empty and holds no run of ssm-lm; choose another folder")
         return {}
     try:

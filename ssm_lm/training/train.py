@@ -5,7 +5,9 @@ the same config it goes on from the last whole checkpoint, or says that the run 
 """
 
 import argparse
+import contextlib
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..config.help import HelpKeys
@@ -22,6 +24,7 @@ from .environment import (
     set_threads,
     world_size,
 )
+from .lock import locked
 from .plan import Plan, make_plan, print_plan
 from .record import config_text, describe_start, resolved_settings, schedule_text, write_record
 
@@ -74,15 +77,35 @@ def train(
         if plan.checkpoint is None:
             print(f"begins    a new run in {plan.output_dir}")
     else:
-        begin(plan, config_text(resolved_settings(values, plan, given), where), command)
-        trainer, signal = train_to_the_end(plan)
-        if trainer.faults.stopped:
-            stop(plan, trainer, signal, command)
-        finish(plan, trainer)
+        with hold(plan.output_dir):
+            begin(plan, config_text(resolved_settings(values, plan, given), where), command)
+            trainer, signal = train_to_the_end(plan)
+            if trainer.faults.stopped:
+                stop(plan, trainer, signal, command)
+            finish(plan, trainer)
     return plan.output_dir
 
 
 # ---- plan: make_plan, and what it writes first
+
+
+@contextlib.contextmanager
+def hold(output_dir: Path) -> Iterator[None]:
+    """Let no other process write into the output folder meanwhile; it is made if need be. Raises UserError."""
+    if not is_main_process():  # which speaks for all
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(output_dir))
+        except OSError as error:
+            raise cannot_be_written(output_dir, error) from error
+        yield
+
+
+def cannot_be_written(output_dir: Path, error: OSError) -> UserError:
+    return UserError(f"output_dir {output_dir} cannot be written to ({error.strerror or error})")
 
 
 def begin(plan: Plan, config: str, command: str) -> None:
@@ -92,12 +115,11 @@ def begin(plan: Plan, config: str, command: str) -> None:
     if not is_main_process():
         return
     try:
-        plan.output_dir.mkdir(parents=True, exist_ok=True)
         remove_partial(plan.output_dir)
         write_json(plan.output_dir / RUN_FILE, plan.record)
         write_record(plan.output_dir, config, describe_start(plan, command))
     except OSError as error:
-        raise UserError(f"output_dir {plan.output_dir} cannot be written to ({error.strerror or error})") from error
+        raise cannot_be_written(plan.output_dir, error) from error
 
 
 # ---- loop
