@@ -11,6 +11,7 @@ from ssm_lm.comparison.contest import read_contest
 from ssm_lm.config.deepspeed import deepspeed_config
 from ssm_lm.config.model import model_config, new_language_model
 from ssm_lm.config.reading import read_train_config, read_yaml
+from ssm_lm.data.recall import RECALL_TASKS
 from ssm_lm.data.sequences import TASKS
 
 REPO = Path(__file__).parents[1]
@@ -24,7 +25,10 @@ def test_training_configs(path, monkeypatch):
     deepspeed_config(values.get("deepspeed"), values.get("bf16", False), False)
     assert {"model", "output_dir", "learning_rate", "seed"} <= set(values)
     with torch.device("meta"):
-        if "task" in values:
+        if values.get("task") in RECALL_TASKS:
+            assert "max_steps" in values  # examples never end
+            S4ForCausalLM(S4Config(**({"vocab_size": 100} | values["model"])))
+        elif "task" in values:
             assert values["task"].split(":")[0] in TASKS
             assert "num_train_epochs" in values
             S4ForSequenceClassification(S4Config(**({"vocab_size": 100, "num_labels": 2} | values["model"])))

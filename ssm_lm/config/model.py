@@ -26,6 +26,7 @@ def baseline_config(keys: dict):
     import torch
 
     config_class, model_class = baseline_classes(keys["type"])
+    keys = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | keys  # their defaults are of other tokens
     own = {config_class.attribute_map.get(key, key): value for key, value in keys.items() if key != "type"}
     config = config_class(**own)
     with torch.device("meta"):

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from .listops import NUM_LABELS, PAD, SPLITS, VOCAB_SIZE, read_split
+from .recall import RECALL_TASKS, Recall
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,17 @@ class Examples(Dataset):
         return {self.key: self.read(self.items[index]), "labels": int(self.labels[index])}
 
 
-def load_task(name: str) -> SequenceTask:
-    """A task by name: `digits`, or `fashion-mnist:FOLDER`, `imdb:FOLDER`, `listops:FOLDER` with the data in a folder.
+def load_task(name: str) -> SequenceTask | Recall:
+    """A task by name: `digits`, one of recall.py's, or `fashion-mnist:FOLDER`, `imdb:FOLDER`, `listops:FOLDER` with the
+    data in a folder.
 
     Raises UserError for an unknown name, a missing folder or file, data of another form.
     """
+    if name in RECALL_TASKS:
+        return RECALL_TASKS[name]
     kind, _, folder = name.partition(":")
     if kind not in TASKS:
-        raise UserError(f"task {name!r} is unknown; there are {', '.join(TASKS)}")
+        raise UserError(f"task {name!r} is unknown; there are {', '.join([*TASKS, *RECALL_TASKS])}")
     load, needs_folder = TASKS[kind]
     if not needs_folder:
         return load()

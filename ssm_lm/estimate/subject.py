@@ -95,9 +95,13 @@ def what_is_trained(values: dict, where: str):
     if values.get("init_from"):
         raise UserError(f"{where}: init_from is not read by estimate; give the model's keys under `model`")
     if values.get("task"):
+        from ..data.recall import RECALL_TASKS
         from ..data.sequences import load_task
 
         task = load_task(values["task"])
+        if values["task"] in RECALL_TASKS:
+            config = model_config({"vocab_size": task.vocab_size} | values["model"], where)
+            return config, "lm", task.length, len(task.splits["train"])
         config = model_config(task.model_keys() | {"tie_word_embeddings": False} | values["model"], where)
         train = task.splits["train"]
         key = "inputs_embeds" if task.input_size is not None else "input_ids"

@@ -1,4 +1,4 @@
-"""What there is to learn: the next token of a stream, or the class of a sequence.
+"""What there is to learn: the next token of a stream, the class of a sequence, or a few tokens of one that is made up.
 
 A task brings the data, the config of the model and the Trainer; `train.py` does the rest, which is the same for both.
 Making one reads and checks everything and writes nothing.
@@ -9,17 +9,20 @@ from pathlib import Path
 
 from ..config.arguments import S4TrainingArguments
 from ..config.model import check_baseline, model_config, new_language_model
+from ..data.recall import RECALL_TASKS
 from ..data.sequences import load_task
 from ..data.stream import TokenStream
 from ..data.tokenizer import load_tokenizer
 from ..data.windows import TokenWindows, WindowSampler
 from ..errors import UserError
 from ..files import write_json
-from .trainer import ClassificationTrainer, LanguageModelTrainer
+from .trainer import ClassificationTrainer, LanguageModelTrainer, RecallTrainer
 
 
 def make_task(values: dict, where: str):
     """The task that a config asks for. Raises UserError for whatever its data or its model have wrong."""
+    if values.get("task") in RECALL_TASKS:
+        return Recalling(values, where)
     if values.get("task"):
         return Classification(values, where)
     return LanguageModelling(values, where)
@@ -109,16 +112,20 @@ class Classification:
     """The class of a sequence, of the `task` by name. Attributes as LanguageModelling's."""
 
     can_pass_over = False
+    trainer_class = ClassificationTrainer
 
     def __init__(self, values: dict, where: str):
         if values.get("init_from"):
             raise UserError(f"{where}: init_from is for language models; leave it out")
-        if "type" in values["model"]:
-            raise UserError(f"{where}: model.type is for language models; leave it out, or the task")
         self.task = load_task(values["task"])
-        self.config = model_config(self.task.model_keys() | {"tie_word_embeddings": False} | values["model"], where)
+        self.config = self.make_config(values, where)
         self.samples_per_epoch = len(self.task.splits["train"])
         self.fingerprint = f"{self.task.name}: {', '.join(f'{k} {len(v)}' for k, v in self.task.splits.items())}"
+
+    def make_config(self, values: dict, where: str):
+        if "type" in values["model"]:
+            raise UserError(f"{where}: model.type is for language models; leave it out, or the task")
+        return model_config(self.task.model_keys() | {"tie_word_embeddings": False} | values["model"], where)
 
     def steps(self, epochs: float, batch_per_device: int, replicas: int, accumulation: int) -> int:
         """Optimizer steps in so many epochs; the last of an epoch sees what is left."""
@@ -145,7 +152,7 @@ class Classification:
                 f"{self.task.name}: steps that cannot be taken are passed over in a language model's stream only"
             )
         args.prediction_loss_only = False  # a language model's logits are too many to keep; these are few
-        return ClassificationTrainer(model, args, self.task, signals=signals)
+        return self.trainer_class(model, args, self.task, signals=signals)
 
     def finish(self, trainer) -> None:
         """Measure the test split, print it and write it to test_results.json."""
@@ -155,3 +162,20 @@ class Classification:
             results |= {"task": self.task.name, "examples": len(self.task.splits["test"])}
             write_json(Path(trainer.args.output_dir) / "test_results.json", results)
             print(f"test      accuracy {results['test_accuracy']:.2%} of {results['examples']:,}")
+
+
+class Recalling(Classification):
+    """A few tokens of a sequence that is made up, predicted by a language model; see data/recall.py."""
+
+    trainer_class = RecallTrainer
+
+    def make_config(self, values: dict, where: str):
+        config = model_config({"vocab_size": self.task.vocab_size} | values["model"], where)
+        if config.vocab_size < self.task.vocab_size:
+            least = self.task.vocab_size
+            raise UserError(f"{where}: model.vocab_size must be {least} for {self.task.name}; leave it out")
+        check_baseline(config, values, self.task.length, where)
+        return config
+
+    def new_model(self):
+        return new_language_model(self.config)

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from ..data.recall import IGNORED, Recall
 from ..data.sequences import SequenceTask
 from ..data.windows import TokenWindows, WindowSampler
 from ..internals.deepspeed import share_master_weights
@@ -94,6 +95,8 @@ class S4Trainer(CheckpointedTrainer):
     signals: what has asked the run to end, see `stopping.StopSignals`.
     """
 
+    is_language_model = False
+
     def __init__(self, *args, signals=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.faults = Faults(self, signals)
@@ -104,7 +107,7 @@ class S4Trainer(CheckpointedTrainer):
         if not self.args.disable_tqdm and sys.stderr.isatty():
             self.add_callback(Bars())
         self._meter = None
-        self.meters = Meters(self.args, self.model.config, isinstance(self, LanguageModelTrainer))
+        self.meters = Meters(self.args, self.model.config, self.is_language_model)
         self.add_callback(MetricsFile())
         if self.args.profile:
             self.add_callback(ProfileTrace())
@@ -232,6 +235,8 @@ class LanguageModelTrainer(S4Trainer):
     `RowSampler` where the state is carried.
     """
 
+    is_language_model = True
+
     def __init__(
         self,
         model,
@@ -311,6 +316,42 @@ class LanguageModelTrainer(S4Trainer):
         super().load_state(folder)
         if self._carried is not None:
             self._carried.load(self._carried_file(folder), self.args.device)
+
+
+class RecallTrainer(S4Trainer):
+    """Trainer of a language model over the examples of data/recall.py; accuracy is of the tokens that are asked for."""
+
+    is_language_model = True
+
+    def __init__(self, model, args, task: Recall, **kwargs):
+        self._length = task.length
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=task.splits["train"],
+            eval_dataset=task.splits["validation"],
+            data_collator=default_data_collator,  # examples are of one length
+            compute_metrics=recall_accuracy,
+            preprocess_logits_for_metrics=most_likely,
+            **kwargs,
+        )
+
+    def speed(self, step, steps, seconds):
+        tokens = self.args.global_batch_size * self._length
+        return {"tokens_per_second": steps * tokens / seconds, "tokens": step * tokens}
+
+
+def most_likely(outputs, labels):
+    """Token ids (B, L), of what a model gives beside the loss: the logits (B, L, V), and a cache after them."""
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    return logits.argmax(-1)
+
+
+def recall_accuracy(prediction) -> dict:
+    """Share of the labelled tokens that are the most likely ones at the place before."""
+    asked = prediction.label_ids[:, 1:] != IGNORED
+    right = prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]
+    return {"accuracy": float(right[asked].mean())}
 
 
 class ClassificationTrainer(S4Trainer):
