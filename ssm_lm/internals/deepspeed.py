@@ -95,6 +95,13 @@ def set_steps(engine, steps: int) -> None:
     engine.global_steps = steps
 
 
+def keep_clipping(engine) -> None:
+    """Let a ZeRO optimizer clip at what its config says, not at what the checkpoint that it has read says."""
+    zero = getattr(engine, "optimizer", None)
+    if hasattr(zero, "clip_grad"):
+        zero.clip_grad = engine.gradient_clipping()
+
+
 # ---- checkpoints
 
 
@@ -328,6 +335,12 @@ PARTS = (
         "replaced on one engine, by a measure and the same",
         "at stage 0 the norm before clipping is seen nowhere else",
         "the engine tells it",
+    ),
+    Part(
+        f"{STAGE_12}.clip_grad",
+        "written, after a checkpoint",
+        "stages 1 and 2 take it from the checkpoint, and a run may change max_grad_norm",
+        "it is read from the config alone, as at stage 3",
     ),
     Part(
         "deepspeed.runtime.engine.DeepSpeedEngine.global_steps",

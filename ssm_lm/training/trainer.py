@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from ..data.recall import IGNORED, Recall
 from ..data.sequences import SequenceTask
 from ..data.windows import TokenWindows, WindowSampler
-from ..internals.deepspeed import share_master_weights
+from ..internals.deepspeed import keep_clipping, share_master_weights
 from ..internals.transformers import EvaluationCut
 from .carry import CarriedState, RowSampler
 from .checkpointing import CheckpointedTrainer
@@ -149,6 +149,7 @@ class S4Trainer(CheckpointedTrainer):
         super().taken_up(checkpoint)
         step, factor = self.state.global_step, curve(schedule_settings(self.args))
         self.state.compute_steps(self.args, self.state.max_steps)  # logging_steps and the like
+        keep_clipping(self.model_wrapped)
         groups = self.engine_optimizer().param_groups
         for group in groups:
             settings = self._settings[group["name"]]
