@@ -94,7 +94,7 @@ def _is_pickle(file: Path) -> bool:
     with open(file, "rb") as stream:
         start = stream.read(4)
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return True
+        return not _is_safetensors(file)  # which begins with the length of its header, any number
     if start == b"PK\x03\x04":
         try:
             with zipfile.ZipFile(file) as archive:
@@ -102,6 +102,17 @@ def _is_pickle(file: Path) -> bool:
         except zipfile.BadZipFile:
             return True  # an archive that cannot be looked into
     return False
+
+
+def _is_safetensors(file: Path) -> bool:
+    """By its suffix, and whole: its header is read."""
+    if file.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def _check_content(file: Path) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification
 from ssm_lm.cli import main
 from ssm_lm.data.bpe import train_bpe
+from ssm_lm.hub.contents import _is_pickle
 from ssm_lm.hub.export import export
 
 REPO = Path(__file__).parents[2]
@@ -177,6 +178,20 @@ def as_zip(content):
 
 
 PICKLE = pickle.dumps({"a": 1})
+
+
+def test_a_header_as_long_as_a_pickle_begins_is_none(tmp_path):
+    """A file of safetensors begins with the length of its header; 1,152, for one, are the bytes 80 04."""
+    file, length = tmp_path / "model.safetensors", 0
+    for padding in range(1000, 1100):
+        save_file({"a": torch.zeros(1)}, file, metadata={"a": "b" * padding})
+        length = int.from_bytes(file.read_bytes()[:8], "little")
+        if length == 0x0480:
+            break
+    assert length == 0x0480
+    assert not _is_pickle(file)
+    file.write_bytes(file.read_bytes()[:-1])  # not whole: no safetensors
+    assert _is_pickle(file)
 
 
 @pytest.mark.parametrize(

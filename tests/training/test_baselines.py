@@ -12,6 +12,7 @@ from ssm_lm.baselines import BASELINES
 from ssm_lm.cli import main
 from ssm_lm.config.model import model_config, new_language_model
 from ssm_lm.data.stream import TokenStream
+from ssm_lm.hub.contents import publishable
 from ssm_lm.training.param_groups import parameter_groups
 
 GENERAL = {"hidden_size": 16, "num_hidden_layers": 1}
@@ -48,6 +49,7 @@ def test_train_eval_generate_export(kind, write_config, corpus, tmp_path, capsys
     assert capsys.readouterr().out.startswith("the cat")
     assert main(["export", str(run), "--output", str(exported)]) == 0
     assert not list(exported.glob("*.py"))
+    assert "model.safetensors" in {file.name for file in publishable(exported)[0]}
     # by transformers alone, and the windows by hand
     plain = transformers.AutoModelForCausalLM.from_pretrained(exported)
     assert type(plain).__name__ == BASELINES[kind][1]
@@ -115,9 +117,12 @@ def test_estimate_counts_parameters_and_flops(write_config, tmp_path, capsys):
     assert main(["estimate", config, "--scaling"]) == 2
 
 
-def test_what_belongs_to_our_models_is_refused_in_one_line(write_config, corpus, tmp_path, capsys):
-    assert main(["train", write_config(model=model("gpt2"), max_steps=1)]) == 0
+def test_what_it_offers_and_what_belongs_to_our_models(write_config, corpus, tmp_path, capsys):
+    """It can be trained on; the state, and the strategies that our models bring, are refused in one line."""
+    assert main(["train", write_config(model=model("gpt2"), max_steps=10)]) == 0
     run = str(tmp_path / "run")
+    assert main(["train", write_config("next", init_from=run, model=None, max_steps=2)]) == 0
+    assert losses(tmp_path / "next")[0] < losses(tmp_path / "run")[0] - 0.2
     for command, words in (
         (["eval", run, "--data", str(corpus)], "--context full"),
         (["eval", run, "--data", str(corpus), "--context", "41"], "at most 40"),
