@@ -12,10 +12,11 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from ..errors import UserError, one_line
 from ..internals.deepspeed import known_objects, set_steps
 from ..internals.transformers import OpenTrainer
-from .checkpoints import PARTIAL, check_resumable, last_complete_checkpoint, publish, read_mark, rotate
+from .checkpoints import PARTIAL, check_resumable, flush_own_files, last_complete_checkpoint, publish, read_mark, rotate
 from .environment import agree
 from .param_groups import parameter_groups
-from .universal import adam_steps, convert, engine_name, is_native, open_reader, put
+from .universal import adam_steps, convert, engine_name, is_native, needs_conversion, open_reader, put
+from .waiting import first_rank_works
 
 NO_BEST = (None, None, None)  # metric, step and place of the best checkpoint
 
@@ -48,6 +49,7 @@ class CheckpointedTrainer(OpenTrainer):
             self.save_state(self.writing_into / name)
             if self.args.should_save:
                 self.state.save_to_json(str(self.writing_into / name / TRAINER_STATE_NAME))
+            flush_own_files(self.writing_into / name, self.args.process_index)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 facts = self.checkpoint_facts | {
@@ -136,14 +138,15 @@ class CheckpointedTrainer(OpenTrainer):
         return is_native(checkpoint, mark, engine_name(self._zero_stage()), self.args.world_size)
 
     def _convert(self, checkpoint: Path, mark: dict) -> None:
-        problem = None
-        if self.args.process_index == 0:
-            try:
-                convert(checkpoint, mark)
-            except UserError as error:
-                problem = str(error)
-            except Exception as error:  # a full disk, a damaged shard: DeepSpeed raises anything
-                problem = f"{checkpoint} could not be converted ({one_line(error)})"
+        problem, what = None, f"converts  {checkpoint}, which other ranks or another engine wrote, in one process"
+        if needs_conversion(checkpoint, mark) and self.is_world_process_zero():
+            print(what, flush=True)
+        try:
+            first_rank_works(lambda: convert(checkpoint, mark), what, self.args.device)
+        except UserError as error:
+            problem = str(error)
+        except Exception as error:  # a full disk, a damaged shard: DeepSpeed raises anything
+            problem = f"{checkpoint} could not be converted ({one_line(error)})"
         agree(problem)
 
     def take_up_best_model(self):

@@ -23,16 +23,17 @@ PARTIAL = ".partial"  # beginning of the names of folders that are being written
 def publish(partial: Path, checkpoint: Path, facts: dict) -> None:
     """Verify a folder that every rank has written its part into, mark it complete, and give it its name.
 
-    The mark lists every file with its size. The name comes by one rename, after the files have reached the disk: a
-    checkpoint is there whole or not at all. facts: what else the mark says. Raises OSError, or UserError for a file
-    that is not what its name says.
+    Each rank has called `flush_own_files` before. The mark lists every file with its size. The name comes by one
+    rename, after the files have reached the disk: a checkpoint is there whole or not at all. facts: what else the mark
+    says. Raises OSError, or UserError for a file that is not what its name says.
     """
     files = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != COMPLETE_FILE)
     for path in files:
         verify(path)
     sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
     write_json(partial / COMPLETE_FILE, facts | {"files": sizes})
-    for path in [*files, partial / COMPLETE_FILE, partial]:
+    folders = sorted({path.parent for path in files} | {partial})
+    for path in [partial / COMPLETE_FILE, *folders]:
         flush_to_disk(path)
     if read_mark(checkpoint) is not None:
         remove(partial)  # a whole one of this step is there: it is the same run's, and says the same
@@ -61,6 +62,22 @@ def verify(path: Path) -> None:
             whole = False
     if not whole:
         raise UserError(f"{path}: was not written whole; the last complete checkpoint is as it was")
+
+
+def flush_own_files(partial: Path, rank: int) -> None:
+    """Bring to the disk what this rank has written into a checkpoint; every rank calls it, before `publish`.
+
+    A rank on another host has its files in that host's memory, where nobody else's fsync finds them. Raises OSError.
+    """
+    for path in partial.rglob("*"):
+        if path.is_file() and written_by_rank(path.name) == rank:
+            flush_to_disk(path)
+
+
+def written_by_rank(name: str) -> int:
+    """The rank that wrote a checkpoint's file, from its name; the first one wrote what does not say so."""
+    match = re.search(r"pp_rank_(\d+)_|_(\d+)\.(?:pth|safetensors)$", name)
+    return int(match[1] or match[2]) if match else 0
 
 
 def flush_to_disk(path: Path) -> None:

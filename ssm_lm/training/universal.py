@@ -44,16 +44,20 @@ def is_native(checkpoint: Path, mark: dict, engine: str, world_size: int) -> boo
     return written_by(checkpoint, mark) == engine and (whole or int(mark["world_size"]) == world_size)
 
 
+def needs_conversion(checkpoint: Path, mark: dict) -> bool:
+    """Whether the checkpoint is in shards, and not yet converted."""
+    return written_by(checkpoint, mark) not in ("torch", "zero0") and not (checkpoint / UNIVERSAL).is_dir()
+
+
 def convert(checkpoint: Path, mark: dict) -> None:
     """Make the converted form of a sharded checkpoint, if it is not there. One rank calls it; the others wait."""
-    target = checkpoint / UNIVERSAL
-    if written_by(checkpoint, mark) in ("torch", "zero0") or target.is_dir():
+    if not needs_conversion(checkpoint, mark):
         return
     partial = checkpoint / f"{PARTIAL}-{UNIVERSAL}"
     shutil.rmtree(partial, ignore_errors=True)
     with known_objects(checkpoint):
         convert_to_universal(engine_folder(checkpoint), partial)
-    os.rename(partial, target)
+    os.rename(partial, checkpoint / UNIVERSAL)
 
 
 def open_reader(checkpoint: Path, mark: dict, names: list[str]) -> Reader:

@@ -5,6 +5,7 @@ FAULT_WINDOWS the same, but bound to the batch: the first eight token ids of its
 FAULT_FACTOR  what the loss is multiplied by: "nan" or "100"; "wait": it stays, and the rank waits for a signal
 FAULT_EVALUATION  steps (from 1) in whose evaluation the rank waits for a signal
 FAULT_RANK    the rank that it happens on; all of them without it
+SAY_FLUSHED   if set: a line for each file that a rank brings to the disk, and for each rename
 RANK_OPTIONS  words that are added to the command on rank 1
 """
 
@@ -14,6 +15,7 @@ import time
 
 import ssm_lm.training.trainer as trainer_module
 from ssm_lm.cli import entry
+from ssm_lm.training import checkpoints
 
 rank = int(os.environ.get("RANK", "0"))
 factor = os.environ.get("FAULT_FACTOR", "1")
@@ -47,4 +49,9 @@ def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=N
 
 
 trainer_module.S4Trainer.compute_loss = compute_loss
+flush, rename = checkpoints.flush_to_disk, os.rename
+if os.environ.get("SAY_FLUSHED"):
+    # one write a line: the ranks share a file
+    checkpoints.flush_to_disk = lambda path: (flush(path), os.write(1, f"rank {rank} flushed {path.name}\n".encode()))
+    os.rename = lambda old, new: (rename(old, new), os.write(1, f"rank {rank} renamed {new}\n".encode()))
 entry(sys.argv[1:] + (os.environ.get("RANK_OPTIONS", "").split() if rank == 1 else []))

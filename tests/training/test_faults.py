@@ -68,6 +68,17 @@ def test_a_spike_is_skipped(write_config, tmp_path):
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
 
 
+def check_flushed(said: str, checkpoint: Path, ranks: int) -> None:
+    """Each file of a checkpoint reached the disk by the rank that wrote it, before the checkpoint had its name."""
+    said = said[: said.index(f"renamed {checkpoint}\n")]
+    files = [path.name for path in checkpoint.rglob("*") if path.is_file() and path.name != "complete.json"]
+    for name in files:
+        numbers = [int(number) for number in re.findall(r"(?:pp_rank|rng_state)_(\d+)", name)]
+        assert f"rank {numbers[0] if numbers else 0} flushed {name}\n" in said
+    assert "rank 0 flushed complete.json\n" in said
+    assert sum("optim" in name for name in files) == ranks
+
+
 @pytest.mark.parametrize(("ranks", "options"), [(1, []), (2, ["--deepspeed", zero(2)])])
 def test_after_several_the_run_goes_back_and_passes_over_their_batches(write_config, corpus, tmp_path, ranks, options):
     settings = {"max_steps": 14, "save_strategy": "steps", "save_steps": 4, "max_skipped_steps": 3}
@@ -78,9 +89,10 @@ def test_after_several_the_run_goes_back_and_passes_over_their_batches(write_con
     bad = ";".join(" ".join(str(token) for token in first) for first in bad)
 
     config = write_config("spoilt", **settings)
-    done = forked.run(faulty(config, *options), ranks, FAULT_WINDOWS=bad, FAULT_FACTOR="nan")
+    done = forked.run(faulty(config, *options), ranks, FAULT_WINDOWS=bad, FAULT_FACTOR="nan", SAY_FLUSHED=1)
     assert "3 steps in a row were skipped; back to" in done.stdout
     assert "checkpoint-4, passing over their batches" in done.stdout
+    check_flushed(done.stdout, tmp_path / "spoilt" / "checkpoint-12", ranks)
     record = json.loads((tmp_path / "spoilt" / "run.json").read_text())
     assert record["passed_over"] == [6, 7, 8]
 

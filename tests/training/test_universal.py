@@ -65,6 +65,7 @@ def test_two_ranks_and_then_another_number_or_stage(write_config, tmp_path, stag
         place = tmp_path / f"{ranks} ranks at stage {other}"
         rewind(tmp_path / "start", place, 4)
         done = forked.train(start, "--output_dir", str(place), *engine_options(f"zero{other}"), ranks=ranks)
+        assert done.stdout.count("in one process\n") == 1
         assert "resuming" in done.stdout
         assert_same_run(place, tmp_path / "start")
 
