@@ -1,6 +1,7 @@
 """The commands of the README and of the reference run. Those that need what a test machine lacks are parsed instead."""
 
 import fnmatch
+import json
 import os
 import re
 import shlex
@@ -16,7 +17,8 @@ from ssm_lm.cli import build_parser
 REPO = Path(__file__).parents[1]
 sys.path.append(str(REPO / "tests" / "training"))  # forked.py
 VENV = Path(sys.prefix)
-PAGES = ("README.md", "docs/reference.md")  # in the order in which they are read: the second goes on from the first
+# in the order in which they are read: each goes on from those before
+PAGES = ("README.md", "docs/reference.md", "docs/finetuning.md")
 BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
 
 # the README's commands at full size -> the same at the size of a test
@@ -25,6 +27,8 @@ SMALLER = {
     'QUICKSTART="--max_steps 4 --eval_steps 2 --save_steps 2"',
     "--max_steps 200": "--max_steps 2 --eval_strategy no",
     "train configs/train/digits.yaml": "train configs/train/digits.yaml --max_steps 3 --eval_strategy no",
+    "train configs/train/finetune.yaml": "train configs/train/finetune.yaml --sequence_length 64 --num_train_epochs 2 "
+    "--per_device_train_batch_size 4 --learning_rate 4e-3",  # of a model that has hardly been trained
     "make test": "true",  # is what runs this
 }
 
@@ -174,3 +178,7 @@ def test_the_other_blocks_run_in_order(checkout):
                 run("bash", "-euc", line)
     assert (checkout / "exports" / "quickstart" / "modeling_s4.py").is_file()
     assert (checkout / "runs" / "quickstart" / "runs").is_dir()  # TensorBoard
+    assert (checkout / "runs" / "quickstart" / "curves.png").is_file()
+    results = (checkout / "runs" / "before.json", checkout / "runs" / "finetuned" / "eval.json")
+    before, after = (json.loads(path.read_text())["token_perplexity"] for path in results)
+    assert after < 0.9 * before

@@ -28,6 +28,8 @@ class S4TrainingArguments(TrainingArguments):
     spike_window: how many steps "the usual" is taken from.
     max_skipped_steps: after so many skipped steps in a row, training goes back to the last checkpoint and passes over
         the batches of those steps.
+    early_stopping_patience: after so many evaluations in a row that were not better than the best one, the run is
+        finished, with the best checkpoint's model; needs load_best_model_at_end. None: it goes on to max_steps.
     ssm_learning_rate: learning rate of the state space parameters (dt, Lambda, P, B, C, D); None: learning_rate.
     allow_changes: keys that this start may give other values than the run began with, as learning_rate,weight_decay;
         the new value, and the step from which it holds, go into run.json (see training/identity.py for which can).
@@ -49,6 +51,7 @@ class S4TrainingArguments(TrainingArguments):
     spike_threshold: float = 10.0
     spike_window: int = 128
     max_skipped_steps: int = 8
+    early_stopping_patience: int | None = None
     ssm_learning_rate: float | None = None
     allow_changes: str | list[str] | None = None
     profile: bool | int = 0

@@ -28,6 +28,7 @@ def check_values(values: dict, where: str) -> None:
     for key in ("profile", "peak_tflops", "communication_sample_steps"):
         if (values.get(key) or 0) < 0:
             raise UserError(f"{where}: {key} must not be negative, not {values[key]}")
+    check_early_stopping(values, where)
     given = os.environ.get("SSM_LM_PEAK_TFLOPS")
     if given and not re.fullmatch(r"\d+(\.\d*)?", given):
         raise UserError(f"SSM_LM_PEAK_TFLOPS must be a positive number of TFLOP/s, not {given!r}")
@@ -35,6 +36,20 @@ def check_values(values: dict, where: str) -> None:
         raise UserError(
             f"{where}: carry_state and activation_checkpointing exclude each other (the recomputed forward would go on "
             "from the state that it is to make); set one of them to false"
+        )
+
+
+def check_early_stopping(values: dict, where: str) -> None:
+    """Raise UserError where `early_stopping_patience` has nothing to go by, or no best model to end with."""
+    patience = values.get("early_stopping_patience")
+    if patience is None:
+        return
+    if patience < 1:
+        raise UserError(f"{where}: early_stopping_patience must be at least 1, not {patience}; null: no early stopping")
+    if not values.get("load_best_model_at_end") or values.get("eval_strategy", "no") == "no":
+        raise UserError(
+            f"{where}: early_stopping_patience ends with the best model: it needs load_best_model_at_end: true, and "
+            "eval_strategy and save_strategy epoch or steps"
         )
 
 

@@ -96,6 +96,8 @@ def run_record(before: dict, identity: dict, changed: list[Change], step: int) -
 def finished_step(recorded: dict, max_steps: int, checkpoint: Path | None, output_dir: Path) -> int | None:
     """The last step of a run that has taken all of them. Raises UserError for one that cannot go on to max_steps."""
     step = recorded.get("finished_step")
+    if step is not None and recorded.get("stopped_early"):
+        return step
     if step is not None and step < max_steps and checkpoint is None:
         raise UserError(
             f"output_dir {output_dir} holds a finished run of {step} steps, and no checkpoint to go on from to "

@@ -214,7 +214,11 @@ def finish(plan: Plan, trainer) -> None:
     trainer.accelerator.wait_for_everyone()
     if is_main_process():
         trainer.state.save_to_json(str(plan.output_dir / "trainer_state.json"))
-        write_json(plan.output_dir / RUN_FILE, plan.record | {"finished_step": trainer.state.global_step})
+        step, last = trainer.state.global_step, plan.args.max_steps
+        early = {"stopped_early": True} if plan.args.early_stopping_patience and step < last else {}
+        write_json(plan.output_dir / RUN_FILE, plan.record | {"finished_step": step} | early)
+        if early:
+            print(f"early end    step {step} of {last}: the last evaluations were not better than the best one")
         print(f"model        {plan.output_dir}")
         if "tensorboard" in plan.args.report_to:
             print(f"tensorboard  tensorboard --logdir {plan.tensorboard_folder}")

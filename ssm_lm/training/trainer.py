@@ -18,6 +18,7 @@ from ..internals.deepspeed import keep_clipping, share_master_weights
 from ..internals.transformers import EvaluationCut
 from .carry import CarriedState, RowSampler
 from .checkpointing import CheckpointedTrainer
+from .early_stopping import EarlyStopping
 from .epochs import Epochs
 from .faults import Faults
 from .meters import CommunicationSample, Meters, MetricsFile, ProfileTrace
@@ -103,6 +104,8 @@ class S4Trainer(CheckpointedTrainer):
         self.add_callback(self.faults)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
+        if self.args.early_stopping_patience:
+            self.add_callback(EarlyStopping(self.args.early_stopping_patience))
         self.add_callback(LossLines())
         if not self.args.disable_tqdm and sys.stderr.isatty():
             self.add_callback(Bars())
