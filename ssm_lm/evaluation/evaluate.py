@@ -378,11 +378,11 @@ def table(results: dict) -> Table:
     row("token perplexity", "token_perplexity", f"{tokens} tokens")
     if results.get("token_perplexity_standard_error") is not None:
         row("its standard error", "token_perplexity_standard_error", f"{results['documents']:,} documents")
-    for name, words in (("recalled", "bigram seen in the context, rare in training"), ("other", "all other tokens")):
+    for name, which in (("recalled", "bigram seen in the context, rare in training"), ("other", "all other tokens")):
         if "recall" in results:
             part = results["recall"][name]
             value = "-" if part["token_perplexity"] is None else f"{part['token_perplexity']:,.4f}"
-            view.add_row(f"token perplexity, {words}", value, f"{part['tokens']:,} tokens")
+            view.add_row(f"token perplexity, {which}", value, f"{part['tokens']:,} tokens")
     row("word perplexity", "word_perplexity", f"{words} words")
     row("word perplexity, line ends counted", "word_perplexity_with_line_ends", f"{words} words, {lines} line ends")
     row("bits per byte", "bits_per_byte", f"{results['bytes']:,} bytes")

@@ -78,6 +78,20 @@ def test_numbers_and_units(folders, capsys):
     printed = capsys.readouterr().out
     assert f"{results['word_perplexity']:,.4f}" in printed
     assert f"{results['unigram_perplexity']:,.4f}" in printed
+    assert f"{results['words']:,} words" in printed
+
+
+def test_recalled_tokens_and_the_others_are_all(folders, capsys):
+    """With a number, without one, and what is printed of it; a context of one token has seen no bigram."""
+    for arguments, at_most in ((("--recall", "1000000"), 1_000_000), (("--recall",), 10)):
+        results = evaluate(folders, "--context", "16", *arguments)
+        recalled, other = results["recall"]["recalled"], results["recall"]["other"]
+        assert results["recall"]["at_most"] == at_most
+        assert recalled["tokens"] + other["tokens"] == results["tokens"]
+        assert recalled["nll"] + other["nll"] == pytest.approx(results["nll"])
+        assert f"{other['tokens']:,} tokens" in capsys.readouterr().out
+    assert evaluate(folders, "--context", "1", "--recall", "1000000")["recall"]["recalled"]["tokens"] == 0
+    assert "--recall" in refused(capsys, folders, "--recall", "-1")
 
 
 def test_windows(folders):
