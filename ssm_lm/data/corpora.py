@@ -15,6 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from ..errors import UserError, first_line
+from ..hub_access import asking_the_hub
 from . import builtin, hub
 from .text_files import DOCUMENTS, KNOWN_SUFFIXES, read_documents, split_documents, suffix_of
 
@@ -110,7 +111,7 @@ def _hub_lines(config: str, split: str) -> Iterator[str]:
     import datasets
 
     try:
-        with hub.one_line_errors():
+        with hub.one_line_errors(), asking_the_hub():
             rows = datasets.load_dataset(WIKITEXT_HUB_ID, config, split=split)
     except Exception as error:  # the Hub's client has a dozen kinds, of several libraries, for "not reached"
         raise UserError(

@@ -179,7 +179,7 @@ def _write(corpus: Corpus, tokenizer_argument: str, request: dict, folder: Path,
                 progress.update(task, description=f"{name}: {info['documents']:,} documents, {info['tokens']:,} tokens")
 
             splits[name] = _write_split(encoder, limited[name], folder / f"{name}.bin", DTYPES[dtype], report)
-            if splits[name].documents == 0:
+            if splits[name].words == 0:  # line ends alone are none
                 raise UserError(f"{corpus.name}: the {name} split holds no text; give it some, or leave its file out")
     with open(folder / "tokenizer" / "tokenizer.json", "rb") as file:
         tokenizer_sha256 = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """Find, train and apply the tokenizer that an argument names."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..errors import UserError, first_line
+from ..hub_access import asking_the_hub
 from .hub import one_line_errors
 from .pieces import pieces
 
@@ -47,7 +49,7 @@ def load_tokenizer(name: str):
             f"--tokenizer {name}: {what}; give the folder of a saved tokenizer, a Hub name, bpe:SIZE or words"
         )
     try:
-        with one_line_errors():
+        with one_line_errors(), contextlib.nullcontext() if path.is_dir() else asking_the_hub():
             tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name, trust_remote_code=False)
     except Exception as error:  # of the Hub's client, of JSON, of the tokenizer's own class
         is_empty = path.is_dir() and not (path / "tokenizer.json").exists()

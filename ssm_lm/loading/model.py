@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..baselines import BASELINES, baseline_classes
 from ..errors import UserError, one_line
+from ..hub_access import asking_the_hub
 from .folder import CONFIG, INDEX, quiet, read_json, resolve
 from .weights import check_counts, check_fit, check_loaded, read_headers
 
@@ -106,7 +107,8 @@ def _download(repo: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+        with asking_the_hub():
+            return Path(snapshot_download(repo, allow_patterns=list(patterns)))
     except Exception as error:  # of the Hub's client and of the network under it
         raise UserError(f"{repo}: {CONFIG}: cannot be read ({one_line(error)})") from error
 

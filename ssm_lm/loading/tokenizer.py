@@ -1,9 +1,11 @@
 """The tokenizer beside a model."""
 
+import contextlib
 import json
 from pathlib import Path
 
 from ..errors import UserError, one_line
+from ..hub_access import asking_the_hub
 from .folder import CHECKPOINT, quiet, resolve
 
 
@@ -19,7 +21,7 @@ def load_tokenizer(path: str | Path, needs_model: bool = True):
     source = Path(path).expanduser() if is_folder else resolve(path)
     if isinstance(source, Path):
         source = _tokenizer_folder(source)
-    with quiet():
+    with quiet(), contextlib.nullcontext() if isinstance(source, Path) else asking_the_hub():
         try:
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except BaseException as error:  # of JSON, of the tokenizer's class, of its Rust part, of the Hub's client

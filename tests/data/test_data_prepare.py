@@ -186,6 +186,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(folder, tmp_path):
         (["--dataset", "{folder}/latin.txt"], "latin.txt: not UTF-8 at byte 3"),
         (["--dataset", "{folder}/twice"], "wiki.test.raw and wiki.test.tokens are both the test split"),
         (["--dataset", "{folder}/empty_train.txt"], "holds no text"),
+        (["--dataset", "{folder}/blank.txt", "--tokenizer", "bpe:300"], "the train split holds no text"),
         (["--dataset", "{folder}/rows.jsonl", "--text-field", "body"], "no field 'body', only text"),
         (["--dataset", "{folder}/valid.txt"], "no split 'train'; there are validation"),
         (["--tokenizer", "bpe:12"], "12: too small"),
@@ -204,6 +205,7 @@ def test_bad_input_is_refused_in_one_line(folder, tmp_path, refused, argv, messa
     (folder / "picture.png").write_bytes(b"\x89PNG")
     (folder / "empty.txt").write_bytes(b"")
     (folder / "empty_train.txt").write_bytes(b"")
+    (folder / "blank.txt").write_text("\n\n\n")
     (folder / "short.txt").write_text("a line\n")
     (folder / "latin.txt").write_bytes(b"abc\xe9\n" * 9)
     (folder / "rows.jsonl").write_text('{"text": "a"}\n' * 9)
