@@ -5,6 +5,7 @@ All that is known lies in the contest's folder: `configs/` and `logs/`, `runs/` 
 """
 
 import fcntl
+import itertools
 import os
 import signal
 import subprocess
@@ -57,7 +58,10 @@ def best_run(contest: Contest, contender: str) -> tuple[Run, dict] | None:
 
 
 def missing(contest: Contest, given_up: set[str]) -> list[Run]:
-    """The runs to do next, in order: all rates with the first seed, then a contender's best rate with the others."""
+    """The runs to do next: all rates with the first seed, then a contender's best rate with the others.
+
+    In turns, a run of every contender before the second of any, so that a table of few runs has all of them.
+    """
     lacking = []
     for contender in contest.contenders:
         first = contest.first_runs(contender)
@@ -65,8 +69,8 @@ def missing(contest: Contest, given_up: set[str]) -> list[Run]:
         if not wanted and (best := best_run(contest, contender)):
             repeats = contest.repeats(contender, best[0].rate)
             wanted = [run for run in repeats if run.name not in given_up and read_result(contest, run) is None]
-        lacking += wanted
-    return lacking
+        lacking.append(wanted)
+    return [run for turn in itertools.zip_longest(*lacking) for run in turn if run is not None]
 
 
 class Signals:

@@ -83,6 +83,9 @@ def test_all_rates_with_the_first_seed_and_the_best_with_the_others(contest, sta
     expected = {f"a-lr{rate}-seed1" for rate in ("0.01", "0.02", "0.04")} | {"a-lr0.02-seed2"}
     expected |= {"llama-lr0.02-seed1", "llama-lr0.04-seed1", "llama-lr0.02-seed2"}
     assert begun(folder) == dict.fromkeys(expected, 1)
+    started = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("started")]
+    assert started[:3] == ["a-lr0.01-seed1:", "llama-lr0.02-seed1:", "a-lr0.02-seed1:"]  # in turns
+    assert main(["compare", path, "--no-run", "--set", "model.hidden_size=16"]) == 0
     config = yaml.safe_load((folder / "configs" / "llama-lr0.02-seed2.yaml").read_text())
     assert (config["weight_decay"], config["learning_rate"], config["seed"]) == (0.0, 0.02, 2)
     assert config["model"]["hidden_size"] == 16
