@@ -149,6 +149,10 @@ class S4CacheLayer(CacheLayerMixin):
         if index == 0:  # every state of the layer sees the same tokens
             self._advance(num_new_tokens)
 
+    def advanced_in_place(self, num_new_tokens: int) -> None:
+        """Say that all states have been taken over `num_new_tokens` more tokens where they lie."""
+        self._advance(num_new_tokens)
+
     def _put(self, index, state):
         if torch.is_grad_enabled():
             self.states[index] = state  # keeps its graph: the caller may go back through several forwards, or detach
@@ -234,7 +238,11 @@ class S4CacheLayer(CacheLayerMixin):
                 record.map(change)
 
     def reorder_cache(self, beam_idx):
+        """Every state keeps its address, as in `_put`."""
+        old = self.states
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        if old and not torch.is_grad_enabled() and len(beam_idx) == len(old[0]):
+            self.states = [state.copy_(chosen) for state, chosen in zip(old, self.states, strict=True)]
 
     def batch_repeat_interleave(self, repeats):
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))

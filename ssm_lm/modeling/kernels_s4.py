@@ -97,9 +97,7 @@ def _decide(op: str, device: str, unsupported: str | None, setting: str, problem
     if assumed() is not None:
         too_old = limit_of_architecture(assumed().architecture)
         return setting != "torch" and op in assumed().kernels and not unsupported and not too_old
-    setting = os.environ.get("SSM_LM_KERNELS", "auto") if _forced_by_environment() else setting
-    if setting not in SETTINGS:
-        raise ValueError(f"kernels (or SSM_LM_KERNELS) is one of {', '.join(SETTINGS)}, not {setting!r}")
+    setting = in_force(setting)
     on_gpu = device.startswith("cuda")  # HIP devices too
     if getattr(_thread, "checks", False):
         return False  # within a self-check, whatever a twin is made of is one too
@@ -122,6 +120,14 @@ def _decide(op: str, device: str, unsupported: str | None, setting: str, problem
 # a compiled model keeps the choice that was made when it was traced. This is what the decorator
 # torch.compiler.assume_constant_result does, which also imports all of the compiler, seconds for every command
 _decide._dynamo_marked_constant = True
+
+
+def in_force(setting: str) -> str:
+    """The config's key `kernels`, or what the environment says in its place. Raises ValueError for an unknown one."""
+    setting = os.environ["SSM_LM_KERNELS"] if _forced_by_environment() else setting
+    if setting not in SETTINGS:
+        raise ValueError(f"kernels (or SSM_LM_KERNELS) is one of {', '.join(SETTINGS)}, not {setting!r}")
+    return setting
 
 
 def _forced_by_environment() -> bool:

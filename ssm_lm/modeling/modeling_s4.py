@@ -34,6 +34,7 @@ from .configuration_s4 import S4Config
 from .decoding_s4 import STRATEGIES
 from .documents import find_documents, from_position_ids
 from .losses import LanguageModelHead, average, causal_targets
+from .native_step import run as native_step
 from .norms_and_dropout import make_norm
 from .short_convolution import ShortConvolution
 from .ssm import StateSpace
@@ -159,6 +160,10 @@ class S4Model(S4PreTrainedModel):
         attention_mask = create_recurrent_attention_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
+        if attention_mask is None and documents is None and past_key_values is not None and inputs_embeds.shape[1] == 1:
+            hidden_states = native_step(self, inputs_embeds, past_key_values)
+            if hidden_states is not None:
+                return BaseModelOutputWithPast(hidden_states, past_key_values if use_cache else None)
         hidden_states = self.embedding_dropout(inputs_embeds)
         for layer in self.layers:
             hidden_states = layer(

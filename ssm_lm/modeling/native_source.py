@@ -1,0 +1,182 @@
+"""The C source of the decoding step on a CPU; native_library.py compiles it, native_step.py calls it.
+
+Every function is one operation of one token for B rows, in float32, and stands for the PyTorch code named beside it,
+which is its twin in the tests. Weights may be bfloat16 (`half` = 1): a float's upper half.
+"""
+
+SOURCE = r"""
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef int64_t I;
+
+static inline float widen(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+static inline float at(const void *p, I i, I half) {
+    return half ? widen(((const uint16_t *)p)[i]) : ((const float *)p)[i];
+}
+
+/* y = W x + bias: x (B, in), W (out, in), y (B, out). Bound by the reading of W; four rows of x share it. */
+#define LINEAR(NAME, TYPE, LOAD)                                                                    \
+    static void NAME(I B, I out, I in, const float *x, const TYPE *W, const void *bias, I half,     \
+                     float *y, I threads) {                                                         \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                           \
+        for (I o = 0; o < out; o++) {                                                               \
+            const TYPE *w = W + o * in;                                                             \
+            const float plus = bias ? at(bias, o, half) : 0;                                        \
+            I b = 0;                                                                                \
+            for (; b + 4 <= B; b += 4) {                                                            \
+                const float *x0 = x + b * in, *x1 = x0 + in, *x2 = x1 + in, *x3 = x2 + in;          \
+                float s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                               \
+                _Pragma("omp simd reduction(+ : s0, s1, s2, s3)")                                   \
+                for (I i = 0; i < in; i++) {                                                        \
+                    float v = LOAD(w[i]);                                                           \
+                    s0 += v * x0[i]; s1 += v * x1[i]; s2 += v * x2[i]; s3 += v * x3[i];             \
+                }                                                                                   \
+                y[b * out + o] = s0 + plus; y[(b + 1) * out + o] = s1 + plus;                       \
+                y[(b + 2) * out + o] = s2 + plus; y[(b + 3) * out + o] = s3 + plus;                 \
+            }                                                                                       \
+            for (; b < B; b++) {                                                                    \
+                const float *x0 = x + b * in;                                                       \
+                float s0 = 0;                                                                       \
+                _Pragma("omp simd reduction(+ : s0)")                                               \
+                for (I i = 0; i < in; i++) s0 += LOAD(w[i]) * x0[i];                                \
+                y[b * out + o] = s0 + plus;                                                         \
+            }                                                                                       \
+        }                                                                                           \
+    }
+#define SAME(x) (x)
+LINEAR(linear_float, float, SAME)
+LINEAR(linear_half, uint16_t, widen)
+
+void linear(I B, I out, I in, const float *x, const void *W, const void *bias, I half, float *y, I threads) {
+    if (half) linear_half(B, out, in, x, W, bias, half, y, threads);
+    else linear_float(B, out, in, x, W, bias, half, y, threads);
+}
+
+/* nn.LayerNorm where layer is 1, else nn.RMSNorm: x, y (B, H) */
+void norm(I B, I H, const float *x, const void *weight, const void *bias, I half, float eps, I layer, float *y) {
+    for (I b = 0; b < B; b++, x += H, y += H) {
+        float mean = 0, square = 0;
+        if (layer) {
+            #pragma omp simd reduction(+ : mean)
+            for (I i = 0; i < H; i++) mean += x[i];
+            mean /= H;
+        }
+        #pragma omp simd reduction(+ : square)
+        for (I i = 0; i < H; i++) square += (x[i] - mean) * (x[i] - mean);
+        const float scale = 1 / sqrtf(square / H + eps);
+        for (I i = 0; i < H; i++) {
+            y[i] = (x[i] - mean) * scale * (weight ? at(weight, i, half) : 1) + (bias ? at(bias, i, half) : 0);
+        }
+    }
+}
+
+/* DiscreteDiagonal.step: state = Lambda_bar state + u, y = row . state + D u. u, y (B, H); state (B, H, N) */
+void step_diagonal(I B, I H, I N, const float *u, float *state, const float *Lambda, const float *row, const float *D,
+                   float *y, I threads) {
+    const I half = N / 2;
+    #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+    for (I b = 0; b < B; b++) {
+        for (I h = 0; h < H; h++) {
+            float *re = state + (b * H + h) * N, *im = re + half;
+            const float *l_re = Lambda + h * N, *l_im = l_re + half, *c_re = row + h * N, *c_im = c_re + half;
+            const float v = u[b * H + h];
+            float sum = 0;
+            #pragma omp simd reduction(+ : sum)
+            for (I n = 0; n < half; n++) {
+                const float r = l_re[n] * re[n] - l_im[n] * im[n] + v, i = l_re[n] * im[n] + l_im[n] * re[n];
+                re[n] = r;
+                im[n] = i;
+                sum += c_re[n] * r + c_im[n] * i;
+            }
+            y[b * H + h] = sum + D[h] * v;
+        }
+    }
+}
+
+/* DiscreteDPLR.step: state = R(E) state - F G^T state + B_bar u, y = C_row . state + D u. F, G (H, rank, N) */
+void step_dplr(I B, I H, I N, I rank, const float *u, float *state, const float *E, const float *F, const float *G,
+               const float *B_bar, const float *C_row, const float *D, float *y, I threads) {
+    const I half = N / 2;
+    #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+    for (I b = 0; b < B; b++) {
+        for (I h = 0; h < H; h++) {
+            float *re = state + (b * H + h) * N, *im = re + half;
+            const float *e_re = E + h * N, *e_im = e_re + half, *in = B_bar + h * N, *c = C_row + h * N;
+            const float v = u[b * H + h];
+            float low[4] = {0, 0, 0, 0}, sum = 0;
+            for (I r = 0; r < rank; r++) {
+                const float *g = G + (h * rank + r) * N;
+                float s = 0;
+                #pragma omp simd reduction(+ : s)
+                for (I n = 0; n < N; n++) s += g[n] * re[n];
+                low[r] = s;
+            }
+            #pragma omp simd
+            for (I n = 0; n < half; n++) {
+                const float r = e_re[n] * re[n] - e_im[n] * im[n], i = e_re[n] * im[n] + e_im[n] * re[n];
+                re[n] = r + in[n] * v;
+                im[n] = i + in[half + n] * v;
+            }
+            for (I r = 0; r < rank; r++) {
+                const float *f = F + (h * rank + r) * N, s = low[r];
+                #pragma omp simd
+                for (I n = 0; n < N; n++) re[n] -= f[n] * s;
+            }
+            #pragma omp simd reduction(+ : sum)
+            for (I n = 0; n < N; n++) sum += c[n] * re[n];
+            y[b * H + h] = sum + D[h] * v;
+        }
+    }
+}
+
+/* DiscreteMIMO.step between its two products: state = Lambda_bar state + drive, (B, P) each */
+void step_states(I B, I P, const float *drive, float *state, const float *Lambda) {
+    const I half = P / 2;
+    for (I b = 0; b < B; b++, state += P, drive += P) {
+        #pragma omp simd
+        for (I n = 0; n < half; n++) {
+            const float re = state[n], im = state[half + n];
+            state[n] = Lambda[n] * re - Lambda[half + n] * im + drive[n];
+            state[half + n] = Lambda[n] * im + Lambda[half + n] * re + drive[half + n];
+        }
+    }
+}
+
+/* y += D x: x, y (B, H) */
+void add_skip(I B, I H, const float *x, const float *D, float *y) {
+    for (I b = 0; b < B; b++) for (I h = 0; h < H; h++) y[b * H + h] += D[h] * x[b * H + h];
+}
+
+/* the activations of activations.py (0 identity, 1 gelu, 2 silu): n numbers, y may be x */
+void activate(I kind, I n, const float *x, float *y, I threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static) if (n > 4096)
+    for (I i = 0; i < n; i++) {
+        const float v = x[i];
+        switch (kind) {
+            case 1: y[i] = 0.5f * v * (1 + erff(v * 0.70710678118654752f)); break;
+            case 2: y[i] = v / (1 + expf(-v)); break;
+            default: y[i] = v;
+        }
+    }
+}
+
+/* the residual h (B, H) after a sublayer. mode 0: h += p; 1, "glu": h += p[:H] sigmoid(p[H:]), p (B, 2H);
+   2, "half": h += y sigmoid(p) */
+void add_gated(I mode, I B, I H, const float *p, const float *y, float *h) {
+    const I width = mode == 1 ? 2 * H : H;
+    for (I b = 0; b < B; b++, p += width, y += H, h += H) {
+        for (I i = 0; i < H; i++) {
+            if (mode == 0) h[i] += p[i];
+            else if (mode == 1) h[i] += p[i] / (1 + expf(-p[H + i]));
+            else h[i] += y[i] / (1 + expf(-p[i]));
+        }
+    }
+}
+"""

@@ -1,0 +1,205 @@
+"""The decoding step in C against the plain one, when it runs, and when it does not."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tiny import ENDLESS, prompt, tiny_model
+from transformers import DynamicCache, StaticCache
+
+from ssm_lm.modeling import native_library, native_step
+
+pytestmark = pytest.mark.skipif(native_library.library() is None, reason=f"no library: {native_library.why_not()}")
+
+MODELS = {
+    "s4": {"ssm": "s4"},
+    "s4-legt": {"ssm": "s4", "ssm_init": "legt", "glu": "half", "norm": "rms"},
+    "s4d": {"ssm": "s4d", "hidden_act": "silu"},
+    "s5": {"ssm": "s5", "glu": "none"},
+}
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Counts the tokens that the library has stepped."""
+    count = []
+    run = native_step.Program.__call__
+    monkeypatch.setattr(native_step.Program, "__call__", lambda *given: count.append(1) or run(*given))
+    return count
+
+
+@torch.no_grad()
+def decode(model, ids, cache=None, first=3):
+    """Logits of every token from `first` on, each from a forward of its own, and the states after them."""
+    cache = model(ids[:, :first], past_key_values=cache, use_cache=True).past_key_values
+    logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(first, ids.shape[1])]
+    return torch.cat(logits, 1), [state for layer in cache.layers for state in layer.states], cache
+
+
+def plain(model, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSM_LM_KERNELS", "torch")
+        return decode(model, *arguments)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 11])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_plain_step(name, rows, steps):
+    """Rows one by one, four at a time and a rest, and by PyTorch's product: logits, states, and the length."""
+    model, ids = tiny_model(**MODELS[name]), prompt(12, rows)
+    expected, expected_states, _ = plain(model, ids)
+    assert not steps
+    logits, states, cache = decode(model, ids)
+    assert len(steps) == 9
+    assert cache.get_seq_length() == 12
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(states, expected_states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["s4", "s5"])
+def test_bfloat16_weights_are_read_as_they_are(name, steps):
+    """Closer to the float32 model with the same weights than the plain step, which rounds what it computes too."""
+    model, ids = tiny_model(**MODELS[name]).bfloat16(), prompt(12)
+    exact = tiny_model(**MODELS[name])
+    exact.load_state_dict(model.state_dict())
+    expected = plain(exact, ids)[0]
+    logits = decode(model, ids)[0]
+    assert steps
+    assert logits.dtype == torch.bfloat16
+    off = (logits - expected).abs().max()
+    assert off < 0.02 * expected.abs().max()
+    assert off <= (plain(model, ids)[0] - expected).abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=repr)
+def test_generate_takes_it(options, steps):
+    model, ids = tiny_model(**ENDLESS), prompt(5, 2)
+    chosen = model.generate(ids, max_new_tokens=8, do_sample=False, **options)
+    assert len(steps) == 7
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSM_LM_KERNELS", "torch")
+        assert torch.equal(chosen, model.generate(ids, max_new_tokens=8, do_sample=False, **options))
+    assert len(steps) == 7
+
+
+def test_follows_weights_modules_and_states(steps):
+    """What changes between two tokens is seen by the second: a weight written to or replaced, a module, a state."""
+    model, ids = tiny_model(), prompt(4)
+
+    def next_logits(cache):
+        with torch.no_grad():
+            return model(ids[:, -1:], past_key_values=cache).logits
+
+    def change_weight():
+        model.model.layers[0].sublayers[0].inner.out_proj.weight.mul_(1.5)
+
+    def change_data():
+        model.model.layers[1].sublayers[2].inner.up_proj.weight.data = torch.randn(64, 16)
+
+    def change_state_space():
+        model.model.layers[0].sublayers[1].inner.ssm.C.add_(1)
+
+    def change_module():
+        model.model.layers[1].norm = model.model.layers[1].sublayers[0].norm = torch.nn.LayerNorm(16, eps=0.1)
+
+    for change in (change_weight, change_data, change_state_space, change_module):
+        cache = decode(model, ids)[2]
+        before = next_logits(cache)
+        with torch.no_grad():
+            change()
+        ours, theirs = decode(model, ids)[2], plain(model, ids)[2]
+        for layer, other in zip(cache.layers, theirs.layers, strict=True):  # the states of the new weights
+            layer.states = [state.clone() for state in other.states]
+        count = len(steps)
+        changed = next_logits(cache)
+        assert len(steps) == count + 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SSM_LM_KERNELS", "torch")
+            torch.testing.assert_close(changed, next_logits(theirs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(changed, next_logits(ours), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(changed, before, atol=1e-3)
+
+
+def test_what_takes_the_plain_step(steps):
+    model, ids = tiny_model(), prompt(6)
+    expected = plain(model, ids)[0]
+
+    def same():
+        return torch.equal(decode(model, ids)[0], expected)
+
+    recording = DynamicCache(config=model.config)
+    for layer in recording.layers:
+        layer.activate_past_recording()
+    assert torch.equal(decode(model, ids, recording)[0], expected)
+
+    with torch.enable_grad():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        model(ids[:, 5:], past_key_values=cache).logits.sum().backward()
+
+    hook = model.model.layers[0].sublayers[0].inner.register_forward_hook(lambda *_: None)
+    assert same()
+    hook.remove()
+
+    linear = model.model.layers[0].sublayers[2].inner.up_proj
+    model.model.layers[0].sublayers[2].inner.up_proj = torch.nn.Sequential(linear)  # as adapters wrap it
+    assert same()
+    model.model.layers[0].sublayers[2].inner.up_proj = linear
+
+    model.config.kernels = "torch"
+    assert same()
+    model.config.kernels = "auto"
+
+    model.double()
+    torch.testing.assert_close(decode(model, ids)[0], expected.double(), rtol=1e-4, atol=1e-4)
+    assert not steps
+    decode(model.float(), ids)
+    assert len(steps) == 3
+
+
+def test_a_cache_is_let_go_of_and_a_static_one_counts():
+    model, ids = tiny_model(), prompt(6)
+    cache = decode(model, ids)[2]
+    assert cache.layers[0] in native_step._programs
+    gone = weakref.ref(cache.layers[0])
+    del cache
+    gc.collect()
+    assert gone() is None
+    static = decode(model, ids, StaticCache(config=model.config, max_cache_len=20))[2]
+    assert int(static.get_seq_length()) == 6
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    """None at all, and one that fails; the reason is said, nothing is raised, PyTorch decodes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho cannot find crt1.o >&2\nexit 1\n")
+    broken.chmod(0o755)
+    model, ids = tiny_model(), prompt(6)
+    expected = plain(model, ids)[0]
+    for path, compiler, reason in ((str(tmp_path / "none"), "cc", "there is no C compiler"),
+                                   (str(tmp_path), str(broken), "did not build it: cannot find crt1.o")):  # fmt: skip
+        monkeypatch.setenv("PATH", path + ":/usr/bin" * (path == str(tmp_path)))
+        monkeypatch.setenv("CC", compiler)
+        native_library._load.cache_clear()
+        try:
+            assert native_library.library() is None
+            assert reason in native_library.why_not()
+            assert torch.equal(decode(model, ids)[0], expected)
+        finally:
+            native_library._load.cache_clear()
+    assert not list(tmp_path.glob("ssm_lm/*.so"))
+
+
+def test_the_library_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native_library._load.cache_clear()
+    try:
+        assert native_library.library() is not None
+        (built,) = tmp_path.glob("ssm_lm/*")
+        native_library._load.cache_clear()
+        monkeypatch.setattr(native_library, "_compile", None)
+        assert native_library.library()._name == str(built)
+    finally:
+        native_library._load.cache_clear()
