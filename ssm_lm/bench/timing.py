@@ -75,6 +75,7 @@ def contenders(u: torch.Tensor, state: int) -> Iterator[Contender]:
         # A, B and P are shared by the channels as in the WikiText-103 model; S5's state is one for all channels
         name: (layer_class(hidden) if name == "s5" else layer_class(hidden, state_size=state, n_ssm=1)).to(u.device)
         for name, layer_class in LAYERS.items()
+        if layer_class.is_time_invariant  # ssd has no kernels
     }
     for name, layer in layers.items():
         count, leaves = sum(p.numel() for p in layer.parameters()), [u, *layer.parameters()]

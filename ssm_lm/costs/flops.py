@@ -13,6 +13,8 @@ factor, so "backward" is twice "forward" but where the text says otherwise.
                    + H 2 N^2 / T          the dense carry, once a chunk        S4
                    P/2 (8 T + 16)         the same on complex signals, N = 2   S5 (P = state_size)
     B, C           4 H P                  inputs to states, states to outputs  S5
+    chunk scan     H/P (2 T (N + P))      attention within a chunk             SSD (P channels a head), whose input has
+                   + 4 H N                inject and emit                      2 N (+ H/P) features more
     FFN            4 H I; 6 H I                                                sublayers ffn; swiglu
     head           2 H V                  adaptive: see `_adaptive_head`       model
 
@@ -134,7 +136,7 @@ def training_flops(
     matmuls, repeated = _projections(config, tokens)
     for name, forward in matmuls.items():
         parts.append(Part(name, forward, 2 * forward, repeated[name] if checkpointing else 0))
-    wide = config.expand * H
+    wide, of_token = _gated_widths(config)
     channels = Counter({"ssm": H, "h3": H, "gated": wide}[kind] for kind in config.sublayers if STATES[kind])
     for width, layers in channels.items():
         found = _state_space(config, width, batch_size, length, execution, needs_state)
@@ -143,7 +145,9 @@ def training_flops(
                 recompute += forward
             scaled = (x * layers * blocks * directions for x in (forward, backward, recompute, other))
             parts.append(Part(name, *scaled, in_float32=True))
-    convolved = blocks * sum({"h3": 3 * H, "gated": wide}.get(kind, 0) for kind in config.sublayers)
+    convolved = blocks * sum(
+        {"h3": 3 * H, "gated": wide + of_token.convolved}.get(kind, 0) for kind in config.sublayers
+    )
     if convolved:
         parts.append(Part("convolution", 0, 0, other=3 * 2 * tokens * config.conv_size * convolved))
 
@@ -169,11 +173,11 @@ def _projections(config, tokens) -> tuple[dict[str, float], dict[str, float]]:
     input of the block's last matmul, unless something after it, a dropout or a gate, has a tensor to make again.
     """
     H, inner = config.hidden_size, config.intermediate_size
-    wide = config.expand * H
+    wide, of_token = _gated_widths(config)
     of_kind = {
         "ssm": [("out_proj", (2 if config.glu == "glu" else 1) * H)],
         "h3": [("in_proj", 3 * H), ("out_proj", H)],
-        "gated": [("in_proj", 2 * wide), ("out_proj", wide)],
+        "gated": [("in_proj", 2 * wide + sum(of_token)), ("out_proj", wide)],
         "ffn": [("ffn", inner), ("ffn", inner)],
         "swiglu": [("ffn", 2 * inner), ("ffn", inner)],
     }
@@ -185,6 +189,25 @@ def _projections(config, tokens) -> tuple[dict[str, float], dict[str, float]]:
     gate_follows = config.sublayers[-1] == "ssm" and config.glu != "none"
     last = 0 if config.dropout or gate_follows else 2 * tokens * H * width * config.num_hidden_layers
     return forward, forward | {name: forward[name] - last}
+
+
+class _OfToken(NamedTuple):
+    """Features of a gated mixer that are no channels: b and c of an SSD, and its raw steps."""
+
+    convolved: int
+    steps: int
+
+
+def _gated_widths(config) -> tuple[int, _OfToken]:
+    """The channels of a gated mixer, and what else the input of its state space holds."""
+    wide = config.expand * config.hidden_size
+    if config.ssm != "ssd":
+        return wide, _OfToken(0, 0)
+    return wide, _OfToken(2 * config.state_size, _heads(config, wide) if config.selective_dt else 0)
+
+
+def _heads(config, channels: int) -> int:
+    return channels // (config.head_dim or min(64, channels))
 
 
 def _widths(config) -> list[int]:
@@ -220,6 +243,9 @@ def _state_space(config, H, B, L, execution, needs_state):
         # the last of which also sums its part of the gradient of Lambda
         yield "scan", 0, 0, 0, (4 + 4 + 4 + 8) * tokens * N
         return
+    if config.ssm == "ssd":
+        yield "scan", *_ssd(config, H, B, L, mode)
+        return
     if mode == "chunk":
         scan, scan_other, operators = _chunk_scan(config, H, B, L, rank, execution)
         yield "scan", scan, 2 * scan, 0, 3 * scan_other
@@ -249,6 +275,22 @@ def _state_space(config, H, B, L, execution, needs_state):
     else:  # associative
         other = 3 * 4 * tokens * N * max(1, (L - 1).bit_length())  # a complex product and a sum a pass
     yield "kernel" if mode == "fft" else "scan", kernel, kernel_backward, 0, other
+
+
+def _ssd(config, H, B, L, mode) -> tuple[float, float, float, float]:
+    """(forward, backward, recompute, other) of one over H channels."""
+    N, T, heads = config.state_size, min(config.chunk_size, L), _heads(config, H)
+    if mode == "recurrent":
+        read = 2 * B * L * H * N  # S^T c
+        return read, 2 * read, 0, 3 * 6 * B * L * H * N
+    scan = 0
+    for size, chunks in ((T, L // T), (L % T, 1)):
+        rows = B * chunks * size
+        emitted = L > T  # the first chunk of all alone has no state before it
+        scan += 2 * rows * size * (heads * N + H) + 2 * rows * H * N * (1 + emitted)
+    # turning b and c, the mask of every pair, and the recurrence over the chunks
+    other = B * L * heads * (2 * 3 * N + 4 * T) + 4 * B * (L // T) * H * N
+    return scan, 2 * scan, 0, 3 * other
 
 
 def _chunk_scan(config, H, B, L, rank, execution) -> tuple[float, float, float]:

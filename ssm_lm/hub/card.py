@@ -25,13 +25,20 @@ SHOWN = (
     "dt_max",
     "conv_size",
     "expand",
+    "head_dim",
+    "selective_dt",
     "intermediate_size",
     "hidden_act",
     "norm",
     "tie_word_embeddings",
 )
 OWN_CODE = "The code of the model lies in this repository, so it has to be allowed to run; read it first."
-LAYERS = {"s4": "S4 (diagonal plus low rank)", "s4d": "S4D (diagonal)", "s5": "S5 (diagonal, one for all channels)"}
+LAYERS = {
+    "s4": "S4 (diagonal plus low rank)",
+    "s4d": "S4D (diagonal)",
+    "s5": "S5 (diagonal, one for all channels)",
+    "ssd": "SSD (diagonal, B and C from the token)",
+}
 MEASURES = (
     ("token_perplexity", "token perplexity", "tokens of this model's tokenizer"),
     ("word_perplexity", "word perplexity", "words between white space"),

@@ -149,9 +149,17 @@ class S4CacheLayer(CacheLayerMixin):
         if index == 0:  # every state of the layer sees the same tokens
             self._advance(num_new_tokens)
 
-    def advanced_in_place(self, num_new_tokens: int) -> None:
-        """Say that all states have been taken over `num_new_tokens` more tokens where they lie."""
-        self._advance(num_new_tokens)
+    def before_in_place(self, index: int) -> None:
+        """To be called before state `index` is changed where it lies, by other means than `update_state`."""
+        if self.record_past and self.records[index] is None:
+            self.records[index] = Record(self.states[index].clone())
+
+    def after_in_place(self, index: int, num_new_tokens: int, module, inputs: torch.Tensor) -> None:
+        """And after it: module and inputs (B, num_new_tokens, channels) as `update_state` takes them, from a buffer."""
+        if self.record_past:
+            self._record(index, module, inputs.clone(), None)
+        if index == 0:
+            self._advance(num_new_tokens)
 
     def _put(self, index, state):
         if torch.is_grad_enabled():

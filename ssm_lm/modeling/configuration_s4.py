@@ -36,20 +36,24 @@ class S4Config(PreTrainedConfig):
         and feed_forwards.py: "ssm", a state space and what mixes its channels; "h3", query * state space(key * value);
         "gated", a state space with a gate; "ffn", a Transformer's feed-forward network; "swiglu", one with gated hidden
         values and without biases.
-    ssm: "s4", diagonal plus low rank; "s4d", diagonal; "s5", diagonal with one system for all channels.
+    ssm: "s4", diagonal plus low rank; "s4d", diagonal; "s5", diagonal with one system for all channels; "ssd", diagonal
+        with B and C from the token, in the sublayer gated alone.
     state_size: order N of every real system, even: N/2 conjugate pairs. For s5 it is the state of the whole layer.
-    ssm_init: "legs"; for s4 also "legt" (rank 2) and "fourier"; for s4d also "lin", "inv", "quad" and "real".
+    ssm_init: "legs", the default but for ssd; for s4 also "legt" (rank 2) and "fourier"; for s4d also "lin", "inv",
+        "quad" and "real"; for ssd "lin", its default, and "real", without frequencies.
     discretization: "bilinear", the only one for s4; "zoh", the default for s4d and s5.
     dt_min, dt_max: a channel's step, for s5 a state's, is drawn log-uniformly between them.
     n_ssm: how many (A, B, P) a layer has; the channels share them in turn. None: 1 for s4 and s5, one a channel for
         s4d.
     b_clip: largest |B_n| of the initialisation of s4 and s4d; None: no limit.
+    head_dim: of ssd, channels of a head, which share decay and step; None: 64, or all where they are fewer.
+    selective_dt: of ssd, the token chooses the step of every head.
     ssm_blocks: s5 starts with so many copies of the HiPPO spectrum of order state_size / ssm_blocks.
     bidirectional: every state space reads the sequence from both ends. For classification only.
     mode: "chunk", "fft", "recurrent", for s5 also "associative"; or "auto", the fastest for the length at hand.
     chunk_size: tokens in a chunk of the chunk scan.
     kernels: "auto", the Triton kernels where they can run, which is on a GPU; "triton", an error where they cannot;
-        "torch", never. The environment variable SSM_LM_KERNELS goes before it.
+        "torch", never, and no decoding step in C on a CPU. The environment variable SSM_LM_KERNELS goes before it.
     conv_size: of h3 and gated, tokens that the short convolution before the state space sees, itself among them.
     expand: of gated, width of its branches in multiples of hidden_size.
     intermediate_size: width of the FFN; None: 4 * hidden_size, or 8/3 of it, up to a multiple of 8, where swiglu stands
@@ -90,13 +94,15 @@ class S4Config(PreTrainedConfig):
     arch: str | list[str] | tuple[str, ...] = "s4"
     ssm: str = "s4"
     state_size: int = 64
-    ssm_init: str = "legs"
+    ssm_init: str | None = None
     discretization: str | None = None
     dt_min: float = 0.001
     dt_max: float = 0.1
     n_ssm: int | None = None
     b_clip: float | int | None = None
     ssm_blocks: int = 1
+    head_dim: int | None = None
+    selective_dt: bool = False
     bidirectional: bool = False
     mode: str = "auto"
     chunk_size: int = 64
@@ -129,6 +135,8 @@ class S4Config(PreTrainedConfig):
         # a choice that depends on another key is made here once, so that config.json says what was built
         if self.ssm in DISCRETIZATIONS and self.discretization is None:
             self.discretization = DISCRETIZATIONS[self.ssm][0]
+        if self.ssm in INITIALIZATIONS and self.ssm_init is None:
+            self.ssm_init = next(iter(INITIALIZATIONS[self.ssm]))
         if self.n_ssm is None:
             self.n_ssm = self.hidden_size if self.ssm == "s4d" else 1
         if self.intermediate_size is None:
@@ -169,7 +177,7 @@ class S4Config(PreTrainedConfig):
         ):
             check_one_of(key, getattr(self, key), known)
         counted = "vocab_size hidden_size num_hidden_layers intermediate_size n_ssm ssm_blocks input_size".split()
-        counted += ["conv_size", "expand"]
+        counted += ["conv_size", "expand", "head_dim"]
         check_positive(**{key: getattr(self, key) for key in counted})
         self._check_kind()
         check_system(
@@ -203,5 +211,28 @@ class S4Config(PreTrainedConfig):
             raise ValueError(f"ssm_blocks is for ssm: s5, not for {self.ssm}")
         if self.ssm == "s5" and self.n_ssm != 1:
             raise ValueError(f"n_ssm must be 1 for ssm: s5, which is one system for all channels, not {self.n_ssm}")
-        if self.ssm == "s5" and self.b_clip is not None:
-            raise ValueError("b_clip is for ssm: s4 and s4d; s5 draws its B")
+        if self.ssm not in ("s4", "s4d") and self.b_clip is not None:
+            raise ValueError(f"b_clip is for ssm: s4 and s4d; {self.ssm} has no B of that kind")
+        if self.ssm == "ssd":
+            self._check_ssd()
+        elif self.selective_dt or self.head_dim is not None:
+            raise ValueError(f"head_dim and selective_dt are for ssm: ssd, not for {self.ssm}")
+
+    def _check_ssd(self):
+        kinds = [kind for kind in self.sublayers if STATES[kind]]
+        if set(kinds) != {"gated"}:
+            raise ValueError(
+                "ssm: ssd has its B and C from the token, and the sublayer gated projects them: arch is gated, or a "
+                f"list with it and no other mixer, not {self.arch!r}"
+            )
+        if self.bidirectional or self.mode == "fft":
+            raise ValueError(
+                "ssm: ssd is run in the modes chunk and recurrent, from the front; not bidirectional, not fft"
+            )
+        if self.n_ssm != 1:
+            raise ValueError(f"n_ssm must be 1 for ssm: ssd, whose B and C are the token's, not {self.n_ssm}")
+        if self.head_dim is not None and self.expand * self.hidden_size % self.head_dim:
+            raise ValueError(
+                f"head_dim must divide expand * hidden_size ({self.expand * self.hidden_size}), and {self.head_dim} "
+                "does not"
+            )

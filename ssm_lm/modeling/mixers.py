@@ -3,7 +3,9 @@
     ssm     y = GLU(W_o dropout(act(SSM(x))) + b)             S4: Gu et al., 2111.00396
     h3      q, k, v = conv(W_i x);  y = W_o (q * SSM(k * v))    H3: Fu et al., 2212.14052, with Hyena's convolutions
                                                               on all three (Poli et al., 2302.10866)
-    gated   u, z = W_i x;  y = W_o norm(SSM(silu(conv(u))) * silu(z))    the frame of Mamba: Gu and Dao, 2312.00752
+    gated   u, z = W_i x;  y = W_o norm(SSM(silu(conv(u))) * silu(z))    the frame of Mamba: Gu and Dao, 2312.00752;
+                                                              with an SSD, whose b and c are part of u, of Mamba-2:
+                                                              2405.21060
 
 SSM is any of ssm.py, with its D; conv a ShortConvolution; * the product of channels. A state space is linear and the
 same at every token: it mixes what stands where in a text and cannot compare it. The products do.
@@ -30,6 +32,8 @@ def make_state_space(config: S4Config, channels: int | None = None) -> StateSpac
     channels = channels or config.hidden_size
     if config.ssm == "s5":
         own = {"blocks": config.ssm_blocks}
+    elif config.ssm == "ssd":
+        own = {"head_dim": config.head_dim, "selective": config.selective_dt}
     else:
         # as many as hidden_size: one a channel
         own = {"n_ssm": channels if config.n_ssm == config.hidden_size else config.n_ssm, "b_clip": config.b_clip}
@@ -105,11 +109,15 @@ class Mixer(nn.Module):
 
 
 class ConvolvedMixer(Mixer):
-    """With a short convolution of `convolved` channels before the state space; its tail stands before that's state."""
+    """With a short convolution before the state space; its tail stands before that's state.
 
-    def __init__(self, config: S4Config, layer_index: int, state_index: int, channels: int, convolved: int):
+    convolved: its channels; None: the input of the state space.
+    """
+
+    def __init__(self, config: S4Config, layer_index: int, state_index: int, channels: int, convolved=None):
         super().__init__(config, layer_index, state_index + 1, channels)
         self.tail_index = state_index
+        convolved = convolved or self.ssm.input_size - self.ssm.unconvolved
         self.conv = ShortConvolution(convolved, config.conv_size)
 
     def convolve(self, x, cache, documents: Documents | None) -> torch.Tensor:
@@ -172,15 +180,17 @@ class GatedMixer(ConvolvedMixer):
 
     def __init__(self, config: S4Config, layer_index: int, state_index: int):
         wide = config.expand * config.hidden_size
-        super().__init__(config, layer_index, state_index, channels=wide, convolved=wide)
-        self.in_proj = nn.Linear(config.hidden_size, 2 * wide, bias=False)
+        super().__init__(config, layer_index, state_index, channels=wide)
+        self.in_proj = nn.Linear(config.hidden_size, self.ssm.input_size + wide, bias=False)
         self.norm = nn.RMSNorm(wide, eps=config.layer_norm_epsilon)
         self.out_proj = nn.Linear(wide, config.hidden_size, bias=False)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, documents: Documents | None = None):
         cache = self.cache_of(past_key_values)
-        u, gate = self.in_proj(masked(hidden_states, attention_mask)).chunk(2, -1)
+        x = self.in_proj(masked(hidden_states, attention_mask))
+        u, rest, gate = x.split([self.conv.channels, self.ssm.unconvolved, self.norm.normalized_shape[0]], -1)
         u = nn.functional.silu(self.convolve(u, cache, documents))
+        u = torch.cat([u, rest], -1) if self.ssm.unconvolved else u
         y, _ = self.scan(masked(u, attention_mask), cache, documents)
         return self.out_proj(self.norm(y * nn.functional.silu(gate)))
 

@@ -160,7 +160,7 @@ class S4Model(S4PreTrainedModel):
         attention_mask = create_recurrent_attention_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
-        if attention_mask is None and documents is None and past_key_values is not None and inputs_embeds.shape[1] == 1:
+        if attention_mask is None and documents is None and past_key_values is not None:
             hidden_states = native_step(self, inputs_embeds, past_key_values)
             if hidden_states is not None:
                 return BaseModelOutputWithPast(hidden_states, past_key_values if use_cache else None)

@@ -1,7 +1,7 @@
 """The C source of the decoding step on a CPU; native_library.py compiles it, native_step.py calls it.
 
-Every function is one operation of one token for B rows, in float32, and stands for the PyTorch code named beside it,
-which is its twin in the tests. Weights may be bfloat16 (`half` = 1): a float's upper half.
+Every function is one operation on few tokens, in float32, and stands for the PyTorch code named beside it, which is its
+twin in the tests. Weights may be bfloat16 (`half` = 1): a float's upper half.
 """
 
 SOURCE = r"""
@@ -77,75 +77,164 @@ void norm(I B, I H, const float *x, const void *weight, const void *bias, I half
     }
 }
 
-/* DiscreteDiagonal.step: state = Lambda_bar state + u, y = row . state + D u. u, y (B, H); state (B, H, N) */
-void step_diagonal(I B, I H, I N, const float *u, float *state, const float *Lambda, const float *row, const float *D,
-                   float *y, I threads) {
+/* In all steps T tokens of B rows follow one another: u and y are (B, T, channels), the state (B, ...) of a row goes
+   from the one before to the one after them. */
+
+/* DiscreteDiagonal.step: state = Lambda_bar state + u, y = row . state + D u. u, y (B, T, H); state (B, H, N) */
+void step_diagonal(I B, I T, I H, I N, const float *u, float *state, const float *Lambda, const float *row,
+                   const float *D, float *y, I threads) {
     const I half = N / 2;
     #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
     for (I b = 0; b < B; b++) {
         for (I h = 0; h < H; h++) {
             float *re = state + (b * H + h) * N, *im = re + half;
             const float *l_re = Lambda + h * N, *l_im = l_re + half, *c_re = row + h * N, *c_im = c_re + half;
-            const float v = u[b * H + h];
-            float sum = 0;
-            #pragma omp simd reduction(+ : sum)
-            for (I n = 0; n < half; n++) {
-                const float r = l_re[n] * re[n] - l_im[n] * im[n] + v, i = l_re[n] * im[n] + l_im[n] * re[n];
-                re[n] = r;
-                im[n] = i;
-                sum += c_re[n] * r + c_im[n] * i;
+            for (I t = 0; t < T; t++) {
+                const float v = u[(b * T + t) * H + h];
+                float sum = 0;
+                #pragma omp simd reduction(+ : sum)
+                for (I n = 0; n < half; n++) {
+                    const float r = l_re[n] * re[n] - l_im[n] * im[n] + v, i = l_re[n] * im[n] + l_im[n] * re[n];
+                    re[n] = r;
+                    im[n] = i;
+                    sum += c_re[n] * r + c_im[n] * i;
+                }
+                y[(b * T + t) * H + h] = sum + D[h] * v;
             }
-            y[b * H + h] = sum + D[h] * v;
         }
     }
 }
 
-/* DiscreteDPLR.step: state = R(E) state - F G^T state + B_bar u, y = C_row . state + D u. F, G (H, rank, N) */
-void step_dplr(I B, I H, I N, I rank, const float *u, float *state, const float *E, const float *F, const float *G,
-               const float *B_bar, const float *C_row, const float *D, float *y, I threads) {
+/* DiscreteDPLR.step: state = R(E) state - F G^T state + B_bar u, y = C_row . state + D u. F, G (H, rank, N),
+   rank <= 4 */
+void step_dplr(I B, I T, I H, I N, I rank, const float *u, float *state, const float *E, const float *F,
+               const float *G, const float *B_bar, const float *C_row, const float *D, float *y, I threads) {
     const I half = N / 2;
     #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
     for (I b = 0; b < B; b++) {
         for (I h = 0; h < H; h++) {
             float *re = state + (b * H + h) * N, *im = re + half;
             const float *e_re = E + h * N, *e_im = e_re + half, *in = B_bar + h * N, *c = C_row + h * N;
-            const float v = u[b * H + h];
-            float low[4] = {0, 0, 0, 0}, sum = 0;
-            for (I r = 0; r < rank; r++) {
-                const float *g = G + (h * rank + r) * N;
-                float s = 0;
-                #pragma omp simd reduction(+ : s)
-                for (I n = 0; n < N; n++) s += g[n] * re[n];
-                low[r] = s;
-            }
-            #pragma omp simd
-            for (I n = 0; n < half; n++) {
-                const float r = e_re[n] * re[n] - e_im[n] * im[n], i = e_re[n] * im[n] + e_im[n] * re[n];
-                re[n] = r + in[n] * v;
-                im[n] = i + in[half + n] * v;
-            }
-            for (I r = 0; r < rank; r++) {
-                const float *f = F + (h * rank + r) * N, s = low[r];
+            for (I t = 0; t < T; t++) {
+                const float v = u[(b * T + t) * H + h];
+                float low[4] = {0, 0, 0, 0}, sum = 0;
+                for (I r = 0; r < rank; r++) {
+                    const float *g = G + (h * rank + r) * N;
+                    float s = 0;
+                    #pragma omp simd reduction(+ : s)
+                    for (I n = 0; n < N; n++) s += g[n] * re[n];
+                    low[r] = s;
+                }
                 #pragma omp simd
-                for (I n = 0; n < N; n++) re[n] -= f[n] * s;
+                for (I n = 0; n < half; n++) {
+                    const float r = e_re[n] * re[n] - e_im[n] * im[n], i = e_re[n] * im[n] + e_im[n] * re[n];
+                    re[n] = r + in[n] * v;
+                    im[n] = i + in[half + n] * v;
+                }
+                for (I r = 0; r < rank; r++) {
+                    const float *f = F + (h * rank + r) * N, s = low[r];
+                    #pragma omp simd
+                    for (I n = 0; n < N; n++) re[n] -= f[n] * s;
+                }
+                #pragma omp simd reduction(+ : sum)
+                for (I n = 0; n < N; n++) sum += c[n] * re[n];
+                y[(b * T + t) * H + h] = sum + D[h] * v;
             }
-            #pragma omp simd reduction(+ : sum)
-            for (I n = 0; n < N; n++) sum += c[n] * re[n];
-            y[b * H + h] = sum + D[h] * v;
         }
     }
 }
 
-/* DiscreteMIMO.step between its two products: state = Lambda_bar state + drive, (B, P) each */
-void step_states(I B, I P, const float *drive, float *state, const float *Lambda) {
+/* DiscreteMIMO.step between its two products: states (B, T, P), the state after every token, takes the place of what
+   drives it: state = Lambda_bar state + states */
+void step_states(I B, I T, I P, float *states, float *state, const float *Lambda) {
     const I half = P / 2;
-    for (I b = 0; b < B; b++, state += P, drive += P) {
-        #pragma omp simd
-        for (I n = 0; n < half; n++) {
-            const float re = state[n], im = state[half + n];
-            state[n] = Lambda[n] * re - Lambda[half + n] * im + drive[n];
-            state[half + n] = Lambda[n] * im + Lambda[half + n] * re + drive[half + n];
+    for (I b = 0; b < B; b++, state += P) {
+        for (I t = 0; t < T; t++, states += P) {
+            #pragma omp simd
+            for (I n = 0; n < half; n++) {
+                const float re = state[n], im = state[half + n];
+                state[n] = states[n] += Lambda[n] * re - Lambda[half + n] * im;
+                state[half + n] = states[half + n] += Lambda[n] * im + Lambda[half + n] * re;
+            }
         }
+    }
+}
+
+/* DiscreteSSD.step, D v included: x (B, T, H + 2 N (+ E)), y (B, T, H), H = E P. scale, bias (2, N) of b and c; bc
+   room for (B, T, 2 N). Lambda_bar (E, N), dt (E); or, where inverse, softplus^-1(dt) (E), is no NULL, every token has
+   a step of its own, the rates are decay (E) and omega (N / 2), and room is for (B, E, N) */
+void step_ssd(I B, I T, I E, I P, I N, const float *x, float *state, const float *Lambda_bar, const double *dt,
+              const double *decay, const double *omega, const double *inverse, const float *scale, const float *bias,
+              float eps, const float *D, float *bc, float *room, float *y, I threads) {
+    const I H = E * P, half = N / 2, width = H + 2 * N + (inverse ? E : 0);
+    for (I r = 0; r < B * T; r++) {
+        for (I part = 0; part < 2; part++) {
+            const float *from = x + r * width + H + part * N;
+            norm(1, N, from, scale + part * N, bias + part * N, 0, eps, 0, bc + (2 * r + part) * N);
+        }
+    }
+    #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+    for (I b = 0; b < B; b++) {
+        for (I e = 0; e < E; e++) {
+            for (I t = 0; t < T; t++) {
+                const float *token = x + (b * T + t) * width, *in = bc + 2 * (b * T + t) * N, *out = in + N;
+                const float *Lambda = Lambda_bar + e * N;
+                double step = dt[e];
+                if (inverse) {
+                    float *own = room + (b * E + e) * N;
+                    const double raw = token[H + 2 * N + e] + inverse[e];
+                    step = raw > 20 ? raw : log1p(exp(raw));
+                    for (I n = 0; n < half; n++) {
+                        const double size = exp(-step * decay[e]), angle = step * omega[n];
+                        own[n] = size * cos(angle);
+                        own[half + n] = size * sin(angle);
+                    }
+                    Lambda = own;
+                }
+                for (I h = e * P; h < (e + 1) * P; h++) {
+                    float *re = state + (b * H + h) * N, *im = re + half, sum = 0;
+                    const float v = token[h], drive = v * (float)step;
+                    #pragma omp simd reduction(+ : sum)
+                    for (I n = 0; n < half; n++) {
+                        const float r = Lambda[n] * re[n] - Lambda[half + n] * im[n] + drive * in[n];
+                        const float i = Lambda[n] * im[n] + Lambda[half + n] * re[n] + drive * in[half + n];
+                        re[n] = r;
+                        im[n] = i;
+                        sum += out[n] * r + out[half + n] * i;
+                    }
+                    y[(b * T + t) * H + h] = sum + D[h] * v;
+                }
+            }
+        }
+    }
+}
+
+/* ShortConvolution: u, y (B, T, C) within rows that are `width` apart, tail (B, K - 1, C); y may be u, through f: 0
+   identity, 2 silu */
+void convolve(I f, I B, I T, I C, I K, I width, const float *u, float *tail, const void *weight, const void *bias,
+              I half, float *y) {
+    for (I b = 0; b < B; b++) {
+        float *past = tail + b * (K - 1) * C;
+        for (I t = 0; t < T; t++) {
+            const float *from = u + (b * T + t) * width;
+            float *to = y + (b * T + t) * width;
+            for (I c = 0; c < C; c++) {
+                const float v = from[c];
+                float sum = at(bias, c, half) + at(weight, c * K + K - 1, half) * v;
+                for (I j = 0; j + 1 < K; j++) {
+                    sum += at(weight, c * K + j, half) * past[j * C + c];
+                    past[j * C + c] = j + 2 < K ? past[(j + 1) * C + c] : v;
+                }
+                to[c] = f == 2 ? sum / (1 + expf(-sum)) : sum;
+            }
+        }
+    }
+}
+
+/* y = f(a) b for `rows` rows of `width` numbers, which lie a_apart, b_apart and y_apart; f: 0 identity, 2 silu */
+void multiply(I f, I rows, I width, const float *a, I a_apart, const float *b, I b_apart, float *y, I y_apart) {
+    for (I r = 0; r < rows; r++, a += a_apart, b += b_apart, y += y_apart) {
+        for (I i = 0; i < width; i++) y[i] = (f == 2 ? a[i] / (1 + expf(-a[i])) : a[i]) * b[i];
     }
 }
 

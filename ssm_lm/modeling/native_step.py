@@ -1,9 +1,10 @@
-"""The decoding step of a whole model as a flat list of calls into native_library.py: on a CPU, in generate().
+"""Decoding steps of a whole model as a flat list of calls into native_library.py: on a CPU, in generate().
 
 The plain step makes thousands of small calls a token, each of them dearer than its arithmetic. Here the sublayers have
-been written out, once a cache, as calls with their arguments bound; a token is one run over the list.
+been written out, once a cache and number of tokens, as calls with their arguments bound; a token, or a few that were
+drafted, are one run over the list.
 
-It is used where it is the same computation: no gradients, no hooks, no padding or documents in the token, modules of
+It is used where it is the same computation: no gradients, no hooks, no padding or documents in the tokens, modules of
 the types below with their own weights. Everything else takes the plain step, which is its twin. It is right for as
 long as modules, weights and states are those that it was written for; `Program.is_current` looks before each token.
 """
@@ -11,22 +12,24 @@ long as modules, weights and states are those that it was written for; `Program.
 import ctypes
 import weakref
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .activations import FUSED_ACTIVATIONS
-from .discrete import DiscreteDiagonal, DiscreteDPLR, DiscreteMIMO
-from .feed_forwards import S4FeedForward
+from .discrete import NORM_EPSILON, DiscreteDiagonal, DiscreteDPLR, DiscreteMIMO, DiscreteSSD
+from .execution import FEW_TOKENS
+from .feed_forwards import S4FeedForward, SwiGLU
 from .kernels_s4 import in_force
-from .mixers import S4Mixer
+from .mixers import GatedMixer, H3Mixer, S4Mixer
 from .native_library import library
 from .single_steps import discrete_from
 
 ACTIVATION_NUMBERS = {"identity": 0, "gelu": 1, "silu": 2}
 FEW_ROWS = 8  # above it PyTorch's matrix product is faster than rows that share the reading of a weight
 
-_programs = weakref.WeakKeyDictionary()  # the first layer of a cache -> its Program, or None
+_programs = weakref.WeakKeyDictionary()  # the first layer of a cache -> {number of tokens: Program}
 
 
 class Unsupported(Exception):
@@ -34,28 +37,35 @@ class Unsupported(Exception):
 
 
 def run(model: nn.Module, inputs: torch.Tensor, cache) -> torch.Tensor | None:
-    """One token of every row: the last hidden states (B, 1, H), and `cache` after it; None: take the plain step.
+    """T tokens of every row: the last hidden states (B, T, H), and `cache` after them; None: take the plain step.
 
-    model: an S4Model; inputs: embeddings (B, 1, H).
+    model: an S4Model; inputs: embeddings (B, T, H).
     """
+    if not 1 <= inputs.shape[1] <= FEW_TOKENS or not len(inputs):
+        return None
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
         return None
     if type(inputs) is not torch.Tensor or inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
     if inputs.dtype not in (torch.float32, torch.bfloat16) or in_force(model.config.kernels) != "auto":
         return None
-    # a state that is to be taken back needs what has driven it since
-    if not all(layer.is_initialized and not layer.record_past for layer in cache.layers) or library() is None:
+    if not all(layer.is_initialized for layer in cache.layers) or library() is None:
         return None
-    first = cache.layers[0]
-    program = _programs.get(first)
+    programs = _programs.setdefault(cache.layers[0], {})
+    program = programs.get(inputs.shape[1])
     if program is None or not program.is_current(model, inputs, cache):
         try:
             program = Program(model, inputs, cache)
         except Unsupported as error:
             program = NoProgram(model, str(error))
-        _programs[first] = program
+        programs[inputs.shape[1]] = program
     return program(inputs, cache)
+
+
+class Columns(NamedTuple):
+    """Some columns of a buffer, whose rows a function is told to be apart."""
+
+    of: torch.Tensor
 
 
 class NoProgram:
@@ -72,17 +82,19 @@ class NoProgram:
 
 
 class Program:
-    """The step of a model on one cache, for a batch of B rows.
+    """T steps of a model on one cache, for a batch of B rows.
 
-    h (B, H): the residual stream, float32. calls: what a token runs, in order; each takes no arguments. memos: for each
-    state space, what its coefficients were taken from. Everything that a call points to is kept here, so that no
+    h (B T, H): the residual stream, float32. calls: what runs, in order; each takes no arguments. memos: for each state
+    space, what its coefficients were taken from. states: where each state lies, what drives it and through which
+    module, for a cache that records its past. Everything that a call points to is kept here, so that no
     address outlives its memory.
     """
 
     def __init__(self, model: nn.Module, inputs: torch.Tensor, cache):
         if model.training:
             raise Unsupported("dropout")
-        self.rows, self.dtype, self.threads = len(inputs), inputs.dtype, torch.get_num_threads()
+        self.shape, self.dtype, self.threads = inputs.shape[:2], inputs.dtype, torch.get_num_threads()
+        self.rows = self.shape.numel()
         self.calls, self.kept, self.memos, self.states = [], [], [], []
         self.seen = [_Seen(module) for module in model.modules()]
         self.h = self.room(model.config.hidden_size)
@@ -98,24 +110,26 @@ class Program:
         """Whether modules, weights and states are still those that the calls were bound to."""
         return (
             inputs.dtype == self.dtype
-            and len(inputs) == self.rows
+            and inputs.shape[:2] == self.shape
             and torch.get_num_threads() == self.threads
             and not model.training
             and self.seen[0].module is model
-            and all(cache.layers[i].states[j].data_ptr() == address for i, j, address in self.states)
+            and all(cache.layers[i].states[j].data_ptr() == address for i, j, address, *_ in self.states)
             and all(discrete_from(ssm, memo) is discrete for ssm, memo, discrete in self.memos)
             and all(seen.is_same() for seen in self.seen)
         )
 
     def __call__(self, inputs: torch.Tensor, cache) -> torch.Tensor:
-        self.h.copy_(inputs[:, 0])
+        for i, j, *_ in self.states:
+            cache.layers[i].before_in_place(j)
+        self.h.copy_(inputs.flatten(0, 1))
         for call in self.calls:
             call()
-        for layer in cache.layers:
-            layer.advanced_in_place(1)
-        return self.out[:, None].to(self.dtype, copy=True)
+        for i, j, _, module, x in self.states:
+            cache.layers[i].after_in_place(j, self.shape[1], module, x.view(*self.shape, -1))
+        return self.out.view(*self.shape, -1).to(self.dtype, copy=True)
 
-    # ---- what the writers are made of. x and y are buffers (B, width), float32
+    # ---- what the writers are made of. x and y are buffers (B T, width), float32
 
     def room(self, width: int) -> torch.Tensor:
         return torch.empty(self.rows, width)
@@ -129,10 +143,15 @@ class Program:
                     raise Unsupported("a tensor that does not lie in a row")
                 self.kept.append(argument)
                 argument = ctypes.c_void_p(argument.data_ptr())
+            elif isinstance(argument, Columns):
+                self.kept.append(argument.of)
+                argument = ctypes.c_void_p(argument.of.data_ptr())
+            elif argument is None:
+                argument = ctypes.c_void_p(0)
             elif isinstance(argument, float):
                 argument = ctypes.c_float(argument)
             else:
-                argument = ctypes.c_int64(argument or 0)
+                argument = ctypes.c_int64(argument)
             bound.append(argument)
         self.calls.append(partial(getattr(library(), name), *bound))
 
@@ -179,32 +198,67 @@ class Program:
             self.call("activate", ACTIVATION_NUMBERS[name], x.numel(), x, x, self.threads)
         return x
 
-    def state_space(self, mixer: nn.Module, x: torch.Tensor, layer) -> torch.Tensor:
-        """The step of a mixer's state space, D x included; its state in the cache advances in place."""
-        ssm, state, memo = mixer.ssm, layer.states[mixer.state_index], layer.get_memo(mixer.state_index)
-        if state.dtype != torch.float32 or len(state) != self.rows:
+    def state(self, mixer: nn.Module, index: int, module: nn.Module, x: torch.Tensor, layer) -> torch.Tensor:
+        """A state of a mixer in the cache, which `x` drives through `module`, and which is to advance in place."""
+        state = layer.states[index]
+        if state.dtype != torch.float32 or len(state) != self.shape[0]:
             raise Unsupported(f"states of {state.dtype}")
+        # the cache itself is not kept: it would never be let go of
+        self.states.append((mixer.layer_index, index, state.data_ptr(), module, x))
+        return state
+
+    def state_space(self, mixer: nn.Module, x: torch.Tensor, layer) -> torch.Tensor:
+        """The steps of a mixer's state space, D x included."""
+        ssm, memo = mixer.ssm, layer.get_memo(mixer.state_index)
+        state = self.state(mixer, mixer.state_index, ssm, x, layer)
         discrete = discrete_from(ssm, memo)
         self.memos.append((ssm, memo, discrete))
-        # the cache itself is not kept: it would never be let go of
-        self.states.append((mixer.layer_index, mixer.state_index, state.data_ptr()))
-        D = self.weight(ssm.D, torch.float32)
+        D, sizes = self.weight(ssm.D, torch.float32), (*self.shape, *state.shape[1:])
         if isinstance(discrete, DiscreteDiagonal):
             y = self.room(x.shape[1])
-            self.call("step_diagonal", *state.shape, x, state, discrete.Lambda_bar, discrete.row, D, y, self.threads)
-        elif isinstance(discrete, DiscreteDPLR):
+            self.call("step_diagonal", *sizes, x, state, discrete.Lambda_bar, discrete.row, D, y, self.threads)
+        elif isinstance(discrete, DiscreteDPLR) and discrete.F.shape[-1] <= 4:
             y, rank = self.room(x.shape[1]), discrete.F.shape[-1]
             F, G = (part.transpose(1, 2).contiguous() for part in (discrete.F, discrete.G))
             system = (discrete.E, F, G, discrete.B_bar, discrete.C_row)
-            self.call("step_dplr", *state.shape, rank, x, state, *system, D, y, self.threads)
+            self.call("step_dplr", *sizes, rank, x, state, *system, D, y, self.threads)
         elif isinstance(discrete, DiscreteMIMO):
             Lambda_bar, drives, reads = discrete.coefficients()
-            drive = self.product(x, drives)
-            self.call("step_states", self.rows, len(Lambda_bar), drive, state, Lambda_bar)
-            y = self.product(state[:, 0], reads)
+            states = self.product(x, drives)
+            self.call("step_states", *self.shape, len(Lambda_bar), states, state, Lambda_bar)
+            y = self.product(states, reads)
             self.call("add_skip", *x.shape, x, D, y)
+        elif isinstance(discrete, DiscreteSSD):
+            y = self._ssd(discrete, x, state, D)
         else:
             raise Unsupported(type(discrete).__name__)
+        return y
+
+    def _ssd(self, system: DiscreteSSD, x, state, D) -> torch.Tensor:
+        E, N = len(system.dt), state.shape[2]
+        y, bc, room = self.room(state.shape[1]), self.room(2 * N), torch.empty(self.shape[0], E, N)
+        sizes = (*self.shape, E, state.shape[1] // E, N)
+        rates = system.dt, system.decay, system.omega, system.inverse
+        normed = system.scale, system.bias, NORM_EPSILON
+        self.call("step_ssd", *sizes, x, state, system.Lambda_bar, *rates, *normed, D, bc, room, y, self.threads)
+        return y
+
+    def convolve(self, mixer: nn.Module, x: torch.Tensor, channels: int, layer, activation: str = "identity"):
+        """The first `channels` of x through the mixer's convolution and the activation, in their place."""
+        conv, inputs = mixer.conv, self.room(channels)  # what drove the tail, for a cache that records it
+        tail = self.state(mixer, mixer.tail_index, conv, inputs, layer)
+        weight, bias = self.weight(conv.weight), self.weight(conv.bias)
+        self.calls.append(partial(inputs.copy_, x[:, :channels]))
+        sizes = (*self.shape, channels, conv.size, x.shape[1])
+        number = ACTIVATION_NUMBERS[activation]
+        self.call("convolve", number, *sizes, x, tail, weight, bias, _is_half(weight, bias), x)
+
+    def multiply(self, a: torch.Tensor, b: torch.Tensor, activation: str = "identity") -> torch.Tensor:
+        """f(a) b, of columns of buffers."""
+        y = self.room(a.shape[1])
+        number = ACTIVATION_NUMBERS[activation]
+        apart = [Columns(part) for part in (a, b)]
+        self.call("multiply", number, *a.shape, apart[0], a.stride(0), apart[1], b.stride(0), y, y.stride(0))
         return y
 
     def add(self, p: torch.Tensor, mode: int = 0, y: torch.Tensor | None = None) -> None:
@@ -253,4 +307,33 @@ def _write_feed_forward(program: Program, inner: S4FeedForward, x: torch.Tensor,
     program.add(program.linear(inner.down_proj, program.activate(inner.activation, program.linear(inner.up_proj, x))))
 
 
-WRITERS = {S4Mixer: _write_s4_mixer, S4FeedForward: _write_feed_forward}
+def _write_swiglu(program: Program, inner: SwiGLU, x: torch.Tensor, layer) -> None:
+    gate, up = program.linear(inner.gate_proj, x), program.linear(inner.up_proj, x)
+    program.add(program.linear(inner.down_proj, program.multiply(gate, up, "silu")))
+
+
+def _write_h3(program: Program, mixer: H3Mixer, x: torch.Tensor, layer) -> None:
+    qkv = program.linear(mixer.in_proj, x)
+    program.convolve(mixer, qkv, qkv.shape[1], layer)
+    q, k, v = qkv.chunk(3, -1)
+    y = program.state_space(mixer, program.multiply(k, v), layer)
+    program.add(program.linear(mixer.out_proj, program.multiply(q, y)))
+
+
+def _write_gated(program: Program, mixer: GatedMixer, x: torch.Tensor, layer) -> None:
+    both = program.linear(mixer.in_proj, x)
+    u, gate = both.split([mixer.ssm.input_size, both.shape[1] - mixer.ssm.input_size], -1)
+    driving = program.room(u.shape[1])
+    program.calls.append(partial(driving.copy_, u))
+    program.convolve(mixer, driving, mixer.conv.channels, layer, "silu")
+    y = program.multiply(gate, program.state_space(mixer, driving, layer), "silu")
+    program.add(program.linear(mixer.out_proj, program.norm(mixer.norm, y)))
+
+
+WRITERS = {
+    S4Mixer: _write_s4_mixer,
+    H3Mixer: _write_h3,
+    GatedMixer: _write_gated,
+    S4FeedForward: _write_feed_forward,
+    SwiGLU: _write_swiglu,
+}

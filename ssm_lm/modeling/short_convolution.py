@@ -23,6 +23,7 @@ class ShortConvolution(nn.Module):
     """
 
     bidirectional = False
+    unconvolved = 0  # see StateSpace
 
     def __init__(self, channels: int, size: int):
         super().__init__()
@@ -74,6 +75,10 @@ class ShortConvolution(nn.Module):
     def transition(self, length: int) -> int:
         """What `carry_over` takes for `length` tokens."""
         return length
+
+    def transition_over(self, u: torch.Tensor) -> int:
+        """The same for the tokens u (B, L, C)."""
+        return u.shape[1]
 
     def carry_over(self, length: int, state: torch.Tensor) -> torch.Tensor:
         """What is left of a tail after `length` zeros."""

@@ -28,13 +28,15 @@ from .state_space import MIN_DECAY, StateSpace
 
 
 class SSD(StateSpace):
-    """hidden_size H, in heads of head_dim P channels; state_size N of a channel, even. A state is (B, H, N).
+    """hidden_size H, in heads of head_dim P channels; None: 64, or all of them where they are fewer; state_size
+    N of a channel, even. A state is (B, H, N).
 
     Its input is wider than its output: [v (H) | b (N) | c (N)], with `selective` also one raw step a head, (H / P).
     """
 
     name = "ssd"
     has_chunk_kernel = False
+    is_time_invariant = False
 
     def __init__(
         self,
@@ -46,12 +48,13 @@ class SSD(StateSpace):
         dt_max: float = 1e-1,
         chunk_size: int = 64,
         bidirectional: bool = False,
-        head_dim: int = 64,
+        head_dim: int | None = None,
         selective: bool = False,
     ):
         super().__init__(hidden_size, state_size, init, discretization, dt_min, dt_max, chunk_size, bidirectional)
         if bidirectional:
             raise ValueError("ssd reads its input from the front alone: bidirectional is for s4, s4d and s5")
+        head_dim = min(64, hidden_size) if head_dim is None else head_dim
         if head_dim < 1 or hidden_size % head_dim:
             raise ValueError(f"head_dim must divide the channels of an ssd ({hidden_size}), and {head_dim} does not")
         self.head_dim, self.heads, self.selective = head_dim, hidden_size // head_dim, selective
@@ -82,8 +85,13 @@ class SSD(StateSpace):
         }
 
     @property
+    def unconvolved(self):
+        """The raw steps."""
+        return self.heads if self.selective else 0
+
+    @property
     def input_size(self):
-        return self.hidden_size + 2 * self.state_size + (self.heads if self.selective else 0)
+        return self.hidden_size + 2 * self.state_size + self.unconvolved
 
     def discretize(self, reverse=False) -> DiscreteSSD:
         """In float64 but for the norms of b and c."""
@@ -110,11 +118,19 @@ class SSD(StateSpace):
         return scan_chunks(self.discretize(), x, state, None, T, has_output=False)[1]
 
     def transition(self, length):
-        """(H, N); ValueError with `selective`, where it depends on the tokens."""
+        """(H, N); ValueError with `selective`, where `transition_over` has it."""
         if self.selective:
             raise ValueError("the transition of an ssd with selective_dt depends on its input")
         system = self.discretize()
         return system.over(system.dt * length).repeat_interleave(self.head_dim, 0).to(self.log_dt.dtype)
+
+    def transition_over(self, u):
+        """(H, N), or (B, H, N) with `selective`."""
+        if not self.selective:
+            return self.transition(u.shape[1])
+        system = self.discretize()
+        total = system.read(u.to(self.log_dt.dtype))[-1].sum(1)
+        return system.over(total).repeat_interleave(self.head_dim, 1).to(self.log_dt.dtype)
 
     def convolve(self, signal, reverse):
         raise ValueError("mode fft is for time-invariant layers, not for ssd")

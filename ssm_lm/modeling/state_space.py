@@ -48,6 +48,8 @@ class StateSpace(nn.Module):
     fft_is_faster_below = 0
     kernels = "auto"  # as in S4Config.kernels: whether Triton kernels run
     has_chunk_kernel = True  # whether the chunk scan has a Triton kernel for the layer's signals
+    is_time_invariant = True  # False where B, C or dt depend on the token
+    unconvolved = 0  # features at the end of its input that a convolution before it leaves as they are
     has_dense_carry = False  # of the chunk scan; True where A-bar is not diagonal
 
     def __init__(
@@ -129,6 +131,10 @@ class StateSpace(nn.Module):
     def transition(self, length: int) -> torch.Tensor:
         """A_bar^length, as `carry_over` takes it: diagonal and complex as [real | imaginary], or dense (H, N, N)."""
         raise NotImplementedError
+
+    def transition_over(self, u: torch.Tensor) -> torch.Tensor:
+        """The transition over the tokens u (B, L, input_size); of (B, ...) where it depends on them."""
+        return self.transition(u.shape[1])
 
     def carry_over(self, transition: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """What is left of a state (B, *state_shape) after the tokens of `transition`, under a zero input."""

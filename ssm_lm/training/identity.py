@@ -5,7 +5,7 @@ import json
 # keys of the model that change how fast it is and not what it learns
 SPEED_ONLY = ("mode", "kernels", "chunk_size", "loss_chunk_size")
 # keys of the model that runs from before them did not record; what these were is the default
-LATER = {"conv_size": 4, "expand": 2}
+LATER = {"conv_size": 4, "expand": 2, "head_dim": None, "selective_dt": False}
 
 # with another value of these it is another run, whatever is allowed
 FIXED = ("sequence_length", "carry_state", "seed", "init_from", "optim", "optim_args")

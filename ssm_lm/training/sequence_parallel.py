@@ -67,17 +67,24 @@ class SequenceParallel:
         part = length // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
-    def start_state(self, layer: StateSpace | ShortConvolution, left: torch.Tensor, length: int) -> torch.Tensor:
-        """h_r from s_r, `left`; both as `layer.zero_state`. One all-gather.
+    def start_state(self, layer: StateSpace | ShortConvolution, left: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """h_r from s_r, `left`, the state that this rank's slice u (B, L, C) leaves; both as `layer.zero_state`.
+
+        One all-gather; another one, of Phi, where the tokens choose their steps.
 
         Every rank walks the whole chain, so that the graph, and with it the collectives of the backward, are the same
         on all of them; a step of it is one small product.
         """
         parts = _AllGather.apply(left, self.group, self.rank)
-        transition = layer.transition(length)
+        transition = layer.transition_over(u)
+        if layer.unconvolved:  # steps of the tokens
+            transitions = _AllGather.apply(transition, self.group, self.rank)
+            parts = parts + 0 * transitions.sum()  # in the graph of every rank, as `parts` is
+        else:
+            transitions = [transition] * self.size
         state = start = torch.zeros_like(left)
         for number in range(self.size - 1):
-            state = layer.carry_over(transition, state) + parts[number]
+            state = layer.carry_over(transitions[number], state) + parts[number]
             start = torch.where(torch.tensor(self.rank == number + 1, device=state.device), state, start)
         # rank 0 starts from zero, and still takes part in the backward
         return start + 0 * parts.sum(0) if self.rank == 0 else start
@@ -104,7 +111,7 @@ def _forward_of(parallel: SequenceParallel):
             zero = layer.zero_state(len(u), u.device)
             # nothing but u is kept of this scan: its states at the chunks' starts would be as large as u
             left = checkpoint(layer.advance, u, zero, use_reentrant=False, preserve_rng_state=False)
-            initial_state = parallel.start_state(layer, left, u.shape[1])
+            initial_state = parallel.start_state(layer, left, u)
             options.pop("execution", None)  # it was decided without that state
         return plain(layer, u, initial_state=initial_state, **options)
 

@@ -11,7 +11,8 @@ from ssm_lm.modeling.ssm import LAYERS
 
 
 def build(place, ssm: str) -> S4ForCausalLM:
-    config = S4Config(vocab_size=place.V, hidden_size=place.H, num_hidden_layers=2, state_size=64, ssm=ssm)
+    arch = "s4" if LAYERS[ssm].is_time_invariant else "gated"
+    config = S4Config(vocab_size=place.V, hidden_size=place.H, num_hidden_layers=2, state_size=64, ssm=ssm, arch=arch)
     return S4ForCausalLM(config).to(place.device).eval()
 
 

@@ -52,9 +52,10 @@ from ssm_lm.cli import main
 from ssm_lm.modeling.ssm import LAYERS
 
 for ssm in LAYERS:
-    config = S4Config(vocab_size=17, hidden_size=8, num_hidden_layers=1, state_size=4, ssm=ssm, arch="s4-ffn")
+    arch = "s4-ffn" if LAYERS[ssm].is_time_invariant else "gated"
+    config = S4Config(vocab_size=17, hidden_size=8, num_hidden_layers=1, state_size=4, ssm=ssm, arch=arch)
     model, ids = S4ForCausalLM(config), torch.randint(1, 17, (2, 9))
-    for mode in ("chunk", "fft", "recurrent", "auto"):
+    for mode in ("chunk", "recurrent", "auto", *(["fft"] if LAYERS[ssm].is_time_invariant else [])):
         for module in model.modules():
             if hasattr(module, "mode"):
                 module.mode = mode

@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from tiny import ENDLESS, MIXTURE, tiny_model
+from tiny import ENDLESS, MIXTURE, SSD, tiny_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 VOCAB = 97
-KINDS = {"s4": "s4-ffn", "s4d": "s4-ffn", "s5": "s4-ffn", "s4d in blocks": MIXTURE}
+KINDS = {"s4": "s4-ffn", "s4d": "s4-ffn", "s5": "s4-ffn", "s4d in blocks": MIXTURE, "ssd": SSD}
 
 
 @pytest.fixture(scope="module", params=KINDS)

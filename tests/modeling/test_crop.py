@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tiny import MIXTURE, tiny_model
+from tiny import MIXTURE, SSD, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from ssm_lm.modeling import execution
@@ -15,7 +15,7 @@ from ssm_lm.modeling.cache_s4 import S4CacheLayer
 from ssm_lm.modeling.single_steps import Memo
 
 VOCAB = 61
-KINDS = [("s4", "s4"), ("s4", "s4-ffn"), ("s4d", "s4"), ("s4d", MIXTURE), ("s5", "s4"), ("s5", MIXTURE)]
+KINDS = [("s4", "s4"), ("s4", "s4-ffn"), ("s4d", "s4"), ("s4d", MIXTURE), ("s5", "s4"), ("s5", MIXTURE), ("ssd", SSD)]
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 

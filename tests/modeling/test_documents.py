@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import MIXTURE, tiny_model
+from tiny import MIXTURE, SSD, tiny_model
 
 from ssm_lm.modeling.documents import find_documents, from_position_ids
 from ssm_lm.modeling.ssm import S4, S4D, S5
@@ -186,7 +186,9 @@ def model(**kw):
 
 @pytest.mark.parametrize("how", ["seq_idx", "position_ids"])
 @pytest.mark.parametrize(
-    ("ssm", "arch"), [("s4", "s4"), ("s4d", "s4"), ("s5", "s4"), ("s4", MIXTURE), ("s4d", MIXTURE)], ids=str
+    ("ssm", "arch"),
+    [("s4", "s4"), ("s4d", "s4"), ("s5", "s4"), ("s4", MIXTURE), ("s4d", MIXTURE), ("ssd", SSD)],
+    ids=str,
 )
 def test_packed_documents_in_the_model(ssm, arch, how):
     m = model(ssm=ssm, arch=arch)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from tiny import ENDLESS, MIXTURE, tiny_model
+from tiny import ENDLESS, MIXTURE, SSD, tiny_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 VOCAB = 97
@@ -15,7 +15,7 @@ def build(ssm="s4", arch="s4", **values):
     return tiny_model(seed=1, vocab_size=VOCAB, hidden_size=32, ssm=ssm, arch=arch, **ENDLESS, **values)
 
 
-KINDS = [("s4", "s4"), ("s4", "s4-ffn"), ("s4d", "s4"), ("s4d", MIXTURE)]
+KINDS = [("s4", "s4"), ("s4", "s4-ffn"), ("s4d", "s4"), ("s4d", MIXTURE), ("ssd", SSD)]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=str)

@@ -17,6 +17,10 @@ MODELS = {
     "s4-legt": {"ssm": "s4", "ssm_init": "legt", "glu": "half", "norm": "rms"},
     "s4d": {"ssm": "s4d", "hidden_act": "silu"},
     "s5": {"ssm": "s5", "glu": "none"},
+    "h3": {"ssm": "s4d", "arch": ["h3", "swiglu"]},
+    "gated": {"ssm": "s5", "arch": ["gated", "ffn"], "conv_size": 3},
+    "ssd": {"ssm": "ssd", "arch": "gated", "head_dim": 8},
+    "ssd-selective": {"ssm": "ssd", "arch": ["gated", "swiglu"], "expand": 1, "head_dim": 4, "selective_dt": True},
 }
 
 
@@ -30,10 +34,11 @@ def steps(monkeypatch):
 
 
 @torch.no_grad()
-def decode(model, ids, cache=None, first=3):
-    """Logits of every token from `first` on, each from a forward of its own, and the states after them."""
+def decode(model, ids, cache=None, first=3, at_a_time=1):
+    """Logits of every token from `first` on, from forwards of a few, and the states after them."""
     cache = model(ids[:, :first], past_key_values=cache, use_cache=True).past_key_values
-    logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(first, ids.shape[1])]
+    parts = [ids[:, t : t + at_a_time] for t in range(first, ids.shape[1], at_a_time)]
+    logits = [model(part, past_key_values=cache).logits for part in parts]
     return torch.cat(logits, 1), [state for layer in cache.layers for state in layer.states], cache
 
 
@@ -43,22 +48,22 @@ def plain(model, *arguments):
         return decode(model, *arguments)
 
 
-@pytest.mark.parametrize("rows", [1, 6, 11])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (6, 1), (2, 3), (11, 1)])
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_the_plain_step(name, rows, steps):
+def test_equals_the_plain_step(name, rows, tokens, steps):
     """Rows one by one, four at a time and a rest, and by PyTorch's product: logits, states, and the length."""
     model, ids = tiny_model(**MODELS[name]), prompt(12, rows)
     expected, expected_states, _ = plain(model, ids)
     assert not steps
-    logits, states, cache = decode(model, ids)
-    assert len(steps) == 9
+    logits, states, cache = decode(model, ids, None, 3, tokens)
+    assert len(steps) == 9 // tokens
     assert cache.get_seq_length() == 12
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(states, expected_states, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["s4", "s5"])
+@pytest.mark.parametrize("name", ["s4", "s5", "h3", "ssd"])
 def test_bfloat16_weights_are_read_as_they_are(name, steps):
     """Closer to the float32 model with the same weights than the plain step, which rounds what it computes too."""
     model, ids = tiny_model(**MODELS[name]).bfloat16(), prompt(12)
@@ -129,11 +134,6 @@ def test_what_takes_the_plain_step(steps):
     def same():
         return torch.equal(decode(model, ids)[0], expected)
 
-    recording = DynamicCache(config=model.config)
-    for layer in recording.layers:
-        layer.activate_past_recording()
-    assert torch.equal(decode(model, ids, recording)[0], expected)
-
     with torch.enable_grad():
         cache = model(ids[:, :5], use_cache=True).past_key_values
         model(ids[:, 5:], past_key_values=cache).logits.sum().backward()
@@ -156,6 +156,26 @@ def test_what_takes_the_plain_step(steps):
     assert not steps
     decode(model.float(), ids)
     assert len(steps) == 3
+
+
+@pytest.mark.parametrize("name", ["s4", "gated", "ssd-selective"])
+def test_a_cache_that_records_can_be_cropped(name, steps):
+    """To any of the tokens that the library has stepped, and on from there."""
+    model, ids = tiny_model(**MODELS[name]), prompt(14)
+    for left in (9, 4):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :3], past_key_values=cache)
+            for layer in cache.layers:
+                layer.activate_past_recording()
+        steps.clear()
+        decode(model, ids[:, 3:], cache, 4, 4)
+        assert len(steps) == 3
+        cache.crop(left - int(cache.get_seq_length()))
+        expected = plain(model, ids[:, : left + 1])[0][:, -1:]
+        with torch.no_grad():
+            logits = model(ids[:, left : left + 1], past_key_values=cache).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_is_let_go_of_and_a_static_one_counts():

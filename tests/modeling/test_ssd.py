@@ -123,12 +123,14 @@ def test_float32_keeps_its_digits_over_8192_tokens():
 
 
 def test_transition_is_what_the_tokens_leave_of_a_state():
-    layer = make(False)
-    state = torch.randn(1, H, N, dtype=torch.float64)
-    u = torch.zeros(1, 21, layer.input_size, dtype=torch.float64)
-    with torch.no_grad():
-        left = layer.carry_over(layer.transition(21), state)
-        torch.testing.assert_close(left, layer.advance(u, state), rtol=1e-9, atol=1e-9)
+    for selective in (False, True):
+        layer = make(selective)
+        state = torch.randn(2, H, N, dtype=torch.float64)
+        u = torch.randn(2, 21, layer.input_size, dtype=torch.float64)
+        u[..., :H] = 0  # no values: nothing drives the state
+        with torch.no_grad():
+            left = layer.carry_over(layer.transition_over(u), state)
+            torch.testing.assert_close(left, layer.advance(u, state), rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="depends on its input"):
         make(True).transition(21)
 

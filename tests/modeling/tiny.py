@@ -7,6 +7,7 @@ from ssm_lm import S4Config, S4ForCausalLM
 SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.3}
 # what has a convolution and products around its state space; its feed-forward has gates
 MIXTURE = ["h3", "gated", "swiglu"]
+SSD = ["gated", "swiglu"]  # for ssm: ssd, which stands in no other mixer
 # for generate(): a random tied model repeats its input, and no token may end a text by accident
 ENDLESS = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 

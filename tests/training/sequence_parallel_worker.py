@@ -42,9 +42,11 @@ def agreement() -> dict:
     cases = [(ssm, dtype, False, "s4-ffn") for ssm in ("s4", "s4d", "s5") for dtype in PRECISIONS]
     cases += [("s4", torch.float64, True, "s4-ffn")]
     cases += [("s4d", dtype, False, ["h3", "gated"]) for dtype in PRECISIONS]
+    cases += [("ssd", torch.float64, False, "gated"), ("ssd-selective", torch.float64, False, "gated")]
     for ssm, dtype, checkpointing, arch in cases:
         ids = torch.randint(31, (2, 24 * size), generator=torch.Generator().manual_seed(1))
-        whole, model = make_model(dtype, ssm=ssm, arch=arch), make_model(dtype, ssm=ssm, arch=arch)
+        own = {"ssm": ssm.removesuffix("-selective"), "selective_dt": ssm.endswith("-selective"), "arch": arch}
+        whole, model = make_model(dtype, **own), make_model(dtype, **own)
         expected = share_of_loss(whole, ids, slice(None))
         expected.backward()
         parallel = SequenceParallel(size)

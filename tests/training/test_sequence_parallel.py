@@ -26,9 +26,9 @@ def work(ranks: int, *words: str) -> dict:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_loss_and_every_gradient_equal_those_of_one_rank(ranks):
-    """S4, S4D, S5 and blocks with a convolution, float32 and float64, with and without activation checkpointing."""
+    """S4, S4D, S5, SSD and blocks with a convolution, both precisions, with and without activation checkpointing."""
     results = work(ranks, "agreement")
-    assert len(results) == 9
+    assert len(results) == 11
     for case, errors in results.items():
         limit = PRECISION[case.split()[1]]
         assert errors["loss"] < limit, (case, errors)
