@@ -75,7 +75,7 @@ def markdown(comparison: dict) -> str:
         "|---" * (len(rows) + 1) + "|",
     ]
     for key in comparison["keys_that_differ"]:
-        lines.append(f"| {key} | " + " | ".join(str(row["keys"][key]) for row in rows) + " |")
+        lines.append(f"| {key} | " + " | ".join(_key(row["keys"][key]) for row in rows) + " |")
     if not comparison["keys_that_differ"]:
         lines.append("| none |" + " |" * len(rows))
     return "\n".join(lines) + "\n"
@@ -85,3 +85,7 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.4g}"
+
+
+def _key(value) -> str:
+    return "-" if value is None else str(value)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..runs.curves import MOST_POINTS, save
+from ..runs.curves import draw_series, save
 from ..training.history import read_metrics, series
 
 PANELS = {
@@ -23,16 +23,11 @@ def draw(folders: dict[str, Path], files: list[Path]) -> None:
 
 def _panel(axes, key: str, logs: dict[str, list[dict]]) -> None:
     by_tokens = all(any("tokens" in entry for entry in entries) for entries in logs.values())
-    for number, (name, entries) in enumerate(logs.items()):
-        steps, values = series(entries, key)
-        places = steps
-        if by_tokens:
+    curves = {name: series(entries, key) for name, entries in logs.items()}
+    if by_tokens:
+        for name, entries in logs.items():
             last = next(entry for entry in reversed(entries) if "tokens" in entry)
-            places = [step * last["tokens"] / last["step"] / 1e6 for step in steps]
-        every = -(-len(steps) // MOST_POINTS) or 1
-        marker = "." if len(steps) < 30 else None
-        axes.plot(places[::every], values[::every], label=name, color=f"C{number}", linewidth=1.2, marker=marker)
+            steps, values = curves[name]
+            curves[name] = [step * last["tokens"] / last["step"] / 1e6 for step in steps], values
+    draw_series(axes, PANELS[key], curves)
     axes.set_xlabel("million tokens" if by_tokens else "step")
-    axes.set_title(PANELS[key])
-    if "perplexity" in key:
-        axes.set_yscale("log")

@@ -1,6 +1,4 @@
-"""The model that a training config says: its config and, of that, a fresh model. The one place that tells ours and the
-baselines apart.
-"""
+"""The model that a training config says, ours or a baseline: its config and, of that, a fresh model."""
 
 from ..baselines import baseline_classes, is_baseline, longest_sequence
 from ..errors import UserError, one_line
