@@ -28,6 +28,7 @@ from .lock import locked
 from .plan import Plan, make_plan, print_plan
 from .record import config_text, describe_start, resolved_settings, schedule_text, write_record
 
+TRUST_AFTER = 2  # rollbacks: a level that is met again behind other batches is no fault of the model's
 MAX_ROLLBACKS = 3  # in one start of the command; what does not help three times will not help the fourth
 
 
@@ -136,7 +137,7 @@ def train_to_the_end(plan: Plan):
     rollbacks = 0
     with StopSignals(talks=is_main_process()) as signals:
         while True:
-            trainer = train_once(plan, signals, announce=rollbacks == 0)
+            trainer = train_once(plan, signals, rollbacks)
             if not trainer.faults.bad_steps:
                 return trainer, signals.received
             rollbacks += 1
@@ -145,18 +146,19 @@ def train_to_the_end(plan: Plan):
             release_trainer()
 
 
-def train_once(plan: Plan, signals, announce: bool):
+def train_once(plan: Plan, signals, rollbacks: int):
     """Train from the plan's checkpoint to the last step, to a signal, or to too many steps that cannot be taken."""
     from transformers import set_seed
 
     set_seed(plan.args.seed)
     model = plan.task.new_model()
-    if announce and is_main_process():
+    if rollbacks == 0 and is_main_process():
         print_plan(plan, model)
     # transformers' own default is a new folder at every start, which would cut a resumed curve in two
     with default_environment("TENSORBOARD_LOGGING_DIR", str(plan.output_dir / "runs")) as plan.tensorboard_folder:
         trainer = plan.task.trainer(model, plan.args, signals, tuple(plan.passed_over))
     trainer.checkpoint_facts = plan.record
+    trainer.faults.guard.trusts_levels = rollbacks >= TRUST_AFTER
     with named_timeouts(plan.args):
         trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
     return trainer

@@ -111,6 +111,14 @@ def test_what_does_not_recover_ends_in_one_line(write_config):
     assert "going back 3 times did not help" in done.stderr.splitlines()[-1]
 
 
+def test_a_level_that_is_met_again_behind_other_batches_is_learnt(write_config, tmp_path):
+    config = write_config(max_steps=40, save_strategy="steps", save_steps=25, max_skipped_steps=4)
+    done = forked.run(faulty(config), FAULT_STEPS=",".join(str(step) for step in range(28, 40)), FAULT_FACTOR="100")
+    assert done.stdout.count("4 steps in a row were skipped; back to") == 2
+    assert done.stdout.count(": skipped, ") == 4 + 4 + 3
+    assert losses(tmp_path / "run")[-1] > 100  # and they were trained on
+
+
 # ---- signals
 
 

@@ -1,11 +1,13 @@
 """What is judged to be a fault, and which batches a run passes over."""
 
+import json
 import math
 
 import pytest
+import real_series
 
 from ssm_lm.training.epochs import batch_of_step
-from ssm_lm.training.guard import MIN_HISTORY, StepGuard
+from ssm_lm.training.guard import MIN_HISTORY, NAMES, RECENT, StepGuard
 from ssm_lm.training.trainer import RunSampler
 
 
@@ -28,11 +30,62 @@ def test_what_is_not_finite_is_refused_from_the_first_step(value):
 
 def test_a_spike_is_refused_and_does_not_move_what_is_usual():
     guard = seasoned()
-    before = guard.state()
+    before = {name: guard.state()[name] for name in NAMES}
     assert "loss 400" in guard.verdict(400.0, 1.0)
     assert "gradient norm 100" in guard.verdict(4.0, 100.0)
-    assert guard.state() == before
+    assert {name: guard.state()[name] for name in NAMES} == before
     assert guard.verdict(4.1, 1.2) is None
+
+
+SERIES = json.loads(real_series.FILE.read_text())
+LEARNT = RECENT // 2 + 1  # steps that a new level costs
+
+
+def skipped(series, trusts_levels=False) -> list[int]:
+    """The steps of a series of (loss, gradient norm) that are not taken."""
+    guard = StepGuard(10.0, window=128)
+    guard.trusts_levels = trusts_levels
+    return [step for step, (loss, norm) in enumerate(series) if guard.verdict(loss, norm)]
+
+
+def real(*phases) -> list[tuple[float, float]]:
+    return [pair for phase in phases for pair in zip(*(SERIES[phase][name] for name in NAMES), strict=True)]
+
+
+def test_real_training_is_left_alone_and_a_spike_in_it_is_not():
+    """A warm-up, a change of data, a restart with a fresh optimizer: no step is skipped but a hundredfold one."""
+    assert skipped(real(*real_series.PHASES)[:600]) == []
+    series = real("warm-up", "change of data", "restart")
+    for step in range(100, len(series), 29):  # before, the loss falls by more in a window than noise could
+        loss, norm = series[step]
+        for spike in ((100 * loss, 100 * norm), (loss, 100 * norm), (100 * loss, norm)):
+            assert skipped([*series[:step], spike, *series[step + 1 :]]) == [step]
+
+
+def test_a_level_thirty_times_higher_is_learnt_when_going_back_has_not_helped():
+    """Real losses: from sentences that are known by heart to other text. A broken model looks the same at first."""
+    series = real("easy data", "hard data")
+    change = len(real("easy data"))
+    assert skipped(series)[:20] == list(range(change, change + 20))
+    assert skipped(series, trusts_levels=True) == list(range(change, change + LEARNT))
+
+
+@pytest.mark.parametrize(("factors", "expected"), [((1.4, 1.0), LEARNT), ((1.0, 1.4), LEARNT), ((2.8, 2.8), LEARNT)])
+def test_a_level_that_stays_is_learnt(factors, expected):
+    """After 200 steps without noise, as of a very large batch, 200 at a higher loss or gradient norm."""
+    flat, higher = (3.0, 1.0), (3.0 * factors[0], factors[1])
+    assert skipped([flat] * 200 + [higher] * 200) == list(range(200, 200 + expected))
+    spike = (100 * higher[0], 100 * higher[1])
+    assert skipped([flat] * 200 + [higher] * 20 + [spike] + [higher] * 20)[expected:] == [220]
+
+
+def test_gradients_that_grow_are_followed():
+    """By 1% a step, after 128 steps without noise: the median of the window stays behind by a factor of two."""
+    assert skipped([(3.0, 1.0)] * 128 + [(3.0, 1.01**step) for step in range(300)]) == []
+
+
+def test_what_stays_a_hundred_times_higher_is_skipped():
+    assert len(skipped([(3.0, 1.0)] * 200 + [(300.0, 100.0)] * 50)) == 50
 
 
 def test_healthy_training_is_left_alone():
