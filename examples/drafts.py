@@ -9,7 +9,7 @@ chosen. A state space is then brought back to where the last right token left it
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[list[int], int]]:
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[list[int], int]]:
     args = parser.parse_args(argv)
 
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
     prompt = tokenizer(args.prompt, return_tensors="pt")
     ways = {
         "greedy": {},

@@ -8,7 +8,7 @@ A minute on two cores, for the model of `make quickstart`.
 import argparse
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 
 class StateSpaceTrainer(Trainer):
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     args = parser.parse_args(argv)
 
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
     training = TrainingArguments(
         output_dir=args.output,
         max_steps=args.steps,

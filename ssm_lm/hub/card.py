@@ -141,10 +141,10 @@ def _baseline(config) -> str:
 def _load_language_model(name: str, own_code: bool) -> list[str]:
     trust = ", trust_remote_code=True" if own_code else ""
     return [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast",
         "",
         f'path = "{name}"  # this folder, or USER/{name} on the Hub',
-        f"tokenizer = AutoTokenizer.from_pretrained(path{trust})",
+        "tokenizer = PreTrainedTokenizerFast.from_pretrained(path)",
         f"model = AutoModelForCausalLM.from_pretrained(path{trust})",
         'inputs = tokenizer("Once", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=True)[0]))",
