@@ -36,12 +36,18 @@ def changes(recorded: dict, identity: dict, step: int) -> list[Change]:
     A key that an older version did not record is taken to be as it is now. Raises UserError for a schedule that cannot
     be.
     """
-    keys = [key for key in CHANGEABLE if key in recorded and key in identity and recorded[key] != identity[key]]
+    keys = [key for key in CHANGEABLE if key in recorded and key in identity and _differs(key, recorded, identity)]
     found = []
     for key in keys:
         about = _about_max_steps(recorded, identity["max_steps"], step) if key == "max_steps" else {}
         found.append(Change(step, key, recorded[key], identity[key], **about))
     return found
+
+
+def _differs(key: str, recorded: dict, identity: dict) -> bool:
+    if key == "ssm_learning_rate" and recorded[key] != identity[key]:  # None: that of the rest, said or not
+        return (recorded[key] or recorded["learning_rate"]) != (identity[key] or identity["learning_rate"])
+    return recorded[key] != identity[key]
 
 
 def _about_max_steps(recorded: dict, new: int, step: int) -> dict:

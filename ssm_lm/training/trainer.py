@@ -130,6 +130,14 @@ class S4Trainer(CheckpointedTrainer):
             self.faults.observe_loss(result[0] if return_outputs else result)
         return result
 
+    def prediction_step(self, *args, **kwargs):
+        """Evaluate by the plain loss, also where training smooths the labels: a perplexity is of the plain one."""
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self.label_smoother = smoother
+
     # ---- optimizer
 
     def create_optimizer(self, model=None):

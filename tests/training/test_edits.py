@@ -264,6 +264,7 @@ def test_a_few_sequences_of_edits(corpus, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("first", [1000, 1100])
 def test_two_hundred_sequences_of_edits(corpus, tmp_path, first):
     counts = play(range(first, first + 100), corpus, tmp_path, two_ranks=0.1)

@@ -7,6 +7,7 @@ import pytest
 
 from ssm_lm import S4Config
 from ssm_lm.errors import UserError
+from ssm_lm.training.changes import changes
 from ssm_lm.training.checkpoints import check_resumable, claim
 from ssm_lm.training.identity import SPEED_ONLY, run_identity
 
@@ -47,6 +48,17 @@ def test_a_run_from_before_a_key_goes_on_where_the_key_has_its_default(tmp_path)
     claim(folder, identity(arch="h3", **config))
     with pytest.raises(UserError, match="conv_size"):
         claim(folder, identity(arch="h3", conv_size=3))
+
+
+def test_what_follows_from_another_key_may_be_said_or_not():
+    """As in the config that a run writes: ssm_learning_rate is learning_rate where it is not given."""
+    recorded = identity() | {"learning_rate": 0.01, "ssm_learning_rate": None}
+    said = recorded | {"ssm_learning_rate": 0.01}
+    assert changes(recorded, said, 4) == changes(said, recorded, 4) == []
+    (change,) = changes(recorded, recorded | {"learning_rate": 0.02}, 4)
+    assert change.key == "learning_rate"
+    (change,) = changes(recorded, recorded | {"ssm_learning_rate": 0.02}, 4)
+    assert change.record() == {"step": 4, "key": "ssm_learning_rate", "from": None, "to": 0.02}
 
 
 @pytest.mark.parametrize("other", [{"ssm": "s4d"}, {"dt_min": 0.01}])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from ssm_lm import S4ForCausalLM
 from ssm_lm.cli import main
+from ssm_lm.data.stream import TokenStream
 from ssm_lm.training.trainer import RunSampler
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -178,6 +179,18 @@ def test_tensorboard_evaluation_and_activation_checkpointing(write_config, tmp_p
     tags = events.Tags()["scalars"]
     assert {"train/loss", "train/tokens_per_second", "train/learning_rate", "eval/loss", "eval/perplexity"} <= set(tags)
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_evaluation_is_of_the_plain_loss_where_training_smooths_the_labels(write_config, corpus, tmp_path):
+    """The perplexity in the log is exp of it."""
+    config = write_config(max_steps=2, label_smoothing_factor=0.2, eval_strategy="steps", eval_steps=2)
+    assert main(["train", config]) == 0
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    (found,) = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    tokens = torch.tensor(TokenStream.open(str(corpus), "validation").tokens[: 22 * 40].astype("int64")).view(22, 40)
+    model = S4ForCausalLM.from_pretrained(tmp_path / "run").eval()
+    with torch.no_grad():
+        assert found == pytest.approx(model(input_ids=tokens, labels=tokens).loss.item(), rel=1e-4)
 
 
 def test_fine_tuning_from_a_model(write_config, tmp_path):
