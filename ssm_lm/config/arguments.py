@@ -10,12 +10,12 @@ from transformers import TrainingArguments
 class S4TrainingArguments(TrainingArguments):
     """TrainingArguments with this project's keys and defaults; `configs/train/` explains each in its place.
 
-    model: the keys of S4Config, or the path of a YAML file with them; vocab_size and the special token ids come from
-        the data where they are not given. With a `type` (gpt2, llama, mamba, mamba2), a model of transformers, and the
-        keys of its config.
+    model: the keys of S4Config, or with a `type` (gpt2, llama, mamba, mamba2) those of transformers' config, or the path
+        of a YAML file with them; vocab_size and the special token ids come from the data where they are not given.
     init_from: a model folder to start from instead of fresh weights.
     data: a folder written by `ssm-lm prepare`.
-    task: a sequence classification task instead of `data`, as digits or imdb:FOLDER (see data/sequences.py).
+    task: instead of `data`, a sequence classification task, as digits or imdb:FOLDER (see data/sequences.py), or a task
+        of recall, as induction (see data/recall.py).
     sequence_length: tokens in a training window.
     carry_state: each window continues the one before it in its row, from that one's final state (see carry.py).
     sequence_parallel_size: consecutive ranks that share a sequence, a slice each (see sequence_parallel.py).
