@@ -6,7 +6,8 @@ factor, so "backward" is twice "forward" but where the text says otherwise.
 
     a token's matmuls, forward                                                 in every
     out_proj       2 H g H                g = 2 for glu, else 1                sublayer ssm
-    in, out_proj   8 H^2                  q, k, v; output                      sublayer h3
+    in, out_proj   8 H^2                  q, k, v; output                      sublayer h3, whose state space has
+                                                                               head_dim H channels
                    6 E H                  two branches; output, E = expand H   sublayer gated, whose state space
                                                                                has E channels for H
     chunk scan     H (2 T + 4 N)          Toeplitz; inject and emit            S4, S4D
@@ -137,7 +138,8 @@ def training_flops(
     for name, forward in matmuls.items():
         parts.append(Part(name, forward, 2 * forward, repeated[name] if checkpointing else 0))
     wide, of_token = _gated_widths(config)
-    channels = Counter({"ssm": H, "h3": H, "gated": wide}[kind] for kind in config.sublayers if STATES[kind])
+    in_h3 = (config.head_dim or 1) * H
+    channels = Counter({"ssm": H, "h3": in_h3, "gated": wide}[kind] for kind in config.sublayers if STATES[kind])
     for width, layers in channels.items():
         found = _state_space(config, width, batch_size, length, execution, needs_state)
         for name, forward, backward, recompute, other in found:

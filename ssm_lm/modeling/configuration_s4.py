@@ -46,7 +46,8 @@ class S4Config(PreTrainedConfig):
     n_ssm: how many (A, B, P) a layer has; the channels share them in turn. None: 1 for s4 and s5, one a channel for
         s4d.
     b_clip: largest |B_n| of the initialisation of s4 and s4d; None: no limit.
-    head_dim: of ssd, channels of a head, which share decay and step; None: 64, or all where they are fewer.
+    head_dim: channels of a head. Of ssd: they share decay and step; None: 64, or all where they are fewer. Of h3: above
+        1, key and value are multiplied each with each, and the state space has head_dim times as many channels; None: 1.
     selective_dt: of ssd, the token chooses the step of every head.
     ssm_blocks: s5 starts with so many copies of the HiPPO spectrum of order state_size / ssm_blocks.
     bidirectional: every state space reads the sequence from both ends. For classification only.
@@ -215,8 +216,10 @@ class S4Config(PreTrainedConfig):
             raise ValueError(f"b_clip is for ssm: s4 and s4d; {self.ssm} has no B of that kind")
         if self.ssm == "ssd":
             self._check_ssd()
-        elif self.selective_dt or self.head_dim is not None:
-            raise ValueError(f"head_dim and selective_dt are for ssm: ssd, not for {self.ssm}")
+        elif self.selective_dt or (self.head_dim is not None and "h3" not in self.sublayers):
+            raise ValueError(f"head_dim is for ssm: ssd and the sublayer h3, selective_dt for ssm: ssd, not {self.ssm}")
+        elif self.head_dim is not None and self.hidden_size % self.head_dim:
+            raise ValueError(f"head_dim must divide hidden_size ({self.hidden_size}), and {self.head_dim} does not")
 
     def _check_ssd(self):
         kinds = [kind for kind in self.sublayers if STATES[kind]]

@@ -158,11 +158,16 @@ class S4Mixer(Mixer):
 
 
 class H3Mixer(ConvolvedMixer):
-    """Query, key and value, convolved; the state space remembers k * v, and q asks it."""
+    """Query, key and value, convolved; the state space remembers k * v, and q asks it.
+
+    With head_dim d above 1, k * v is the outer product of a head's key and value, d^2 numbers, each with a state space
+    of its own, and q * y is the head's query times what came back: y_e = sum_c q_c SSM(k_c v_e). A head then tells d
+    keys apart, by d times the state space.
+    """
 
     def __init__(self, config: S4Config, layer_index: int, state_index: int):
-        H = config.hidden_size
-        super().__init__(config, layer_index, state_index, channels=H, convolved=3 * H)
+        H, self.head_dim = config.hidden_size, config.head_dim or 1
+        super().__init__(config, layer_index, state_index, channels=H * self.head_dim, convolved=3 * H)
         self.in_proj = nn.Linear(H, 3 * H, bias=False)
         self.out_proj = nn.Linear(H, H, bias=False)
 
@@ -170,9 +175,23 @@ class H3Mixer(ConvolvedMixer):
         cache = self.cache_of(past_key_values)
         x = self.in_proj(masked(hidden_states, attention_mask))
         q, k, v = self.convolve(x, cache, documents).chunk(3, -1)
-        # once more, for the convolution has a bias
-        y, _ = self.scan(masked(k * v, attention_mask), cache, documents)
-        return self.out_proj(q * y)
+        # masked once more, for the convolution has a bias
+        y, _ = self.scan(masked(self._outer(k, v), attention_mask), cache, documents)
+        return self.out_proj(self._inner(q, y))
+
+    def _outer(self, k, v):
+        """(B, L, H) twice -> (B, L, H d), in the order head, key, value."""
+        if self.head_dim == 1:
+            return k * v
+        k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (k, v))
+        return (k[..., :, None] * v[..., None, :]).flatten(2)
+
+    def _inner(self, q, y):
+        """(B, L, H) and (B, L, H d) -> (B, L, H)."""
+        if self.head_dim == 1:
+            return q * y
+        d = self.head_dim
+        return (q.unflatten(-1, (-1, d))[..., None] * y.unflatten(-1, (-1, d, d))).sum(-2).flatten(2)
 
 
 class GatedMixer(ConvolvedMixer):

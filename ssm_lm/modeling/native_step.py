@@ -313,6 +313,8 @@ def _write_swiglu(program: Program, inner: SwiGLU, x: torch.Tensor, layer) -> No
 
 
 def _write_h3(program: Program, mixer: H3Mixer, x: torch.Tensor, layer) -> None:
+    if mixer.head_dim > 1:
+        raise Unsupported("outer products of h3's heads")
     qkv = program.linear(mixer.in_proj, x)
     program.convolve(mixer, qkv, qkv.shape[1], layer)
     q, k, v = qkv.chunk(3, -1)

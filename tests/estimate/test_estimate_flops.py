@@ -37,7 +37,7 @@ LAYERS = [
     ("s4d", "chunk", {"arch": "s4-ffn"}),
     ("s4d", "chunk", {"arch": ["ffn", "ssm", "swiglu"]}),
     ("s4", "chunk", {"arch": "h3"}),
-    ("s5", "chunk", {"arch": ["h3", "gated"], "expand": 3}),
+    ("s5", "chunk", {"arch": ["h3", "gated"], "expand": 3, "head_dim": 2}),
     ("ssd", "chunk", {"arch": "gated", "head_dim": 8}),
     ("ssd", "recurrent", {"arch": ["gated", "swiglu"], "expand": 1, "selective_dt": True, "head_dim": 8}),
     ("s4d", "fft", {"glu": "half"}),

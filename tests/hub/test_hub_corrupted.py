@@ -27,6 +27,7 @@ from ssm_lm.loading.tokenizer import load_tokenizer
 KEYS = [
     *("vocab_size", "hidden_size", "num_hidden_layers", "arch", "ssm", "state_size", "ssm_init", "discretization"),
     *("dt_min", "dt_max", "n_ssm", "b_clip", "ssm_blocks", "bidirectional", "mode", "chunk_size", "intermediate_size"),
+    *("conv_size", "head_dim", "expand"),
     *("hidden_act", "glu", "norm", "dropout", "tie_dropout", "input_size", "pooling", "layer_norm_epsilon"),
     *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "adaptive_cutoffs"),
     *("adaptive_div_val", "head_dropout", "loss_chunk_size", "model_type", "architectures", "auto_map", "dtype"),
@@ -51,6 +52,8 @@ WORDS = [
     "s5",
     "gpt2",
     "ssm",
+    "h3",
+    "gated",
     "chunk",
     "rms",
     "none",

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny import MIXTURE, prompt, tiny_config, tiny_model
 
-MIXERS = ("h3", "gated")
+MIXERS = {"h3": {}, "h3 of heads": {"head_dim": 4}, "gated": {}}
 SSMS = ("s4", "s4d", "s5")
 
 
@@ -55,6 +55,20 @@ def test_h3(ssm):
 
 
 @pytest.mark.parametrize("ssm", SSMS)
+def test_h3_of_heads(ssm):
+    """Each of a head's keys with each of its values, one pair after the other."""
+    layer = mixer("h3", ssm=ssm, head_dim=4)
+    x = torch.randn(2, 9, 16)
+    q, k, v = convolved(layer.conv, layer.in_proj(x)).split(16, -1)
+    pairs = [(4 * head + c, 4 * head + e) for head in range(4) for c in range(4) for e in range(4)]
+    y = layer.ssm(torch.stack([k[..., c] * v[..., e] for c, e in pairs], -1))[0]
+    expected = torch.zeros_like(q)
+    for number, (c, e) in enumerate(pairs):
+        expected[..., e] += q[..., c] * y[..., number]
+    torch.testing.assert_close(layer(x), layer.out_proj(expected))
+
+
+@pytest.mark.parametrize("ssm", SSMS)
 def test_gated(ssm):
     layer = mixer("gated", ssm=ssm, expand=3)
     assert layer.in_proj.bias is layer.out_proj.bias is None
@@ -75,7 +89,7 @@ def test_a_wider_block_has_a_system_a_channel_where_the_config_says_so():
 @torch.no_grad()
 def test_modes_and_splits_agree_in_float64(ssm, kind):
     """One forward in a mode, and two with the states handed over, at every cut."""
-    keys = {"arch": [kind, "swiglu"], "ssm": ssm, "chunk_size": 8, "num_hidden_layers": 1}
+    keys = {"arch": [kind.split()[0], "swiglu"], "ssm": ssm, "chunk_size": 8, "num_hidden_layers": 1} | MIXERS[kind]
     ids, expected = prompt(21, batch=2), None
     for mode in ("chunk", "fft", "recurrent"):
         model = tiny_model(mode=mode, **keys).double()

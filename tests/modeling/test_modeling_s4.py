@@ -206,6 +206,7 @@ def test_the_config_says_what_was_built():
         ({"hidden_size": "large"}, "hidden_size"),
         ({"conv_size": 0}, "conv_size"),
         ({"expand": 0}, "expand"),
+        ({"arch": "h3", "head_dim": 3}, "head_dim must divide"),
     ],
 )
 def test_bad_configs_name_the_key(kwargs, message):

@@ -196,11 +196,11 @@ def test_a_training_step_has_no_graph_breaks(kw):
 
 @pytest.mark.slow
 def test_inductor(tmp_path):
-    """The real compiler, on the decoding that generate() compiles on a GPU, and on a training step."""
+    """The real compiler, on the decoding that generate() compiles on a GPU, and on a training step. Every mixer."""
     from transformers import CompileConfig
 
     torch._dynamo.reset()
-    model, ids = build(), prompt(12)
+    model, ids = build(arch=["ssm", "ffn", *MIXTURE], num_hidden_layers=1), prompt(12)
     expected = greedy(model, ids, 12)
     compile_config = CompileConfig(fullgraph=True, dynamic=False)
     compile_config._compile_all_devices = True  # without it only on accelerators

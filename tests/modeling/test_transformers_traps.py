@@ -202,9 +202,11 @@ import torch
 S4Config.register_for_auto_class()
 S4ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 S4ForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-for cls, folder in ((S4ForCausalLM, sys.argv[1]), (S4ForSequenceClassification, sys.argv[2])):
+for cls, folder, arch in (
+    (S4ForCausalLM, sys.argv[1], {MIXTURE!r}), (S4ForSequenceClassification, sys.argv[2], "s4")
+):
     torch.manual_seed(0)
-    cls(S4Config(num_labels=3, eos_token_id=None, **{SIZES!r})).save_pretrained(folder)
+    cls(S4Config(num_labels=3, eos_token_id=None, arch=arch, **{SIZES!r})).save_pretrained(folder)
 """
     folders = [str(tmp_path / name) for name in ("lm", "classifier", "again")]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}

@@ -54,9 +54,12 @@ def test_one_rank_with_the_same_global_batch(write_config, tmp_path, two_ranks_p
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_an_adaptive_model_under_zero(write_config, tmp_path, straight, stage):
-    """Shared clusters and a loss inside the head's forward, where ZeRO 3 has gathered its parameters."""
+def test_an_adaptive_model_of_other_blocks_under_zero(write_config, tmp_path, straight, stage):
+    """Shared clusters and a loss in the head, where ZeRO 3 has gathered its parameters; and a convolution,
+    whose parameters no module of torch uses.
+    """
     keys = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "adaptive_cutoffs": [8, 20]}
+    keys |= {"ssm": "s4d", "arch": ["h3", "gated", "swiglu"]}
     settings = {"model": keys, "max_steps": 8}
     one = straight(**settings, per_device_train_batch_size=4)
     forked.train(write_config("two", **settings, per_device_train_batch_size=2, deepspeed=zero(stage)), ranks=2)
