@@ -24,7 +24,6 @@ SHOWN = (
     "dt_min",
     "dt_max",
     "conv_size",
-    "head_dim",
     "expand",
     "head_dim",
     "selective_dt",

@@ -72,7 +72,8 @@ def check_folder(folder: Path, kinds: tuple[str, ...] = (CAUSAL_LM, CLASSIFIER))
     if baseline:
         values, _ = baseline[0].get_config_dict(folder)  # an infinity is written as an object
     config = _config(baseline[0] if baseline else modeling_s4.S4Config, folder, values)
-    kind = CLASSIFIER if not baseline and CLASSIFIER in (config.architectures or ()) else CAUSAL_LM
+    named = config.architectures if isinstance(config.architectures, list) else ()
+    kind = CLASSIFIER if not baseline and CLASSIFIER in named else CAUSAL_LM
     if kind not in kinds:
         raise UserError(f"{folder}: holds {kind}, and {' or '.join(kinds)} is needed here")
     cls = baseline[1] if baseline else {model.__name__: model for model, *_ in modeling_s4.MODELS}[kind]

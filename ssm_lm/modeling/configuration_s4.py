@@ -46,8 +46,8 @@ class S4Config(PreTrainedConfig):
     n_ssm: how many (A, B, P) a layer has; the channels share them in turn. None: 1 for s4 and s5, one a channel for
         s4d.
     b_clip: largest |B_n| of the initialisation of s4 and s4d; None: no limit.
-    head_dim: channels of a head. Of ssd: they share decay and step; None: 64, or all where they are fewer. Of h3: above
-        1, key and value are multiplied each with each, and the state space has head_dim times as many channels; None: 1.
+    head_dim: channels of a head. Of ssd: they share decay and step; None: 64, or all where they are fewer. Of h3:
+        above 1, key and value are multiplied each with each, for head_dim times as many state spaces; None: 1.
     selective_dt: of ssd, the token chooses the step of every head.
     ssm_blocks: s5 starts with so many copies of the HiPPO spectrum of order state_size / ssm_blocks.
     bidirectional: every state space reads the sequence from both ends. For classification only.

@@ -159,6 +159,7 @@ def refused(folder, expected, load=load_model):
 @example(change={"dtype": "int8"})
 @example(change={"output_hidden_states": [None]})
 @example(change={"id2label": [[]]})
+@example(change={"architectures": True})
 @example(change={"transformers_weights": "../../x.bin"})
 @example(change={"quantization_config": {"quant_method": "torchao"}})
 def test_random_values_of_keys(saved, tmp_path, change):
