@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 class S4TrainingArguments(TrainingArguments):
     """TrainingArguments with this project's keys and defaults; `configs/train/` explains each in its place.
 
-    model: the keys of S4Config, or with a `type` (gpt2, llama, mamba, mamba2) those of transformers' config, or the path
-        of a YAML file with them; vocab_size and the special token ids come from the data where they are not given.
+    model: the keys of S4Config, or with a `type` (gpt2, llama, mamba, mamba2) those of transformers' config, or the
+        path of a YAML file with them; vocab_size and the special token ids come from the data where they are not given.
     init_from: a model folder to start from instead of fresh weights.
     data: a folder written by `ssm-lm prepare`.
     task: instead of `data`, a sequence classification task, as digits or imdb:FOLDER (see data/sequences.py), or a task
