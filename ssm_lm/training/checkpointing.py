@@ -18,6 +18,7 @@ from .param_groups import parameter_groups
 from .universal import adam_steps, convert, engine_name, is_native, needs_conversion, open_reader, put
 from .waiting import first_rank_works
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 NO_BEST = (None, None, None)  # metric, step and place of the best checkpoint
 
 
@@ -109,12 +110,15 @@ class CheckpointedTrainer(OpenTrainer):
         if isinstance(error, UserError) or not _is_disk_error(error):
             return error
         shutil.rmtree(Path(self.args.output_dir) / PARTIAL / name, ignore_errors=True)
-        last = last_complete_checkpoint(Path(self.args.output_dir))
-        left = "there is no earlier one" if last is None else f"{last} is whole, and the same command goes on from it"
-        said = UserError(f"{name} could not be written to {self.args.output_dir} ({one_line(error)}); {left}")
+        said = self._not_written(name, error)
         if self.args.local_process_index != 0:
             print(f"ssm-lm: {said}", file=sys.stderr, flush=True)  # the first rank's disk may be in order
         return said
+
+    def _not_written(self, what: str, error: Exception) -> UserError:
+        last = last_complete_checkpoint(Path(self.args.output_dir))
+        left = "there is no checkpoint" if last is None else f"{last} is whole, and the same command goes on from it"
+        return UserError(f"{what} could not be written to {self.args.output_dir} ({one_line(error)}); {left}")
 
     def _zero_stage(self) -> int | None:
         return self.args.deepspeed["zero_optimization"]["stage"] if self.args.deepspeed else None
@@ -132,7 +136,12 @@ class CheckpointedTrainer(OpenTrainer):
             if not self._is_native(checkpoint, mark):
                 self._reshard = (checkpoint, mark)
                 self._convert(checkpoint, mark)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise self._not_written("the log", error) from error  # of metrics.jsonl, or of what report_to names
 
     def _is_native(self, checkpoint: Path, mark: dict) -> bool:
         return is_native(checkpoint, mark, engine_name(self._zero_stage()), self.args.world_size)

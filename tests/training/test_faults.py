@@ -1,5 +1,6 @@
 """Faults of a step, of a rank, of the disk: what a run does about each. The real command, in processes."""
 
+import errno
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import psutil
@@ -17,7 +19,10 @@ from harness import REPO, losses, process_environment, train_command, zero
 from ssm_lm.cli import main
 from ssm_lm.data.stream import TokenStream
 from ssm_lm.data.windows import TokenWindows, WindowSampler
+from ssm_lm.errors import UserError
+from ssm_lm.internals.transformers import OpenTrainer
 from ssm_lm.training import stopping
+from ssm_lm.training.checkpointing import CheckpointedTrainer
 from ssm_lm.training.stopping import PREEMPTED, STOP_SIGNALS, StopSignals
 from ssm_lm.training.trainer import RunSampler
 
@@ -248,9 +253,10 @@ def tmpfs(place: Path, *options: str) -> None:
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(write_config, tmp_path, straight):
     settings = {"max_steps": 20, "save_strategy": "steps", "save_steps": 5, "save_total_limit": 9}
     expected = straight(**settings)
-    one = sum(path.stat().st_size for path in (expected / "checkpoint-5").iterdir())
+    sizes = [path.stat().st_size for path in (expected / "checkpoint-5").iterdir()]
+    one = sum(-(-size // 4096) * 4096 for size in sizes)  # in pages
     disk = tmp_path / "disk"
-    tmpfs(disk, "-o", f"size={int(2.6 * one)}")
+    tmpfs(disk, "-o", f"size={int(2.5 * one) + 40 * 1024}")  # and what the run writes beside its checkpoints
     try:
         config = write_config("full", **settings)
         place = ["--output_dir", str(disk / "run")]
@@ -268,6 +274,17 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(write_config, 
         assert losses(disk / "run") == pytest.approx(losses(expected), rel=1e-6)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_log_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
+    def train(self, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(OpenTrainer, "train", train)
+    trainer = object.__new__(CheckpointedTrainer)
+    trainer.args = SimpleNamespace(output_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"the log could not be written to .*No space left.*; there is no checkpoint"):
+        trainer.train()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(write_config, tmp_path, capsys):
