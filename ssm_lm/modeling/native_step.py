@@ -29,8 +29,6 @@ from .single_steps import discrete_from
 ACTIVATION_NUMBERS = {"identity": 0, "gelu": 1, "silu": 2}
 FEW_ROWS = 8  # above it PyTorch's matrix product is faster than rows that share the reading of a weight
 
-_programs = weakref.WeakKeyDictionary()  # the first layer of a cache -> {number of tokens: Program}
-
 
 class Unsupported(Exception):
     """A model that is not written out, with the reason."""
@@ -51,13 +49,13 @@ def run(model: nn.Module, inputs: torch.Tensor, cache) -> torch.Tensor | None:
         return None
     if not all(layer.is_initialized for layer in cache.layers) or library() is None:
         return None
-    programs = _programs.setdefault(cache.layers[0], {})
+    programs = model.__dict__.setdefault("_programs", Programs()).of(cache)
     program = programs.get(inputs.shape[1])
     if program is None or not program.is_current(model, inputs, cache):
         try:
             program = Program(model, inputs, cache)
         except Unsupported as error:
-            program = NoProgram(model, str(error))
+            program = NoProgram(str(error))
         programs[inputs.shape[1]] = program
     return program(inputs, cache)
 
@@ -68,14 +66,32 @@ class Columns(NamedTuple):
     of: torch.Tensor
 
 
+class Programs:
+    """What a model keeps of its caches: {number of tokens: Program} for each that is alive. A copy of the model, or one
+    that is read from a file, begins anew.
+    """
+
+    def __init__(self):
+        self.by_cache = weakref.WeakKeyDictionary()
+
+    def of(self, cache) -> dict:
+        return self.by_cache.setdefault(cache.layers[0], {})
+
+    def __deepcopy__(self, memo):
+        return Programs()
+
+    def __reduce__(self):
+        return Programs, ()
+
+
 class NoProgram:
     """A model whose step was not written out, and why not."""
 
-    def __init__(self, model: nn.Module, reason: str):
-        self.model, self.reason = weakref.ref(model), reason
+    def __init__(self, reason: str):
+        self.reason = reason
 
     def is_current(self, model: nn.Module, inputs: torch.Tensor, cache) -> bool:
-        return self.model() is model
+        return True
 
     def __call__(self, inputs: torch.Tensor, cache) -> None:
         return None
@@ -113,7 +129,6 @@ class Program:
             and inputs.shape[:2] == self.shape
             and torch.get_num_threads() == self.threads
             and not model.training
-            and self.seen[0].module is model
             and all(cache.layers[i].states[j].data_ptr() == address for i, j, address, *_ in self.states)
             and all(discrete_from(ssm, memo) is discrete for ssm, memo, discrete in self.memos)
             and all(seen.is_same() for seen in self.seen)
@@ -281,18 +296,20 @@ class _Seen:
     """A module as it was when it was written out: its children, the memory of its parameters, no hooks."""
 
     def __init__(self, module: nn.Module):
-        self.module, self.fields = module, module.__dict__
-        self.children, self.parameters = module._modules, module._parameters
-        self.hooks = module._forward_hooks, module._forward_pre_hooks
-        self.facts = self._facts()
-        if any(self.hooks) or "forward" in self.fields:
+        self.module = weakref.ref(module)  # the model keeps its programs: no circle
+        self.facts = _facts(module)
+        if self.facts is None:
             raise Unsupported("hooks")
 
-    def _facts(self):
-        return (*self.children.values(), *[p if p is None else p.data_ptr() for p in self.parameters.values()])
-
     def is_same(self) -> bool:
-        return not (self.hooks[0] or self.hooks[1] or "forward" in self.fields) and self._facts() == self.facts
+        return _facts(self.module()) == self.facts
+
+
+def _facts(module: nn.Module | None) -> tuple | None:
+    if module is None or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return None
+    parameters = [p if p is None else p.data_ptr() for p in module._parameters.values()]
+    return (*module._modules.values(), *parameters)
 
 
 # ---- the sublayers, each as in its own file

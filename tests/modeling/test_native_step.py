@@ -1,5 +1,6 @@
 """The decoding step in C against the plain one, when it runs, and when it does not."""
 
+import copy
 import gc
 import weakref
 
@@ -181,11 +182,19 @@ def test_a_cache_that_records_can_be_cropped(name, steps):
 def test_a_cache_is_let_go_of_and_a_static_one_counts():
     model, ids = tiny_model(), prompt(6)
     cache = decode(model, ids)[2]
-    assert cache.layers[0] in native_step._programs
+    assert cache.layers[0] in model.model._programs.by_cache
     gone = weakref.ref(cache.layers[0])
     del cache
     gc.collect()
     assert gone() is None
+    assert not model.model._programs.by_cache
+    copied = copy.deepcopy(model)
+    assert torch.equal(decode(copied, ids)[0], decode(model, ids)[0])
+    gone = weakref.ref(copied.model)
+    kept = decode(copied, ids)[2]
+    del copied
+    assert gone() is None  # at once: neither the cache nor a circle keeps a model
+    assert kept.get_seq_length() == 6
     static = decode(model, ids, StaticCache(config=model.config, max_cache_len=20))[2]
     assert int(static.get_seq_length()) == 6
 
