@@ -34,7 +34,7 @@ VERBS = {
     "estimate": ("ssm_lm.estimate.report", "parameters, FLOPs, memory and days of a run, before it takes a GPU"),
     "runs": ("ssm_lm.runs.listing", "list the runs of a folder: how far they came, their best, what may go on"),
     "plot": ("ssm_lm.runs.curves", "draw the curves of one run or of several into one picture"),
-    "bench": ("ssm_lm.bench.kernels", "time the fused kernels, or compile them for any GPU and count"),
+    "bench": ("ssm_lm.bench.command", "generation, prefill, training beside other models; the fused kernels"),
     "doctor": ("ssm_lm.doctor", "say what this machine has: torch, GPU, Triton, DeepSpeed"),
     "completion": ("ssm_lm.completion", "print the script by which bash or zsh completes all this"),
 }

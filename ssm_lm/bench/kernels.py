@@ -1,15 +1,10 @@
-"""`ssm-lm bench TASK`: how fast, and what is asked of a GPU.
-
-kernels                 the fused kernels on this machine's GPU, beside an FFT convolution
-kernels --compile-only  the fused kernels compiled for GPUs that need not be there: their resources and their roofline
+"""`ssm-lm bench kernels`: the fused kernels on this machine's GPU, beside an FFT convolution; and --compile-only:
+compiled for GPUs that need not be there, their resources and their roofline.
 """
 
 import argparse
-import json
 import os
-import secrets
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -23,39 +18,18 @@ TARGETS = "sm_80,sm_90,sm_100,gfx942"
 KERNEL_TASK = "kernels"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the verb."""
-    parser.add_argument("task", metavar="TASK", choices=(KERNEL_TASK,), help="kernels: the fused GPU kernels")
-    parser.add_argument("--compile-only", action="store_true", help="compile and count instead of timing: needs no GPU")
-    parser.add_argument(
-        "--target",
-        metavar="NAME,...",
-        help=f"of --compile-only: sm_NN for NVIDIA, gfxNNN for AMD (default: {TARGETS})",
-    )
-    parser.add_argument("--kernel", metavar="NAME", help="of --compile-only: those whose names hold this")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, as one list")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Print tables and write the JSON file."""
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist; make it first")
+def kernel_rows(args: argparse.Namespace) -> list[dict]:
+    """The rows that the arguments ask for, printed as tables. Raises UserError."""
     if args.compile_only:
         rows = list(compiled(args.target or TARGETS, args.kernel or ""))
         print_resources(rows)
-    else:
-        for flag, value in (("--target", args.target), ("--kernel", args.kernel)):
-            if value is not None:
-                raise UserError(
-                    f"{flag}: goes with --compile-only; without it every kernel runs on the GPU that is here"
-                )
-        rows = timed()
-        print_times(rows)
-    if args.json is not None:
-        try:
-            write_rows(args.json, rows)
-        except OSError as error:
-            raise UserError(f"--json {args.json}: cannot be written ({error.strerror or error})") from error
+        return rows
+    for flag, value in (("--target", args.target), ("--kernel", args.kernel)):
+        if value is not None:
+            raise UserError(f"{flag}: goes with --compile-only; without it every kernel runs on the GPU that is here")
+    rows = timed()
+    print_times(rows)
+    return rows
 
 
 def compiled(targets: str, name: str) -> Iterator[dict]:
@@ -165,14 +139,3 @@ def print_times(rows: list[dict]) -> None:
         cells = f"{row['seconds'] * 1e3:,.3f}", f"{row['tokens_per_second']:,.0f}", peak, f"{row['ratio_to_ours']:.2f}"
         table.add_row(row["model"], *cells)
     Console().print(table)
-
-
-def write_rows(file: Path, rows: list[dict]) -> None:
-    """A list of rows as JSON, one a line, so that a change of one is a change of one line. Raises OSError."""
-    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
-    try:
-        partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

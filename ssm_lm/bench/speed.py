@@ -1,0 +1,188 @@
+"""Generation, prefill and training of models of the same size, side by side on this machine.
+
+All contenders stand in one process and take turns, so that a busy moment of the machine meets all of them; what is said
+is the median of the turns, and how far they spread. Weights are random: the time does not depend on them.
+"""
+
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .peers import WITHOUT_CACHE, Size, build, is_ours
+
+NEW_TOKENS = 16  # in a turn of generation
+TRAINED_TOKENS = 4096  # in a step of training, at least one sequence
+
+
+class Turn(NamedTuple):
+    """One contender at one length: run() is a turn, which makes `tokens` tokens, of which the median is taken."""
+
+    name: str
+    parameters: int
+    batch: int
+    tokens: int
+    run: Callable[[], object]
+
+
+def measure(
+    task: str, names: list[str], size: Size, lengths: Iterable[int], batch: int, dtype: torch.dtype, turns: int
+) -> Iterator[dict]:
+    """A row a contender and length. One that cannot be built or run is a row with the reason under "error"."""
+    prepare = {"generate": _generation, "prefill": _prefill, "train": _training}[task]
+    for length in lengths:
+        contenders, failed = [], {}
+        for name in names:
+            try:
+                model = build(name, size, length + NEW_TOKENS * (turns + 2), dtype)
+                contenders.append(prepare(name, model, size, length, batch))
+            except Exception as error:  # a peer that another version of transformers has changed ends no comparison
+                failed[name] = error
+        seconds, peaks = _take_turns(contenders, turns, failed)
+        rows = [_row(task, turn, length, dtype, seconds[turn.name], peaks[turn.name])
+                for turn in contenders if turn.name not in failed]  # fmt: skip
+        ours = next((row["tokens_per_second"] for row in rows if is_ours(row["model"])), None)
+        for row in rows:
+            yield row | {"ratio_to_ours": row["tokens_per_second"] / ours if ours else None}
+        for name, error in failed.items():
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield {"task": task, "model": name, "batch": batch, "length": length, "error": reason}
+
+
+def _take_turns(contenders: list[Turn], turns: int, failed: dict) -> tuple[dict, dict]:
+    seconds, peaks = {turn.name: [] for turn in contenders}, {}
+    for number in range(turns + 1):  # the first warms up, and is watched for memory
+        for turn in contenders:
+            if turn.name in failed:
+                continue
+            before = _reset_peak() if number == 0 else None
+            start = time.perf_counter()
+            try:
+                turn.run()
+            except Exception as error:
+                failed[turn.name] = error
+                continue
+            if number:
+                seconds[turn.name].append(time.perf_counter() - start)
+            else:
+                peaks[turn.name] = None if before is None else _peak() - before
+    return seconds, peaks
+
+
+def _row(task, turn, length, dtype, seconds, peak) -> dict:
+    median = statistics.median(seconds)
+    return {
+        "task": task,
+        "model": turn.name,
+        "parameters": turn.parameters,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": turn.batch,
+        "length": length,
+        "seconds": median,
+        "spread": (max(seconds) - min(seconds)) / median,
+        "tokens_per_second": turn.tokens / median,
+        "milliseconds_per_token": 1e3 * median / turn.tokens * turn.batch,
+        "peak_mib": peak,
+    }
+
+
+# ---- the tasks
+
+
+def _generation(name: str, model, size: Size, length: int, batch: int) -> Turn:
+    """NEW_TOKENS more after `length` tokens that are in the cache; each turn goes on where the last one ended.
+
+    Without a cache, one token: the time of a token is that of a forward over the text.
+    """
+    cached = name != WITHOUT_CACHE
+    new = NEW_TOKENS if cached else 1
+    ids = torch.randint(1, size.vocabulary, (batch, length))
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    text = {"ids": ids, "cache": {}}
+    if cached:
+        with torch.no_grad():
+            output = model(ids[:, :-1], use_cache=True, logits_to_keep=1)
+        key = "past_key_values" if getattr(output, "past_key_values", None) is not None else "cache_params"
+        text["cache"] = {key: output[key]}
+
+    def run():
+        options = {"max_new_tokens": new, "do_sample": False, "use_cache": cached}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mask = torch.ones_like(text["ids"])
+            text["ids"] = model.generate(text["ids"], attention_mask=mask, **options, **text["cache"])
+
+    return Turn(name, model.num_parameters(), batch, new * batch, run)
+
+
+def _prefill(name: str, model, size: Size, length: int, batch: int) -> Turn:
+    """The prompt into a fresh cache, to the first token's logits."""
+    ids = torch.randint(1, size.vocabulary, (batch, length))
+
+    @torch.no_grad()
+    def run():
+        model(ids, use_cache=True, logits_to_keep=1)
+
+    return Turn(name, model.num_parameters(), batch, batch * length, run)
+
+
+def _training(name: str, model, size: Size, length: int, batch: int) -> Turn:
+    """Forward and backward of TRAINED_TOKENS tokens, or one sequence."""
+    model.train()
+    batch = max(1, TRAINED_TOKENS // length)
+    ids = torch.randint(1, size.vocabulary, (batch, length))
+
+    def run():
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return Turn(name, model.num_parameters(), batch, batch * length, run)
+
+
+# ---- the machine
+
+
+def machine() -> dict:
+    """What a figure depends on beside the model."""
+    import transformers
+
+    from ..training.record import commit
+
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _reset_peak() -> float | None:
+    """MiB that the process holds; from here on `_peak` counts. None where the system does not offer it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def _peak() -> float:
+    return _status("VmHWM")
+
+
+def _status(key: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024

@@ -1,0 +1,73 @@
+"""`ssm-lm bench generate|prefill|train`: what it writes and what it says; not how fast anything is."""
+
+import json
+
+import pytest
+
+from ssm_lm.bench import speed
+from ssm_lm.bench.peers import OURS, SIZES, build
+from ssm_lm.cli import main
+
+TINY = ["--size", "tiny", "--turns", "2", "--lengths", "8,12"]
+
+
+@pytest.mark.parametrize(
+    ("task", "models"),
+    [("generate", "s4d,ssd,gpt2,gpt2-without-cache,mamba2"), ("prefill", "h3,llama"), ("train", "s5,gated")],
+)
+def test_rows(task, models, tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    plot = ["--plot", str(tmp_path / "speed.svg")] if task == "generate" else []
+    assert main(["bench", task, "--models", models, *TINY, "--json", str(file), *plot]) == 0
+    rows = json.loads(file.read_text())
+    assert [(row["model"], row["length"]) for row in rows] == [(m, n) for n in (8, 12) for m in models.split(",")]
+    for row in rows:
+        assert row["task"] == task
+        assert row["dtype"] == "float32"
+        assert row["seconds"] > 0
+        assert row["parameters"] > 10_000
+        assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["milliseconds_per_token"])
+        assert {"processor", "threads", "torch", "transformers", "commit", "peak_mib", "spread"} <= row.keys()
+    assert rows[0]["ratio_to_ours"] == 1  # the first of ours is the measure
+    assert not plot or "gpt2-without-cache" in (tmp_path / "speed.svg").read_text()
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_contenders_are_of_one_size():
+    counts = {}
+    for name in (*OURS, "gpt2", "llama", "mamba", "mamba2"):
+        model = build(name, SIZES["25M"]._replace(layers=1, vocabulary=16), 64, speed.torch.float32)
+        counts[name] = model.num_parameters()
+    assert max(counts.values()) < 1.25 * min(counts.values()), counts
+
+
+def test_a_peer_that_fails_is_said(tmp_path, monkeypatch, capsys):
+    def broken(name, *sizes):
+        if name == "llama":
+            raise RuntimeError("changed")
+        return build(name, *sizes)
+
+    monkeypatch.setattr(speed, "build", broken)
+    file = tmp_path / "rows.json"
+    assert main(["bench", "prefill", "--models", "s4d,llama", *TINY, "--json", str(file)]) == 0
+    failed = [row for row in json.loads(file.read_text()) if "error" in row]
+    assert [row["error"] for row in failed] == ["RuntimeError: changed"] * 2
+    assert "llama did not run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--models", "s4,gpt3"], "--models gpt3: give some of s4, s4d"),
+        (["generate", "--lengths", "1,x"], "--lengths 1,x: give numbers of at least 2"),
+        (["train", "--turns", "0"], "--turns 0: give a number of at least 1"),
+        (["prefill", "--plot", "x.txt"], "--plot x.txt: give a name that ends in .png or .svg"),
+        (["prefill", "--target", "sm_90"], "--target is not for bench prefill"),
+        (["kernels", "--compile-only", "--size", "25M"], "--size is not for bench kernels"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, said, capsys):
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
