@@ -48,7 +48,8 @@ def run(model: nn.Module, inputs: torch.Tensor, cache) -> torch.Tensor | None:
         return None
     if inputs.dtype not in (torch.float32, torch.bfloat16) or in_force(model.config.kernels) != "auto":
         return None
-    if not all(layer.is_initialized for layer in cache.layers) or library() is None:
+    # from an empty cache, also one that was reset, a text begins in the plain way
+    if not all(layer.is_initialized for layer in cache.layers) or not cache.get_seq_length() or library() is None:
         return None
     programs = model.__dict__.setdefault("_programs", Programs()).of(cache)
     program = programs.get(inputs.shape[1])

@@ -33,6 +33,9 @@ MODELING = (
     "torch._dynamo",
     "torch.nn.Module._apply",
     "torch.nn.Module._parameters",
+    "torch.nn.Module._modules",
+    "torch.nn.Module._forward_hooks",
+    "torch.nn.Module._forward_pre_hooks",
     "torch.Tensor._version",
     "torch.compiler.assume_constant_result",  # sets _dynamo_marked_constant
     "torch._dynamo.decorators._dynamo_marked_constant",
