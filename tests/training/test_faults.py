@@ -350,6 +350,7 @@ def test_killed_at_random_again_and_again(saved_at_every_step, tmp_path, sent, t
         assert all(p.is_alive() for p in ranks.processes), ranks.said()
         os.kill(rng.choice(ranks.processes).pid, sent)
         assert ranks.wait().returncode, ranks.said()
+        ranks.kill()  # as torchrun does to a rank that waits for the dead one: alive, it would hold the folder's lock
         check_whole(folder)
     assert "resuming" in forked.train(config, ranks=2).stdout
     assert losses(folder) == pytest.approx(expected, rel=1e-6)
