@@ -27,7 +27,6 @@ from ..internals.python import leave
 LOCK_FILE = "running.json"
 BEAT = 5.0  # seconds between touches
 STALE = 30.0  # seconds without one after which nobody holds the lock
-ENDING = 3.0  # seconds that a process of this machine is given to end: a restart may come while it is being killed
 
 
 @contextlib.contextmanager
@@ -88,12 +87,10 @@ def take(lock: Path, token: str) -> None:
 
 def wait_until_stale(lock: Path, holder: dict) -> None:
     """Return when nobody holds the lock; raise UserError if somebody does, or has until now."""
-    deadline = time.monotonic() + ENDING
-    while here := _process_is_here(holder):
-        if time.monotonic() > deadline:
-            raise _in_use(lock, holder)
-        time.sleep(0.05)
+    here = _process_is_here(holder)
     if here is not None:
+        if here:
+            raise _in_use(lock, holder)
         return
     first, age = touched(lock)
     if age < STALE:

@@ -13,7 +13,7 @@ from ssm_lm.cli import main
 from ssm_lm.errors import UserError
 from ssm_lm.runs.listing import state_of
 from ssm_lm.training import lock as lock_module
-from ssm_lm.training.lock import ENDING, LOCK_FILE, describe, is_held, locked
+from ssm_lm.training.lock import LOCK_FILE, describe, is_held, locked
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def test_of_several_that_take_over_one_does(tmp_path):
 
     def work():
         with locked(tmp_path):
-            time.sleep(ENDING + 2)
+            time.sleep(1)
 
     codes = [exit_code(child) for child in [in_a_fork(work) for _ in range(4)]]
     assert sorted(codes) == [0, 2, 2, 2]
