@@ -143,22 +143,20 @@ class S4CacheLayer(CacheLayerMixin):
         """
         if index == len(self.states):
             self.lazy_initialization(state)
-        if self.record_past:
-            self._record(index, ssm, inputs, documents)
+        self.before_update(index)
         self._put(index, state)
-        if index == 0:  # every state of the layer sees the same tokens
-            self._advance(num_new_tokens)
+        self.after_update(index, num_new_tokens, ssm, inputs, documents)
 
-    def before_in_place(self, index: int) -> None:
-        """To be called before state `index` is changed where it lies, by other means than `update_state`."""
+    def before_update(self, index: int) -> None:
+        """To be called before state `index` changes, by whoever changes it where it lies; `after_update` after it."""
         if self.record_past and self.records[index] is None:
             self.records[index] = Record(self.states[index].clone())
 
-    def after_in_place(self, index: int, num_new_tokens: int, module, inputs: torch.Tensor) -> None:
-        """And after it: module and inputs (B, num_new_tokens, channels) as `update_state` takes them, from a buffer."""
+    def after_update(self, index: int, num_new_tokens: int, ssm=None, inputs=None, documents=None) -> None:
+        """The arguments are those of `update_state`."""
         if self.record_past:
-            self._record(index, module, inputs.clone(), None)
-        if index == 0:
+            self._record(index, ssm, inputs, documents)
+        if index == 0:  # every state of the layer sees the same tokens
             self._advance(num_new_tokens)
 
     def _put(self, index, state):
@@ -168,10 +166,7 @@ class S4CacheLayer(CacheLayerMixin):
             self.states[index].copy_(state)  # stays at its address, for compiled and captured decoding
 
     def _record(self, index, ssm, inputs, documents):
-        if self.records[index] is None:
-            self.records[index] = Record(self.states[index].clone())
-        record = self.records[index]
-        begins = None
+        record, begins = self.records[index], None
         if documents is not None:
             inputs = inputs.masked_fill((documents.seq_idx < 0)[..., None], 0)
             begins = documents.begins

@@ -103,8 +103,7 @@ class Mixer(nn.Module):
             execution=execution,
         )
         if cache is not None:
-            recorded = {"ssm": self.ssm, "inputs": x, "documents": documents} if cache.record_past else {}
-            cache.update_state(self.state_index, state, x.shape[1], **recorded)
+            cache.update_state(self.state_index, state, x.shape[1], self.ssm, x, documents)
         return y, execution
 
 
@@ -125,8 +124,7 @@ class ConvolvedMixer(Mixer):
         tail = None if cache is None else cache.get_state(self.tail_index)
         y, tail = self.conv(x, initial_state=tail, output_final_state=cache is not None, seq_idx=documents)
         if cache is not None:
-            recorded = {"ssm": self.conv, "inputs": x, "documents": documents} if cache.record_past else {}
-            cache.update_state(self.tail_index, tail, x.shape[1], **recorded)
+            cache.update_state(self.tail_index, tail, x.shape[1], self.conv, x, documents)
         return y
 
 

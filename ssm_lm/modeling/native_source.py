@@ -209,15 +209,14 @@ void step_ssd(I B, I T, I E, I P, I N, const float *x, float *state, const float
     }
 }
 
-/* ShortConvolution: u, y (B, T, C) within rows that are `width` apart, tail (B, K - 1, C); y may be u, through f: 0
-   identity, 2 silu */
-void convolve(I f, I B, I T, I C, I K, I width, const float *u, float *tail, const void *weight, const void *bias,
-              I half, float *y) {
+/* ShortConvolution, then f, 0 identity, 2 silu: u, y (B, T, C) in rows that lie u_apart, y_apart; tail (B, K - 1, C) */
+void convolve(I f, I B, I T, I C, I K, const float *u, I u_apart, float *tail, const void *weight, const void *bias,
+              I half, float *y, I y_apart) {
     for (I b = 0; b < B; b++) {
         float *past = tail + b * (K - 1) * C;
         for (I t = 0; t < T; t++) {
-            const float *from = u + (b * T + t) * width;
-            float *to = y + (b * T + t) * width;
+            const float *from = u + (b * T + t) * u_apart;
+            float *to = y + (b * T + t) * y_apart;
             for (I c = 0; c < C; c++) {
                 const float v = from[c];
                 float sum = at(bias, c, half) + at(weight, c * K + K - 1, half) * v;

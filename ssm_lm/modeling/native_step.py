@@ -138,12 +138,14 @@ class Program:
 
     def __call__(self, inputs: torch.Tensor, cache) -> torch.Tensor:
         for i, j, *_ in self.states:
-            cache.layers[i].before_in_place(j)
+            cache.layers[i].before_update(j)
         self.h.copy_(inputs.flatten(0, 1))
         for call in self.calls:
             call()
         for i, j, _, module, x in self.states:
-            cache.layers[i].after_in_place(j, self.shape[1], module, x.view(*self.shape, -1))
+            layer = cache.layers[i]
+            inputs = x.view(*self.shape, -1).clone() if layer.record_past else None  # the next token writes over x
+            layer.after_update(j, self.shape[1], module, inputs)
         return self.out.view(*self.shape, -1).to(self.dtype, copy=True)
 
     # ---- what the writers are made of. x and y are buffers (B T, width), float32
@@ -260,15 +262,15 @@ class Program:
         self.call("step_ssd", *sizes, x, state, system.Lambda_bar, *rates, *normed, D, bc, room, y, self.threads)
         return y
 
-    def convolve(self, mixer: nn.Module, x: torch.Tensor, channels: int, layer, activation: str = "identity"):
-        """The first `channels` of x through the mixer's convolution and the activation, in their place."""
-        conv, inputs = mixer.conv, self.room(channels)  # what drove the tail, for a cache that records it
+    def convolve(self, mixer: nn.Module, x: torch.Tensor, y: torch.Tensor, layer, activation: str = "identity") -> None:
+        """The first columns of y: those of x, as many as the mixer's convolution has channels, through it and f."""
+        conv = mixer.conv
+        inputs = x[:, : conv.channels]
         tail = self.state(mixer, mixer.tail_index, conv, inputs, layer)
         weight, bias = self.weight(conv.weight), self.weight(conv.bias)
-        self.calls.append(partial(inputs.copy_, x[:, :channels]))
-        sizes = (*self.shape, channels, conv.size, x.shape[1])
-        number = ACTIVATION_NUMBERS[activation]
-        self.call("convolve", number, *sizes, x, tail, weight, bias, _is_half(weight, bias), x)
+        sizes = (*self.shape, conv.channels, conv.size)
+        lies = (Columns(inputs), x.stride(0), tail, weight, bias, _is_half(weight, bias), y, y.stride(0))
+        self.call("convolve", ACTIVATION_NUMBERS[activation], *sizes, *lies)
 
     def multiply(self, a: torch.Tensor, b: torch.Tensor, activation: str = "identity") -> torch.Tensor:
         """f(a) b, of columns of buffers."""
@@ -334,8 +336,8 @@ def _write_swiglu(program: Program, inner: SwiGLU, x: torch.Tensor, layer) -> No
 def _write_h3(program: Program, mixer: H3Mixer, x: torch.Tensor, layer) -> None:
     if mixer.head_dim > 1:
         raise Unsupported("outer products of h3's heads")
-    qkv = program.linear(mixer.in_proj, x)
-    program.convolve(mixer, qkv, qkv.shape[1], layer)
+    qkv = program.room(mixer.conv.channels)
+    program.convolve(mixer, program.linear(mixer.in_proj, x), qkv, layer)
     q, k, v = qkv.chunk(3, -1)
     y = program.state_space(mixer, program.multiply(k, v), layer)
     program.add(program.linear(mixer.out_proj, program.multiply(q, y)))
@@ -343,11 +345,12 @@ def _write_h3(program: Program, mixer: H3Mixer, x: torch.Tensor, layer) -> None:
 
 def _write_gated(program: Program, mixer: GatedMixer, x: torch.Tensor, layer) -> None:
     both = program.linear(mixer.in_proj, x)
-    u, gate = both.split([mixer.ssm.input_size, both.shape[1] - mixer.ssm.input_size], -1)
-    driving = program.room(u.shape[1])
-    program.calls.append(partial(driving.copy_, u))
-    program.convolve(mixer, driving, mixer.conv.channels, layer, "silu")
-    y = program.multiply(gate, program.state_space(mixer, driving, layer), "silu")
+    channels, width = mixer.conv.channels, mixer.ssm.input_size
+    u, gate = program.room(width), both[:, width:]
+    program.convolve(mixer, both, u, layer, "silu")
+    if channels < width:
+        program.calls.append(partial(u[:, channels:].copy_, both[:, channels:width]))
+    y = program.multiply(gate, program.state_space(mixer, u, layer), "silu")
     program.add(program.linear(mixer.out_proj, program.norm(mixer.norm, y)))
 
 

@@ -276,10 +276,8 @@ class StateSpace(nn.Module):
         with torch.autocast(u.device.type, enabled=False):
             state = None if initial_state is None else initial_state.to(self.log_dt.dtype)
             if B == 0 or L == 0:
-                y, state = (
-                    self.skipped(u) * self.D.to(u.dtype),
-                    self.zero_state(B, u.device) if state is None else state,
-                )
+                y = self.skipped(u) * self.D.to(u.dtype)
+                state = self.zero_state(B, u.device) if state is None else state
                 return _activated(y, activation), state if output_final_state else None
             execution = execution or self.decide(
                 u,
