@@ -1,4 +1,6 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and the exit code of what can go on."""
+
+PREEMPTED = 75  # of a run that was asked to end: EX_TEMPFAIL of sysexits.h
 
 
 class UserError(Exception):

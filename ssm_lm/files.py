@@ -10,10 +10,15 @@ from pathlib import Path
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file under another name and rename it. Raises OSError; nothing is left behind then."""
+    """Write a JSON file whole. Raises OSError."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under another name and rename it. Raises OSError; nothing is left behind then."""
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

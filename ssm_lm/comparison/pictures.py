@@ -2,20 +2,16 @@
 
 from pathlib import Path
 
-from ..runs.curves import draw_series, save
+from ..runs.curves import PANELS, draw_series, save
 from ..training.history import read_metrics, series
 
-PANELS = {
-    "loss": "training loss",
-    "eval_perplexity": "validation perplexity",
-    "eval_accuracy": "validation accuracy",
-}
+LEARNING = ("loss", "eval_perplexity", "eval_accuracy")  # of PANELS: what says which learns better
 
 
 def draw(folders: dict[str, Path], files: list[Path]) -> None:
     """Draw the runs (name -> folder) into each of `files`, .png or .svg. Raises UserError."""
     logs = {name: read_metrics(folder) for name, folder in folders.items()}
-    panels = [key for key in PANELS if any(series(entries, key)[0] for entries in logs.values())]
+    panels = [key for key in LEARNING if any(series(entries, key)[0] for entries in logs.values())]
     drawings = [lambda axes, key=key: _panel(axes, key, logs) for key in panels]
     for file in files if drawings else ():
         save(drawings, file)

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import yaml
 
-from ..errors import UserError
+from ..errors import PREEMPTED, UserError
 from ..loading.folder import read_json
 from .contest import Contest, Run
 
 WORKER = (sys.executable, "-m", "ssm_lm.comparison.worker")
-PREEMPTED = 75  # of `ssm-lm train`: it can go on
 PATIENCE = 120  # seconds that runs of an earlier call are given to write their checkpoints
 LOWER_IS_BETTER = {"perplexity": True, "accuracy": False}
 # what may differ between a run and its result: where it lies, how it reports

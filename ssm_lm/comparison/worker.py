@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import PREEMPTED, UserError
 from ..files import write_json
 from ..internals.python import leave
 
@@ -23,7 +23,7 @@ def end_with(parent: int) -> None:
     if prctl is not None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it has ended already
-            leave(75)
+            leave(PREEMPTED)
 
 
 def train_and_measure(config: str) -> dict:

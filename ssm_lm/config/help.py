@@ -5,14 +5,13 @@ Read from syntax trees, as the names are (keys.py): help that takes ten seconds 
 
 import argparse
 import ast
-import importlib.util
 import json
 import re
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-from .keys import PACKAGE
+from .keys import PACKAGE, class_in, fields_of, transformers_folder
 
 OURS, MODEL = "ssm_lm", "Model: keys of `model`, or --model.KEY on the command line"
 
@@ -58,9 +57,8 @@ def help_text(word: str | None = None) -> str:
 
 def all_keys() -> list[Key]:
     """Those of this project first, then transformers' by its own subjects, then the model's."""
-    transformers = Path(importlib.util.find_spec("transformers").origin).parent
     ours = declared(PACKAGE / "config" / "arguments.py", "S4TrainingArguments", OURS)
-    theirs = declared(transformers / "training_args.py", "TrainingArguments", "")
+    theirs = declared(transformers_folder() / "training_args.py", "TrainingArguments", "")
     changed = {key.name: key.default for key in ours}
     known = {key.name for key in theirs}
     theirs = [key._replace(default=changed.get(key.name, key.default)) for key in theirs]
@@ -74,8 +72,7 @@ def declared(path: Path, class_name: str, subject: str) -> list[Key]:
     A line about each is the `help` of its field, or what the docstring of the class says after its name.
     """
     source = path.read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    found = class_in(source, class_name)
     explained = explanations(ast.get_docstring(found) or "")
     headings = {n: m[1] for n, line in enumerate(source.splitlines(), 1) if (m := re.match(r" *# --- (.+) ---$", line))}
     values = {  # names that a default may be given by
@@ -84,9 +81,7 @@ def declared(path: Path, class_name: str, subject: str) -> list[Key]:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
     keys = []
-    for node in found.body:
-        if not isinstance(node, ast.AnnAssign) or node.target.id.startswith("_"):
-            continue
+    for node in fields_of(found):
         name, default, meaning = node.target.id, node.value, ""
         if isinstance(default, ast.Call):  # field(...)
             given = {word.arg: word.value for word in default.keywords}

@@ -13,19 +13,30 @@ from ..baselines import BASELINES
 PACKAGE = Path(__file__).parents[1]
 
 
+def transformers_folder() -> Path:
+    """Where the sources of transformers are, without importing it."""
+    return Path(importlib.util.find_spec("transformers").origin).parent
+
+
+def class_in(source: str, name: str) -> ast.ClassDef:
+    """A class at the top of a module."""
+    return next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def fields_of(found: ast.ClassDef) -> list[ast.AnnAssign]:
+    """The annotated names of a class, as a dataclass takes its fields from them; without private ones."""
+    return [node for node in found.body if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_")]
+
+
 @functools.cache
 def declared_in(path: Path, class_name: str) -> tuple[str, ...]:
-    """The annotated names of a class, as a dataclass takes its fields from them; without private ones."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
-    names = [node.target.id for node in found.body if isinstance(node, ast.AnnAssign)]
-    return tuple(name for name in names if not name.startswith("_"))
+    """The names of the fields of a class."""
+    return tuple(node.target.id for node in fields_of(class_in(path.read_text(encoding="utf-8"), class_name)))
 
 
 def training_keys() -> set[str]:
     """The fields of S4TrainingArguments: those of transformers' TrainingArguments and this project's."""
-    transformers = Path(importlib.util.find_spec("transformers").origin).parent
-    theirs = declared_in(transformers / "training_args.py", "TrainingArguments")
+    theirs = declared_in(transformers_folder() / "training_args.py", "TrainingArguments")
     return {*theirs, *declared_in(PACKAGE / "config" / "arguments.py", "S4TrainingArguments")}
 
 
@@ -36,8 +47,7 @@ def model_keys(kind: str | None = None) -> list[str]:
     """
     if kind is None:
         return sorted(declared_in(PACKAGE / "modeling" / "configuration_s4.py", "S4Config"))
-    transformers = Path(importlib.util.find_spec("transformers").origin).parent
-    path = transformers / "models" / kind / f"configuration_{kind}.py"
+    path = transformers_folder() / "models" / kind / f"configuration_{kind}.py"
     return sorted({"type", *declared_in(path, BASELINES[kind][0]), *general_names(path)})
 
 

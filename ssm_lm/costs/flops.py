@@ -44,6 +44,7 @@ from ..modeling.execution import Execution, Problem, Rule, decide
 from ..modeling.hippo import INITIALIZATIONS
 from ..modeling.kernel_limits import limit_of_architecture
 from ..modeling.mixers import make_state_space
+from ..modeling.ssd import channels_of_a_head
 
 
 class Part(NamedTuple):
@@ -209,7 +210,7 @@ def _gated_widths(config) -> tuple[int, _OfToken]:
 
 
 def _heads(config, channels: int) -> int:
-    return channels // (config.head_dim or min(64, channels))
+    return channels // channels_of_a_head(channels, config.head_dim)
 
 
 def _widths(config) -> list[int]:

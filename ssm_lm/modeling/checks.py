@@ -54,6 +54,12 @@ def check_sharing(hidden_size: int, n_ssm: int, b_clip: float | None) -> None:
     check_positive(b_clip=b_clip)
 
 
+def check_heads(channels: int, head_dim: int, key: str) -> None:
+    """Of channels in heads, those of `key`: how many a head has."""
+    if head_dim < 1 or channels % head_dim:
+        raise ValueError(f"head_dim must divide {key} ({channels}), and {head_dim} does not")
+
+
 def check_blocks(state_size: int, blocks: int, key: str = "blocks") -> None:
     """Of S5: how many copies of the initial spectrum make the state."""
     if blocks < 1 or state_size % (2 * blocks):

@@ -4,7 +4,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .adaptive import check_adaptive
-from .checks import DISCRETIZATIONS, check_blocks, check_one_of, check_positive, check_sharing, check_system
+from .checks import (
+    DISCRETIZATIONS,
+    check_blocks,
+    check_heads,
+    check_one_of,
+    check_positive,
+    check_sharing,
+    check_system,
+)
 from .execution import MODES
 from .hippo import INITIALIZATIONS
 from .kernels_s4 import SETTINGS
@@ -218,8 +226,8 @@ class S4Config(PreTrainedConfig):
             self._check_ssd()
         elif self.selective_dt or (self.head_dim is not None and "h3" not in self.sublayers):
             raise ValueError(f"head_dim is for ssm: ssd and the sublayer h3, selective_dt for ssm: ssd, not {self.ssm}")
-        elif self.head_dim is not None and self.hidden_size % self.head_dim:
-            raise ValueError(f"head_dim must divide hidden_size ({self.hidden_size}), and {self.head_dim} does not")
+        elif self.head_dim is not None:
+            check_heads(self.hidden_size, self.head_dim, "hidden_size")
 
     def _check_ssd(self):
         kinds = [kind for kind in self.sublayers if STATES[kind]]
@@ -234,8 +242,5 @@ class S4Config(PreTrainedConfig):
             )
         if self.n_ssm != 1:
             raise ValueError(f"n_ssm must be 1 for ssm: ssd, whose B and C are the token's, not {self.n_ssm}")
-        if self.head_dim is not None and self.expand * self.hidden_size % self.head_dim:
-            raise ValueError(
-                f"head_dim must divide expand * hidden_size ({self.expand * self.hidden_size}), and {self.head_dim} "
-                "does not"
-            )
+        if self.head_dim is not None:
+            check_heads(self.expand * self.hidden_size, self.head_dim, "expand * hidden_size")

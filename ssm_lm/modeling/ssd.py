@@ -21,10 +21,16 @@ starts at 1, so that a head begins close to the time-invariant system.
 
 import torch
 
+from .checks import check_heads
 from .discrete import DiscreteSSD
 from .hippo import INITIALIZATIONS
 from .ssd_chunks import scan_chunks
 from .state_space import MIN_DECAY, StateSpace
+
+
+def channels_of_a_head(hidden_size: int, head_dim: int | None) -> int:
+    """head_dim, or what stands for None: 64, or all channels where they are fewer."""
+    return min(64, hidden_size) if head_dim is None else head_dim
 
 
 class SSD(StateSpace):
@@ -54,10 +60,9 @@ class SSD(StateSpace):
         super().__init__(hidden_size, state_size, init, discretization, dt_min, dt_max, chunk_size, bidirectional)
         if bidirectional:
             raise ValueError("ssd reads its input from the front alone: bidirectional is for s4, s4d and s5")
-        head_dim = min(64, hidden_size) if head_dim is None else head_dim
-        if head_dim < 1 or hidden_size % head_dim:
-            raise ValueError(f"head_dim must divide the channels of an ssd ({hidden_size}), and {head_dim} does not")
-        self.head_dim, self.heads, self.selective = head_dim, hidden_size // head_dim, selective
+        self.head_dim = channels_of_a_head(hidden_size, head_dim)
+        check_heads(hidden_size, self.head_dim, "the channels of an ssd")
+        self.heads, self.selective = hidden_size // self.head_dim, selective
         self._declare(
             log_dt=(self.heads,),
             Lambda_log_re=(self.heads,),  # the decay: Re Lambda = -exp(this) < 0

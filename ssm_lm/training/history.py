@@ -1,8 +1,9 @@
 """metrics.jsonl, the log of a run: one JSON object an entry, in the order of the steps (see meters.py for its keys)."""
 
 import json
-import os
 from pathlib import Path
+
+from ..files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,6 +36,4 @@ def trim(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
     kept = "".join(json.dumps(entry) + "\n" for entry in read_metrics(path.parent) if entry["step"] <= last_step)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(kept, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, kept)

@@ -9,7 +9,6 @@ import numpy
 import torch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-PREEMPTED = 75  # the exit code of a run that was asked to end and can go on: EX_TEMPFAIL of sysexits.h
 SAME_KEY = 1.0  # seconds within which a second SIGINT is a launcher's copy of the first
 
 

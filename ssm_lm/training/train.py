@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..config.help import HelpKeys
 from ..config.reading import parse_overrides, read_train_config
-from ..errors import UserError
+from ..errors import PREEMPTED, UserError
 from ..files import write_json
 from .checkpoints import RUN_FILE, last_complete_checkpoint, remove_partial
 from .environment import (
@@ -196,7 +196,6 @@ def go_back(plan: Plan, trainer, rollbacks: int) -> None:
 
 def stop(plan: Plan, trainer, signal: str | None, command: str) -> None:
     """Say that the run can go on, and with what, and end the process: SystemExit(75)."""
-    from .stopping import PREEMPTED
 
     if is_main_process():
         signal = signal or "another rank was signalled"

@@ -19,11 +19,11 @@ from harness import REPO, losses, process_environment, train_command, zero
 from ssm_lm.cli import main
 from ssm_lm.data.stream import TokenStream
 from ssm_lm.data.windows import TokenWindows, WindowSampler
-from ssm_lm.errors import UserError
+from ssm_lm.errors import PREEMPTED, UserError
 from ssm_lm.internals.transformers import OpenTrainer
 from ssm_lm.training import stopping
 from ssm_lm.training.checkpointing import CheckpointedTrainer
-from ssm_lm.training.stopping import PREEMPTED, STOP_SIGNALS, StopSignals
+from ssm_lm.training.stopping import STOP_SIGNALS, StopSignals
 from ssm_lm.training.trainer import RunSampler
 
 pytestmark = pytest.mark.slow
