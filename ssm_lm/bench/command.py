@@ -8,8 +8,6 @@ kernels    the fused GPU kernels; see kernels.py
 
 import argparse
 import json
-import os
-import secrets
 from pathlib import Path
 
 from rich import box
@@ -17,13 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UserError
+from ..files import write_text
+from .kernels import KERNEL_TASK, kernel_rows
 
 MODEL_TASKS = {
     "generate": (128, 1024, 8192),
     "prefill": (2048, 8192),
     "train": (1024, 4096),
 }
-KERNEL_TASK = "kernels"
 DEFAULT_MODELS = "s4,s4d,s5,h3,ssd,gpt2,llama,mamba,mamba2"
 DTYPES = ("float32", "bfloat16")
 
@@ -62,8 +61,6 @@ def run(args: argparse.Namespace) -> None:
         if value is not None:
             raise UserError(f"{flag} is not for bench {args.task}; leave it out")
     if args.task == KERNEL_TASK:
-        from .kernels import kernel_rows
-
         rows = kernel_rows(args)
     else:
         rows = model_rows(args)
@@ -95,7 +92,7 @@ def model_rows(args: argparse.Namespace) -> list[dict]:
     console, rows = Console(), []
     console.print(f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, {args.dtype or 'float32'}")
     for length in lengths:
-        found = list(measure(args.task, names, size, (length,), args.batch or 1, dtype, args.turns or 5))
+        found = measure(args.task, names, size, length, args.batch or 1, dtype, args.turns or 5)
         console.print(_table(args.task, length, found))
         rows += [row | here for row in found]
     if args.plot is not None:
@@ -117,10 +114,11 @@ def _table(task: str, length: int, rows: list[dict]) -> Table:
     table = Table(title=f"{task}, {length:,} tokens", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("model", "million parameters", "ms a token", "tokens/s", "spread", "to ours", "MiB"):
         table.add_column(column, justify="left" if column == "model" else "right")
+    failed = [row for row in rows if "error" in row]
+    table.caption = "\n".join(f"{row['model']} did not run: {row['error']}" for row in failed) or None
     for row in rows:
-        if "error" in row:
-            table.add_row(row["model"], "", "", "", "", "", "", end_section=False)
-            table.caption = f"{row['model']} did not run: {row['error']}"
+        if row in failed:
+            table.add_row(row["model"])
             continue
         ratio, peak = row["ratio_to_ours"], row["peak_mib"]
         table.add_row(
@@ -154,9 +152,4 @@ def _draw(task: str, rows: list[dict], file: Path) -> None:
 def write_rows(file: Path, rows: list[dict]) -> None:
     """A list of rows as JSON, one a line, so that a change of one is a change of one line. Raises OSError."""
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
-    try:
-        partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(file, f"[\n{lines}\n]\n")

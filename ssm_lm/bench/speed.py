@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,27 +31,26 @@ class Turn(NamedTuple):
 
 
 def measure(
-    task: str, names: list[str], size: Size, lengths: Iterable[int], batch: int, dtype: torch.dtype, turns: int
-) -> Iterator[dict]:
-    """A row a contender and length. One that cannot be built or run is a row with the reason under "error"."""
+    task: str, names: list[str], size: Size, length: int, batch: int, dtype: torch.dtype, turns: int
+) -> list[dict]:
+    """A row a contender. One that cannot be built or run is a row with the reason under "error"."""
     prepare = {"generate": _generation, "prefill": _prefill, "train": _training}[task]
-    for length in lengths:
-        contenders, failed = [], {}
-        for name in names:
-            try:
-                model = build(name, size, length + NEW_TOKENS * (turns + 2), dtype)
-                contenders.append(prepare(name, model, size, length, batch))
-            except Exception as error:  # a peer that another version of transformers has changed ends no comparison
-                failed[name] = error
-        seconds, peaks = _take_turns(contenders, turns, failed)
-        rows = [_row(task, turn, length, dtype, seconds[turn.name], peaks[turn.name])
-                for turn in contenders if turn.name not in failed]  # fmt: skip
-        ours = next((row["tokens_per_second"] for row in rows if is_ours(row["model"])), None)
-        for row in rows:
-            yield row | {"ratio_to_ours": row["tokens_per_second"] / ours if ours else None}
-        for name, error in failed.items():
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            yield {"task": task, "model": name, "batch": batch, "length": length, "error": reason}
+    contenders, failed = [], {}
+    for name in names:
+        try:
+            model = build(name, size, length + NEW_TOKENS * (turns + 2), dtype)
+            contenders.append(prepare(name, model, size, length, batch))
+        except Exception as error:  # a peer that another version of transformers has changed ends no comparison
+            failed[name] = error
+    seconds, peaks = _take_turns(contenders, turns, failed)
+    done = [turn for turn in contenders if turn.name not in failed]
+    rows = [_row(task, turn, length, dtype, seconds[turn.name], peaks[turn.name]) for turn in done]
+    ours = next((row["tokens_per_second"] for row in rows if is_ours(row["model"])), None)
+    rows = [row | {"ratio_to_ours": row["tokens_per_second"] / ours if ours else None} for row in rows]
+    for name, error in failed.items():
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        rows.append({"task": task, "model": name, "batch": batch, "length": length, "error": reason})
+    return rows
 
 
 def _take_turns(contenders: list[Turn], turns: int, failed: dict) -> tuple[dict, dict]:
