@@ -1,4 +1,4 @@
-"""A prepared split as one long memory-mapped array of token ids."""
+"""A prepared split as one long memory-mapped array of token ids, in one file or in several."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import UserError
 from .manifest import DTYPES, Manifest, SplitInfo
+from .shards import ShardedTokens, check_size, map_file
 
 _BLOCK = 1 << 24
 
@@ -16,19 +17,22 @@ _BLOCK = 1 << 24
 class TokenStream:
     """The tokens of one split; open it by `TokenStream.open`.
 
-    tokens: a read-only np.memmap of ids. manifest: of the whole folder; `info` is the split's part of it.
+    tokens: the ids, read-only, (n,): an np.memmap of the one file, or a `ShardedTokens` of several. manifest: of the
+    whole folder; `info` is the split's part of it.
     """
 
     folder: Path
     split: str
     manifest: Manifest
-    tokens: np.memmap = field(repr=False)
+    tokens: np.memmap | ShardedTokens = field(repr=False)
 
     @classmethod
-    def open(cls, folder: str | Path, split: str) -> "TokenStream":
+    def open(cls, folder: str | Path, split: str, check_files: bool = True) -> "TokenStream":
         """Open `split` of a folder that `ssm-lm prepare` wrote.
 
-        Raises UserError when the folder or its manifest is not whole, the split is missing, or its file has not the
+        check_files: look at the size of each file now; else at that of a file when it is first read, for a rank that
+        was told that another one has looked.
+        Raises UserError when the folder or its manifest is not whole, the split is missing, or a file has not the
         size that the manifest says.
         """
         folder = Path(folder).expanduser()
@@ -37,28 +41,21 @@ class TokenStream:
         manifest = Manifest.read(folder)
         if split not in manifest.splits:
             raise UserError(f"{folder}: no split {split!r}; there are {', '.join(manifest.splits) or 'none'}")
-        path, count = folder / f"{split}.bin", manifest.splits[split].tokens
-        dtype = np.dtype(DTYPES[manifest.dtype])
-        if not path.is_file():
-            raise UserError(f"{path}: no such file, though the manifest names it; make the folder again")
-        size = path.stat().st_size
-        if size != count * dtype.itemsize or count == 0:
-            raise UserError(
-                f"{path}: {size} bytes, where the manifest's {count} tokens are {count * dtype.itemsize}; "
-                "make the folder again"
-            )
-        try:
-            tokens = np.memmap(path, dtype=dtype, mode="r")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-        return cls(folder, split, manifest, tokens)
+        files, dtype = manifest.files(split), np.dtype(DTYPES[manifest.dtype])
+        paths, counts = [folder / file.file for file in files], [file.tokens for file in files]
+        if len(files) == 1:
+            return cls(folder, split, manifest, map_file(paths[0], counts[0], dtype))
+        if check_files:
+            for path, count in zip(paths, counts, strict=True):
+                check_size(path, count, dtype)
+        return cls(folder, split, manifest, ShardedTokens(paths, counts, dtype))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __reduce__(self):
-        # a worker process maps the file again; pickling the array would copy it
-        return TokenStream.open, (self.folder, self.split)
+        # a worker process maps the files again; pickling the array would copy it
+        return TokenStream.open, (self.folder, self.split, False)
 
     @property
     def info(self) -> SplitInfo:
@@ -77,18 +74,30 @@ class TokenStream:
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of the split's file, as the manifest has it."""
+        """The sha256 of the split's ids in order, as the manifest has it: the same whatever files they lie in."""
         return self.info.sha256
 
+    def unigram_counts(self) -> np.ndarray:
+        """How often each id occurs, int64 (V,): from the folder, where prepare has counted, else by reading all."""
+        if self.info.unigram:
+            return np.array(map_file(self.folder / self.info.unigram, self.vocab_size, np.dtype("<i8")))
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        # in blocks, for bincount turns what it is given into int64
+        for start in range(0, len(self), _BLOCK):
+            counts += np.bincount(self.tokens[start : start + _BLOCK], minlength=self.vocab_size)
+        return counts
+
     def verify(self) -> None:
-        """Read the whole file and compare its sha256 with the manifest's; UserError when they differ."""
-        path = self.folder / f"{self.split}.bin"
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.fingerprint:
-            raise UserError(
-                f"{path}: sha256 {found[:12]}, the manifest says {self.fingerprint[:12]}; make the folder again"
-            )
+        """Read every file and compare its sha256 with the manifest's; UserError when they differ."""
+        for file in self.manifest.files(self.split):
+            path = self.folder / file.file
+            check_size(path, file.tokens, self.tokens.dtype)
+            with open(path, "rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            if found != file.sha256:
+                raise UserError(
+                    f"{path}: sha256 {found[:12]}, the manifest says {file.sha256[:12]}; make the folder again"
+                )
 
     def check_vocabulary(self, vocab_size: int, name: str = "the model") -> None:
         """Raise UserError unless each id is one of the `vocab_size` ids that `name` knows."""
@@ -101,5 +110,5 @@ class TokenStream:
         largest = max(int(self.tokens[i : i + _BLOCK].max()) for i in range(0, len(self.tokens), _BLOCK))
         if largest >= vocab_size:
             raise UserError(
-                f"{self.folder / self.split}.bin: holds the token {largest}, {name} has only {vocab_size}; {advice}"
+                f"{self.folder / self.split}: holds the token {largest}, {name} has only {vocab_size}; {advice}"
             )

@@ -153,7 +153,7 @@ def test_open_refuses_what_is_not_whole(tmp_path):
         ('"vocab_size": 1000', '"vocab_size": "many"', "key vocab_size is missing or no int"),
         ('"tokens": 50,', "", "key splits.train.tokens is missing"),
         ('"uint16"', '"int8"', "dtype 'int8'"),
-        ('"format_version": 1', '"format_version": 9', "format version 9"),
+        ('"format_version": 2', '"format_version": 9', "format version 9"),
         ("{", "", "not readable"),
     ],
 )
