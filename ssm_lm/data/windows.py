@@ -4,14 +4,17 @@ The dataset is indexed by the position of a window's first token, and the sample
 among processes is left to what loads the data, so the order is the same for any number of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
+from .permutation import ROUNDS, Permutation
 from .stream import TokenStream
+
+TABLE = 1 << 16
 
 
 class TokenWindows(Dataset):
@@ -51,17 +54,24 @@ class WindowSampler(Sampler):
     Of a stream of n tokens and windows of L, every epoch has the same number of windows: as many as fit at the largest
     offset, L - 1 (one at least). The moving offset lets each token stand at each place of a window in its turn, and
     shifts which tokens the ends leave out.
+
+    Up to TABLE windows are shuffled in a table, half a megabyte at most; more by `permutation.py`, which holds none, so
+    that the first window, and any later one, of any number costs the same. tables: shuffle any number in a table, as
+    runs did that began before there was another way. source: the number of the stream among several, so that two of
+    one size go different ways; None for one alone.
     """
 
-    def __init__(self, windows: TokenWindows, seed: int = 0):
+    def __init__(self, windows: TokenWindows, seed: int = 0, tables: bool = False, source: int | None = None):
         if seed < 0:
             raise UserError(f"seed {seed}: must not be negative")
         length, tokens = windows.sequence_length, len(windows.stream)
         self.sequence_length = length
-        self.seed = seed
+        self.seed = [seed] if source is None else [seed, source]
         self.epoch = 0
         self._count = max(1, (tokens - (length - 1)) // length)
         self._offsets = min(length, tokens - self._count * length + 1)
+        self._has_table = tables or self._count <= TABLE
+        self._last = (None, None)  # an epoch and its order
 
     def __len__(self) -> int:
         return self._count
@@ -70,13 +80,32 @@ class WindowSampler(Sampler):
         """Choose the epoch that the next iteration is of."""
         self.epoch = epoch
 
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """The starts of the windows at these places, int64, of a run that goes through epoch after epoch."""
+        epochs, inside = np.divmod(places, self._count)
+        starts = np.empty_like(inside)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            offset, order = self._order(epoch)
+            starts[here] = offset + order(inside[here]) * self.sequence_length
+        return starts
+
+    def _order(self, epoch: int) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
+        """(the offset of an epoch, where its places land)."""
+        if self._last[0] != epoch:
+            # raw bits: their sequence is promised to stay the same in later releases of NumPy, unlike `permutation`'s
+            bits = np.random.PCG64([*self.seed, epoch])
+            offset = int(bits.random_raw()) % self._offsets
+            if self._has_table:
+                order = np.argsort(bits.random_raw(self._count), kind="stable").__getitem__
+            else:
+                order = Permutation(self._count, bits.random_raw(ROUNDS))
+            self._last = (epoch, (offset, order))
+        return self._last[1]
+
     def starts(self, epoch: int) -> np.ndarray:
-        """The starts of the windows of `epoch`, in order."""
-        # raw bits, for their sequence is promised to stay the same in later releases of NumPy, unlike `permutation`'s
-        bits = np.random.PCG64([self.seed, epoch])
-        offset = int(bits.random_raw()) % self._offsets
-        order = np.argsort(bits.random_raw(self._count), kind="stable")
-        return offset + order * self.sequence_length
+        """The starts of all windows of `epoch`, in order."""
+        return self.at(np.arange(epoch * self._count, (epoch + 1) * self._count))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.starts(self.epoch).tolist())

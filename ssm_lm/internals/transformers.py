@@ -20,6 +20,8 @@ class OpenTrainer(Trainer):
 
     # where a checkpoint is being written, a folder beside the finished ones; None: output_dir
     writing_into: Path | None = None
+    # the checkpoint whose random numbers the first step goes on with, where the data began at its step
+    _random_numbers_of: str | None = None
 
     def write_checkpoint(self, model, trial) -> None:
         """Write the checkpoint of this step, on every rank."""
@@ -54,6 +56,19 @@ class OpenTrainer(Trainer):
         """The order of the training examples."""
         return super()._get_train_sampler(dataset)
 
+    def begin_data_at(self, step: int) -> bool:
+        """Let the training data begin at `step` of itself; whether they do. If not, what comes before is read and
+        passed over.
+        """
+        return False
+
+    def get_batch_samples(self, *args, **kwargs):
+        found = super().get_batch_samples(*args, **kwargs)
+        if self._random_numbers_of is not None:  # of which beginning to read the data has drawn one
+            self._load_rng_state(self._random_numbers_of)
+            self._random_numbers_of = None
+        return found
+
     def judge_best(self, metrics: dict[str, float]) -> bool:
         """Take the model of this step for the best one, if these metrics say so; whether they did."""
         return super()._determine_best_metric(metrics=metrics, trial=None)
@@ -72,6 +87,14 @@ class OpenTrainer(Trainer):
         except EvaluationCut:
             self.control.should_evaluate, self.control.should_save = False, True
             super()._maybe_log_save_evaluate(*args, **kwargs)  # what was logged is not logged again
+
+    def _init_training_state(self, max_steps, steps_an_epoch, epochs, resume_from_checkpoint, trial):
+        begun = super()._init_training_state(max_steps, steps_an_epoch, epochs, resume_from_checkpoint, trial)
+        self._random_numbers_of = None
+        if resume_from_checkpoint is None or not self.begin_data_at(self.state.global_step):
+            return begun
+        self._random_numbers_of = resume_from_checkpoint
+        return begun[0], 0  # batches to pass over
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if resume_from_checkpoint is None:
@@ -127,6 +150,18 @@ PARTS = (
         "transformers.Trainer._determine_best_metric",
         "called for the evaluation of a step that was cut short before the run went on",
         "evaluations before the first step are not asked whether they are the best",
+        "as above",
+    ),
+    Part(
+        "transformers.Trainer._init_training_state",
+        "overridden: no batch is passed over where the data begin at a step of themselves",
+        "the Trainer goes through all samples before a step: minutes at the millionth one",
+        "it asks the sampler to begin at a place",
+    ),
+    Part(
+        "transformers.Trainer._load_rng_state",
+        "called once the first batch is there, as where the Trainer passes over batches",
+        "to begin to read data draws a random number, and the run that was not stopped drew it at its own beginning",
         "as above",
     ),
     Part(

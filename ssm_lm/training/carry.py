@@ -21,11 +21,13 @@ class RowSampler(Sampler):
     """Starts of windows, row by row within a step: the sample at a place is a function of the place alone.
 
     tokens: length of the stream; rows: windows a step. Every row has `windows_per_row` windows; after the last of them
-    all rows begin again, from a zero state. Raises UserError for a stream too short for one window a row.
+    all rows begin again, from a zero state. Set `first_step` to begin there. Raises UserError for a stream too short
+    for one window a row.
     """
 
     def __init__(self, tokens: int, sequence_length: int, rows: int, total: int):
         self.sequence_length, self.rows, self.total = sequence_length, rows, total
+        self.first_step = 0
         self.windows_per_row = tokens // (rows * sequence_length)
         if self.windows_per_row == 0:
             raise UserError(
@@ -42,7 +44,7 @@ class RowSampler(Sampler):
 
     def __iter__(self):
         row_length = self.windows_per_row * self.sequence_length
-        for place in range(self.total):
+        for place in range(self.first_step * self.rows, self.total):
             step, row = divmod(place, self.rows)
             yield row * row_length + step % self.windows_per_row * self.sequence_length
 

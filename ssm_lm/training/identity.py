@@ -32,6 +32,8 @@ CHANGEABLE = (
     "spike_window",
     "max_skipped_steps",
 )
+# how windows are shuffled: see data/windows.py
+KEYED, TABLES = "keyed", "tables"
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # the same mathematics and the same states
 
 
@@ -49,6 +51,14 @@ def run_identity(values: dict, task, global_batch_size: int) -> dict:
         training["optim"] = "adamw"
     identity = {"model": model, "data": task.fingerprint, "global_batch_size": global_batch_size, **training}
     return without_speed(json.loads(json.dumps(identity), parse_constant=str))  # an infinity as its name
+
+
+def order_of(before: dict) -> str:
+    """How a run shuffles its windows: as it began. before: its run file or the mark of its checkpoint, {} if it is new.
+
+    A run that does not say it began when there were tables alone. Up to 65,536 windows the two are one.
+    """
+    return before.get("identity", {}).get("order", TABLES) if before else KEYED
 
 
 def without_speed(identity: dict) -> dict:

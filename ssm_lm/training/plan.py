@@ -48,7 +48,7 @@ def make_plan(values: dict, where: str, alone: bool = False) -> Plan:
     """
     check_values(values, where)
     prepare_process(uses_deepspeed=values.get("deepspeed") is not None)
-    from .identity import run_identity
+    from .identity import order_of, run_identity
     from .tasks import make_task
 
     task = make_task(values, where)
@@ -72,6 +72,8 @@ def make_plan(values: dict, where: str, alone: bool = False) -> Plan:
     elsewhere = checkpoint is not None and checkpoint.parent.resolve() != output_dir.resolve()
     before = mark if elsewhere and recorded.get("resumed_from") != given else recorded
     begun_with = before.get("identity", {})
+    if task.order is not None:
+        task.order = identity["order"] = order_of(before)
     if step is not None and step >= args.max_steps:
         identity["max_steps"] = begun_with.get("max_steps", args.max_steps)  # no step is taken on another curve
     changed = changes(begun_with, identity, step or 0)

@@ -16,6 +16,7 @@ from ..data.tokenizer import load_tokenizer
 from ..data.windows import TokenWindows, WindowSampler
 from ..errors import UserError
 from ..files import write_json
+from .identity import KEYED, TABLES
 from .trainer import ClassificationTrainer, LanguageModelTrainer, RecallTrainer
 
 
@@ -29,7 +30,9 @@ def make_task(values: dict, where: str):
 
 
 class LanguageModelling:
-    """The next token of the stream in `data`. Attributes: config (the model's), samples_per_epoch, fingerprint."""
+    """The next token of the stream in `data`. Attributes: config (the model's), samples_per_epoch, fingerprint, order
+    (how windows are shuffled; see `identity.order_of`).
+    """
 
     def __init__(self, values: dict, where: str):
         if not values.get("data"):
@@ -54,6 +57,7 @@ class LanguageModelling:
         self.eval_windows = None
         if values.get("eval_strategy", "no") != "no":
             self.eval_windows = TokenWindows(TokenStream.open(values["data"], "validation"), length)
+        self.order = KEYED  # or TABLES, for a run that began so
         self.samples_per_epoch = len(WindowSampler(self.train_windows))
         self.fingerprint = self.stream.fingerprint
 
@@ -100,6 +104,7 @@ class LanguageModelling:
             self.train_windows,
             self.eval_windows,
             passed_over,
+            self.order == TABLES,
             signals=signals,
             processing_class=self.tokenizer,
         )
@@ -112,6 +117,7 @@ class Classification:
     """The class of a sequence, of the `task` by name. Attributes as LanguageModelling's."""
 
     can_pass_over = False
+    order = None
     trainer_class = ClassificationTrainer
 
     def __init__(self, values: dict, where: str):

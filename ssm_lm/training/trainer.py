@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from torch.utils.data import Sampler, Subset
 from tqdm.auto import tqdm
 from transformers import default_data_collator
@@ -19,7 +20,7 @@ from ..internals.transformers import EvaluationCut
 from .carry import CarriedState, RowSampler
 from .checkpointing import CheckpointedTrainer
 from .early_stopping import EarlyStopping
-from .epochs import Epochs
+from .epochs import Epochs, batch_of_step
 from .faults import Faults
 from .meters import CommunicationSample, Meters, MetricsFile, ProfileTrace
 from .param_groups import check_ssm_group, check_ssm_precision, parameter_groups
@@ -29,36 +30,30 @@ from .stopping import RandomState
 
 
 class RunSampler(Sampler):
-    """The windows of a whole run in order: epoch after epoch of `WindowSampler`, `total` of them.
+    """The windows of a whole run in order, `total` of them: those that `order.at` names, batch after batch.
 
     To the Trainer a run is one long epoch, so that the sample at a place is a function of (seed, place) alone, whatever
-    the number of ranks, and resuming is skipping.
-    batch_size, passed_over: batches, counted from 0 as the run would have seen them, that it does not see.
+    the number of ranks.
+    order: a `WindowSampler` or a `Mixture`. batch_size, passed_over: batches, counted from 0 as the run would have seen
+    them, that it does not see. Set `first_step` to begin there: what comes before is not gone through.
     """
 
-    def __init__(self, windows: WindowSampler, total: int, batch_size: int = 1, passed_over: tuple[int, ...] = ()):
-        self.windows, self.total = windows, total
+    def __init__(self, order, total: int, batch_size: int = 1, passed_over: tuple[int, ...] = ()):
+        self.order, self.total = order, total
         self.batch_size, self.passed_over = batch_size, frozenset(passed_over)
+        self.first_step = 0
 
     def __len__(self):
         return self.total
 
     @property
     def samples_per_epoch(self) -> int:
-        return len(self.windows)
+        return len(self.order)
 
     def __iter__(self):
-        place, given, epoch = 0, 0, 0
-        while given < self.total:
-            self.windows.set_epoch(epoch)
-            for start in self.windows:
-                if given == self.total:
-                    return
-                if place // self.batch_size not in self.passed_over:
-                    yield start
-                    given += 1
-                place += 1
-            epoch += 1
+        for step in range(self.first_step, self.total // self.batch_size):
+            first = batch_of_step(step, self.passed_over) * self.batch_size
+            yield from self.order.at(np.arange(first, first + self.batch_size)).tolist()
 
 
 class LossLines(TrainerCallback):
@@ -244,7 +239,7 @@ class LanguageModelTrainer(S4Trainer):
     """Trainer over a TokenStream.
 
     train_windows, eval_windows: TokenWindows; the order of training is that of `RunSampler` with args.seed, or of
-    `RowSampler` where the state is carried.
+    `RowSampler` where the state is carried. tables: as in `WindowSampler`.
     """
 
     is_language_model = True
@@ -256,9 +251,10 @@ class LanguageModelTrainer(S4Trainer):
         train_windows: TokenWindows,
         eval_windows: TokenWindows | None,
         passed_over: tuple[int, ...] = (),
+        tables: bool = False,
         **kwargs,
     ):
-        self.passed_over = passed_over
+        self.passed_over, self.tables = passed_over, tables
         eval_dataset = None
         if eval_windows is not None:
             length = eval_windows.sequence_length
@@ -288,8 +284,12 @@ class LanguageModelTrainer(S4Trainer):
         rows, stream = args.global_batch_size, self.windows.stream
         if args.carry_state:
             return RowSampler(len(stream), self.windows.sequence_length, rows, args.max_steps * rows)
-        windows = WindowSampler(self.windows, seed=args.seed)
+        windows = WindowSampler(self.windows, seed=args.seed, tables=self.tables)
         return RunSampler(windows, args.max_steps * rows, rows, self.passed_over)
+
+    def begin_data_at(self, step):
+        self._order.first_step = step
+        return True
 
     def train_sampler(self, dataset=None):
         sampler = self._order

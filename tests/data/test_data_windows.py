@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ssm_lm.data.manifest import FORMAT_VERSION, Manifest, SplitInfo
 from ssm_lm.data.stream import TokenStream
-from ssm_lm.data.windows import TokenWindows, WindowSampler
+from ssm_lm.data.windows import TABLE, TokenWindows, WindowSampler
 from ssm_lm.errors import UserError
 
 
@@ -83,6 +83,52 @@ def test_order_stays_the_same_in_later_releases(stream_of):
     # a resumed run must see the data that it would have seen: this order is part of the format
     sampler = WindowSampler(TokenWindows(stream_of(60), 8), seed=3)
     assert [sampler.starts(epoch).tolist() for epoch in (0, 1)] == [[24, 0, 32, 40, 16, 8], [43, 11, 3, 19, 27, 35]]
+
+
+def test_a_place_far_ahead_is_that_of_its_epoch(stream_of):
+    sampler = WindowSampler(TokenWindows(stream_of(60), 8), seed=3)  # six windows an epoch
+    assert sampler.at(np.array([5, 6, 0, 11])).tolist() == [8, 43, 24, 35]
+    far = 6 * 10**12 + 2
+    assert sampler.at(np.array([far]))[0] == sampler.starts(10**12)[2]
+
+
+class Long:
+    """A stream of so many tokens, of which there are none."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+
+def test_a_long_stream_is_shuffled_without_a_table():
+    """Ten billion windows: at once, in no memory; every window of an epoch once, the next epoch otherwise."""
+    windows = TokenWindows(Long(10**13), 1000)
+    sampler = WindowSampler(windows, seed=3)
+    places = np.array([0, 1, len(sampler) - 1, len(sampler), 10**15])
+    starts = sampler.at(places)
+    expected = [1453083741280, 5535433801280, 9841030001280, 619305592299, 1178219892254]
+    assert starts.tolist() == expected  # part of the format, as above
+    assert len(set((starts[:3] % 1000).tolist())) == 1  # an epoch has one offset
+    assert ((starts >= 0) & (starts < len(windows))).all()
+
+
+def test_up_to_65536_windows_the_order_is_that_of_a_table():
+    """So runs on small texts see what they saw before; and runs that began before see it on long ones."""
+    for count, same in ((TABLE, True), (TABLE + 1, False)):
+        windows = TokenWindows(Long(count * 4 + 3), 4)
+        sampler = WindowSampler(windows, seed=5)
+        assert len(sampler) == count
+        order = sampler.starts(2)
+        assert sorted(order // 4) == list(range(count))
+        assert (order.tolist() == WindowSampler(windows, seed=5, tables=True).starts(2).tolist()) == same
+
+
+def test_sources_of_one_size_go_different_ways(stream_of):
+    windows = TokenWindows(stream_of(1000), 10)
+    one, two = (WindowSampler(windows, 7, source=source).starts(0).tolist() for source in (0, 1))
+    assert one != two
 
 
 def test_every_offset_is_used(stream_of):

@@ -9,6 +9,7 @@ from harness import losses
 from safetensors.torch import load_file
 
 from ssm_lm.cli import main
+from ssm_lm.data import windows
 from ssm_lm.training.schedule import rate
 from ssm_lm.training.trainer import S4Trainer
 
@@ -246,6 +247,42 @@ def test_batches_that_were_passed_over_stay_so_in_another_folder(write_config, t
     assert main(["train", branch]) == 0
     assert losses(tmp_path / "branch") == losses(tmp_path / "run")
     assert record(tmp_path / "branch")["passed_over"] == [2, 6]
+
+
+# ---- the order of the windows
+
+
+def test_a_run_that_began_with_tables_goes_on_with_them(write_config, tmp_path, killed_after, monkeypatch):
+    """A run of more than 65,536 windows from before the order was recorded; here, of more than four."""
+    keys = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    assert main(["train", write_config("tables", **keys)]) == 0
+    monkeypatch.setattr(windows, "TABLE", 4)
+    assert main(["train", write_config("keyed", **keys)]) == 0
+    assert losses(tmp_path / "keyed")[0] != losses(tmp_path / "tables")[0]
+    assert record(tmp_path / "keyed")["identity"]["order"] == "keyed"
+
+    config = write_config("old", **keys)
+    with monkeypatch.context() as patch:
+        patch.setattr(windows, "TABLE", 1 << 16)
+        killed_after(6, config)
+    for path in (tmp_path / "old" / "run.json", tmp_path / "old" / "checkpoint-4" / "complete.json"):
+        said = json.loads(path.read_text())
+        del said["identity"]["order"]
+        path.write_text(json.dumps(said))
+    assert main(["train", config]) == 0
+    assert losses(tmp_path / "old") == losses(tmp_path / "tables")
+    assert record(tmp_path / "old")["identity"]["order"] == "tables"
+
+
+def test_dropout_goes_on_where_the_data_begin_at_a_step(write_config, tmp_path, killed_after):
+    """No batch is read and passed over, and the random numbers are those of a run that was not stopped."""
+    model = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "ssm": "s4d", "dropout": 0.3}
+    keys = SAVED | {"model": model, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    assert main(["train", write_config("straight", **keys)]) == 0
+    config = write_config("killed", **keys)
+    killed_after(6, config)
+    assert main(["train", config]) == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 
 
 # ---- epochs

@@ -9,7 +9,7 @@ from ssm_lm import S4Config
 from ssm_lm.errors import UserError
 from ssm_lm.training.changes import changes
 from ssm_lm.training.checkpoints import check_resumable, claim
-from ssm_lm.training.identity import SPEED_ONLY, run_identity
+from ssm_lm.training.identity import KEYED, SPEED_ONLY, TABLES, order_of, run_identity
 
 
 def identity(**model) -> dict:
@@ -48,6 +48,12 @@ def test_a_run_from_before_a_key_goes_on_where_the_key_has_its_default(tmp_path)
     claim(folder, identity(arch="h3", **config))
     with pytest.raises(UserError, match="conv_size"):
         claim(folder, identity(arch="h3", conv_size=3))
+
+
+def test_a_run_keeps_the_order_that_it_began_with():
+    assert order_of({}) == KEYED  # a new one
+    assert order_of({"identity": {"seed": 1}}) == order_of({"step": 4}) == TABLES  # from before it was recorded
+    assert order_of({"identity": {"order": KEYED}}) == KEYED
 
 
 def test_what_follows_from_another_key_may_be_said_or_not():

@@ -235,11 +235,8 @@ class TestRunSampler:
     class Windows:
         """Three windows an epoch."""
 
-        def set_epoch(self, epoch):
-            self.epoch = epoch
-
-        def __iter__(self):
-            return iter([10 * self.epoch + i for i in range(3)])
+        def at(self, places):
+            return 10 * (places // 3) + places % 3
 
     @pytest.mark.parametrize("total", [0, 2, 3, 7])
     def test_goes_through_epochs_until_the_run_is_full(self, total):
@@ -247,6 +244,12 @@ class TestRunSampler:
         assert list(sampler) == [0, 1, 2, 10, 11, 12, 20][:total]
         assert list(sampler) == [0, 1, 2, 10, 11, 12, 20][:total]
         assert len(sampler) == total
+
+    def test_begins_at_a_step_without_those_before_it(self):
+        sampler = RunSampler(self.Windows(), 10**12, batch_size=4, passed_over=(1, 5))
+        sampler.first_step = 10**11
+        first = 4 * (10**11 + 2)
+        assert next(iter(sampler)) == 10 * (first // 3) + first % 3
 
 
 def test_training_holds_no_logits_and_evaluation_that_wants_them_does(write_config, tmp_path, monkeypatch):
