@@ -59,7 +59,7 @@ venv: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable '.[plot]'
+	$(INSTALL) --editable '.[train,plot]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -23,10 +23,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import one_line
+from .lacking import gpus_of_the_machine, lacking
 from .network import HOW_TO_RUN, test_job
 
 TOLERANCE = 1e-4  # between the modes of a layer, in float32, relative to the largest output
 GIB = 1 << 30
+EXTRAS = ("", "train", "gpu", "eval", "tasks", "plot")  # of pyproject.toml; "" for what nothing runs without
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,10 +59,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def examine(network: bool = False) -> dict[str, dict]:
-    """The report: section -> {item: JSON-able value}. "packages" maps to {version, wanted, fits}."""
+    """The report: section -> {item: JSON-able value}. "packages" maps to {version, wanted, fits, extra}."""
     return {
         "machine": machine(),
         "torch": torch_and_devices(),
+        "lacking": lacking() or {"for a GPU": "nothing" if gpus_of_the_machine() else "no GPU is seen here"},
         "packages": packages(),
         "deepspeed": deepspeed_readiness(),
         "hub": hub(network),
@@ -107,19 +110,32 @@ def torch_and_devices() -> dict:
 
 
 def packages() -> dict[str, dict]:
-    """The packages that ssm_lm asks for: version installed, version wanted, and whether the one is in the other."""
+    """The packages that ssm_lm asks for: version installed, version wanted, whether the one is in the other, and the
+    extra that brings it ("" for those that nothing runs without). What is of an extra may be missing, and fits then.
+    """
     try:
         requirements = importlib.metadata.requires("ssm_lm") or []
     except importlib.metadata.PackageNotFoundError:
-        return {"ssm_lm": {"version": None, "wanted": "installed, for its ranges to be known", "fits": False}}
+        wanted = "installed, for its ranges to be known"
+        return {"ssm_lm": {"version": None, "wanted": wanted, "fits": False, "extra": ""}}
     report = {}
     for requirement in map(Requirement, requirements):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        extra = next((extra for extra in EXTRAS if _applies(requirement, extra)), None)
+        if extra is None:
             continue
         version = _version(requirement.name)
-        fits = version is not None and requirement.specifier.contains(version, prereleases=True)
-        report[requirement.name] = {"version": version, "wanted": str(requirement.specifier), "fits": fits}
+        fits = bool(extra) if version is None else requirement.specifier.contains(version, prereleases=True)
+        report[requirement.name] = {
+            "version": version,
+            "wanted": str(requirement.specifier),
+            "fits": fits,
+            "extra": extra,
+        }
     return report
+
+
+def _applies(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
 def deepspeed_readiness() -> dict:
@@ -224,8 +240,9 @@ def print_report(report: dict[str, dict]) -> None:
 
 def _for_people(value) -> str:
     if isinstance(value, dict):
+        missing = f"not installed, of ssm_lm[{value['extra']}]" if value["extra"] else "not installed"
         outside = "" if value["fits"] else f"   <- outside {value['wanted']}"
-        return f"{value['version'] or 'not installed'}{outside}"
+        return f"{value['version'] or missing}{outside}"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -260,10 +277,13 @@ def _memory_gib() -> float | None:
 
 def _triton() -> str | None:
     """Triton's version and whether it finds a GPU driver; None where it is not installed."""
-    version = _version("triton")
-    if version is None:
+    if importlib.util.find_spec("triton") is None:
         return None
+    version = "Triton"
     try:
+        import triton
+
+        version = triton.__version__  # its distribution has another name beside a torch of ROCm
         from triton.runtime import driver
 
         return f"{version}, driver {driver.active.get_current_target().backend}"

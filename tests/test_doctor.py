@@ -42,7 +42,7 @@ def test_out_of_range_is_flagged_and_no_failure(capsys, monkeypatch):
     report = doctor.packages()
     assert set(report) == {"torch", "no_such_package"}
     assert not report["torch"]["fits"]
-    assert report["no_such_package"] == {"version": None, "wanted": ">=1", "fits": False}
+    assert report["no_such_package"] == {"version": None, "wanted": ">=1", "fits": False, "extra": ""}
     assert main(["doctor"]) == 0
     assert "outside >=99" in capsys.readouterr().out
 

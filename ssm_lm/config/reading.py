@@ -11,6 +11,7 @@ import yaml
 
 from ..baselines import BASELINES
 from ..errors import UserError
+from ..extras import need
 from .keys import model_keys, training_keys
 
 
@@ -149,6 +150,7 @@ def checked_values(values: dict, overrides: dict, path: str, where: str) -> dict
             f"{', '.join(BASELINES)}, and ours has no type"
         )
     check_keys(model, model_keys(model.get("type")), model_where)
+    need("a training config", "train", "accelerate")
     from .arguments import S4TrainingArguments  # transformers, which takes seconds: what is wrong above is said before
 
     check_types(values, typing.get_type_hints(S4TrainingArguments), where)

@@ -15,6 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from ..errors import UserError, first_line
+from ..extras import need
 from ..hub_access import asking_the_hub
 from . import builtin, hub
 from .text_files import DOCUMENTS, KNOWN_SUFFIXES, read_documents, split_documents, suffix_of
@@ -108,6 +109,7 @@ def _wikitext(name: str, level: str, documents: str) -> Corpus:
 
 
 def _hub_lines(config: str, split: str) -> Iterator[str]:
+    need(f"{WIKITEXT_HUB_ID} of the Hub", "train", "datasets")
     import datasets
 
     try:

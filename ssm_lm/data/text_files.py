@@ -11,6 +11,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 from ..errors import UserError, first_line
+from ..extras import need
 
 TEXT = (".txt", ".text", ".tokens", ".raw", ".md")
 JSON_LINES = (".jsonl", ".json")
@@ -123,6 +124,7 @@ def _json_texts(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _parquet_texts(path: Path, text_field: str) -> Iterator[str]:
+    need(f"{path}: a Parquet file", "train", "pyarrow")
     import pyarrow
     import pyarrow.parquet
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..config.model import describe
 from ..errors import UserError, first_line
+from ..extras import need
 from .changes import Change, allowed_names, changes, check_allowed
 from .checkpoints import check_resumable, claim, last_complete_checkpoint
 from .checks import check_values
@@ -47,6 +48,7 @@ def make_plan(values: dict, where: str, alone: bool = False) -> Plan:
     Raises UserError for whatever the config or the folders have wrong.
     """
     check_values(values, where)
+    check_packages(values)
     prepare_process(uses_deepspeed=values.get("deepspeed") is not None)
     from .identity import order_of, run_identity
     from .tasks import make_task
@@ -81,6 +83,16 @@ def make_plan(values: dict, where: str, alone: bool = False) -> Plan:
     record = run_record(before, identity, changed, step or 0) | ({"resumed_from": given} if given else {})
     finished = finished_step(recorded, args.max_steps, checkpoint, output_dir)
     return Plan(task, args, identity, output_dir, record, checkpoint, step, given, changed, finished)
+
+
+def check_packages(values: dict) -> None:
+    """Raise UserError where the run would miss a package of the extra `train`."""
+    wanted = ["accelerate"]
+    if values.get("deepspeed") is not None:
+        wanted.append("deepspeed")
+    if "tensorboard" in (values.get("report_to", "tensorboard") or ()):  # the default
+        wanted.append("tensorboard")
+    need("train", "train", *wanted)
 
 
 def run_record(before: dict, identity: dict, changed: list[Change], step: int) -> dict:
