@@ -50,8 +50,8 @@ from ..modeling.ssd import channels_of_a_head
 class Part(NamedTuple):
     """Operations of one forward and backward over B L tokens, all layers together.
 
-    forward, backward, recompute: in matmuls. other: all else, forward and backward. in_float32: state spaces, which
-    stay float32 under autocast.
+    forward, backward, recompute: in matmuls. other: all else, forward and backward. in_float32: of state spaces, what
+    stays float32 under autocast: all but a kernel's scan of bfloat16 signals.
     """
 
     name: str
@@ -88,15 +88,20 @@ def on_paper(config: S4Config, architecture: str) -> Rule:
 
 
 def training_execution(
-    config: S4Config, length: int, needs_state: bool, runs: Rule = never, architecture: str = "interpreter"
+    config: S4Config,
+    length: int,
+    needs_state: bool,
+    runs: Rule = never,
+    architecture: str = "interpreter",
+    dtype: torch.dtype = torch.float32,
 ) -> Execution:
-    """How a layer of this config runs in training, as it would decide itself. needs_state: carry_state. What reaches it
-    is float32, under autocast too, for a norm stands before it.
+    """How a layer of this config runs in training, as it would decide itself. needs_state: carry_state. dtype: of the
+    signal, which is bfloat16 under autocast of it.
     """
     with torch.device("meta"):
         layer = make_state_space(config)
     problem = Problem(
-        config.mode, length, torch.float32, architecture, needs_state=needs_state, gradient=True, cached=needs_state
+        config.mode, length, dtype, architecture, needs_state=needs_state, gradient=True, cached=needs_state
     )
     return decide(layer, problem, runs)
 
@@ -112,15 +117,16 @@ def training_flops(
     task: str = "lm",
     runs: Rule = never,
     architecture: str = "interpreter",
+    dtype: torch.dtype = torch.float32,
 ) -> list[Part]:
     """The parts of a forward and backward over (batch_size, length) tokens.
 
     needs_state: states are carried from window to window. checkpointing: activation checkpointing of the blocks.
     tail_shares: for an adaptive softmax, the share of the targets in every tail; None: every tail sees every token, as
     on a GPU. task: "lm", or "classification", whose head is one linear layer a sequence. runs, architecture: whether a
-    Triton kernel runs, and on what; see `on_paper`.
+    Triton kernel runs, and on what; see `on_paper`. dtype: of the signals that state spaces take.
     """
-    execution = training_execution(config, length, needs_state, runs, architecture)
+    execution = training_execution(config, length, needs_state, runs, architecture, dtype)
     tokens = batch_size * length
     H, blocks = config.hidden_size, config.num_hidden_layers
     directions = 2 if config.bidirectional else 1
@@ -147,7 +153,8 @@ def training_flops(
             if checkpointing:
                 recompute += forward
             scaled = (x * layers * blocks * directions for x in (forward, backward, recompute, other))
-            parts.append(Part(name, *scaled, in_float32=True))
+            low = name == "scan" and execution.kernel and execution.dtype == torch.bfloat16
+            parts.append(Part(name, *scaled, in_float32=not low))
     convolved = blocks * sum(
         {"h3": 3 * H, "gated": wide + of_token.convolved}.get(kind, 0) for kind in config.sublayers
     )

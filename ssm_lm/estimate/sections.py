@@ -25,7 +25,8 @@ class OnPaper:
         self.network = Network(args.intra * 1e9, args.inter * 1e9, gpus_per_node=args.gpus)
         config = subject.config
         architecture = self.device.architecture
-        rule = {"runs": on_paper(config, architecture), "architecture": architecture}
+        signal = torch.bfloat16 if subject.bf16 else torch.float32
+        rule = {"runs": on_paper(config, architecture), "architecture": architecture, "dtype": signal}
         self.pieces = self._count(subject.batch)
         self.parts = training_flops(
             config,
@@ -50,7 +51,7 @@ class OnPaper:
             batch,
             self.subject.local_length,
             task=self.subject.task,
-            autocast=torch.bfloat16 if self.subject.half else None,
+            autocast=self.subject.autocast,
             architecture=self.device.architecture,
             needs_state=self.subject.needs_state,
         )

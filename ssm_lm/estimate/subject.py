@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from ..config.arguments import S4TrainingArguments
 from ..config.deepspeed import deepspeed_config
 from ..config.model import model_config
@@ -24,6 +26,7 @@ class Subject(NamedTuple):
     checkpointing: bool
     needs_state: bool  # carry_state
     half: bool  # autocast
+    bf16: bool  # and to bfloat16, which state spaces take their signals in
     tf32: bool
     stage: int | None  # of ZeRO; None: without DeepSpeed
     zero: dict  # DeepSpeed's zero_optimization
@@ -32,6 +35,11 @@ class Subject(NamedTuple):
     def local_length(self) -> int:
         """Tokens of a sequence that a rank sees."""
         return self.length // self.sequence_ranks
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Of the matrix products outside the state spaces; None: as the parameters are."""
+        return (torch.bfloat16 if self.bf16 else torch.float16) if self.half else None
 
     @property
     def precision(self) -> str:
@@ -84,6 +92,7 @@ def read_subject(values: dict, sequence_ranks: int, where: str) -> Subject:
         checkpointing=bool(values.get("activation_checkpointing") or values.get("gradient_checkpointing")),
         needs_state=bool(values.get("carry_state")),
         half=bool(values.get("bf16") or values.get("fp16")),
+        bf16=bool(values.get("bf16")),
         tf32=bool(values.get("tf32")),
         stage=zero.get("stage", 0) if engine else None,
         zero=zero,

@@ -2,7 +2,8 @@
 
 Shapes: B batch, L length, H channels, N real states a channel, T tokens a chunk, p real numbers a token and channel:
 1 where a channel is a real signal (S4, S4D), 2 where it is a complex one, as [real | imaginary] (a state of S5).
-Everything runs in the dtype of its inputs, float32 or float64. The Triton kernels of it are triton_chunk_scan.py.
+Everything runs in the dtype of the operators, float32 or float64. The sequence may be bfloat16 beside float32: then y
+is, and so are the states that the backward reads. The Triton kernels of it are triton_chunk_scan.py.
 """
 
 from collections.abc import Callable
@@ -88,23 +89,23 @@ class _Layout(NamedTuple):
     def segments(self) -> list[tuple[int, int]]:
         return [(c, min(c + self.segment, self.chunks)) for c in range(0, self.chunks, self.segment)]
 
-    def cut(self, sequence: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Chunks start..stop of (B, L, p H) as (H, chunks * B, p T): a row a chunk."""
+    def cut(self, sequence: torch.Tensor, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Chunks start..stop of (B, L, p H) as (H, chunks * B, p T), in `dtype`: a row a chunk."""
         if _turns_by_batch(sequence):
-            rows = sequence.new_empty(self.H, stop - start, self.B, self.parts, self.T)
+            rows = sequence.new_empty(self.H, stop - start, self.B, self.parts, self.T, dtype=dtype)
             for b in range(self.B):
                 turned = sequence[b, start * self.T : stop * self.T].t().contiguous()
                 rows[:, :, b] = turned.view(self.parts, self.H, stop - start, self.T).permute(1, 2, 0, 3)
             return rows.view(self.H, (stop - start) * self.B, self.parts * self.T)
         x = sequence.view(self.B, self.chunks, self.T, self.parts, self.H)[:, start:stop]
-        return x.permute(4, 1, 0, 3, 2).reshape(self.H, (stop - start) * self.B, self.parts * self.T)
+        return x.permute(4, 1, 0, 3, 2).reshape(self.H, (stop - start) * self.B, self.parts * self.T).to(dtype)
 
     def paste(self, sequence: torch.Tensor, start: int, stop: int, rows: torch.Tensor) -> None:
         """The inverse of `cut`, into `sequence`, which is contiguous."""
         rows = rows.view(self.H, stop - start, self.B, self.parts, self.T)
         if _turns_by_batch(sequence):
             for b in range(self.B):
-                turned = rows[:, :, b].permute(2, 0, 1, 3).reshape(self.parts * self.H, -1)
+                turned = rows[:, :, b].permute(2, 0, 1, 3).reshape(self.parts * self.H, -1).to(sequence.dtype)
                 sequence[b, start * self.T : stop * self.T].copy_(turned.t())
             return
         x = sequence.view(self.B, self.chunks, self.T, self.parts, self.H)[:, start:stop]
@@ -171,14 +172,16 @@ def forward(u, operators: ChunkOperators, initial_state, wanted: Wanted, save: b
     H, B, N = layout.H, layout.B, inject.shape[1]
     carry_t = carry.transpose(-1, -2) if dense else carry.unsqueeze(1)
     inject_t, emit_t, within_t = (x.transpose(1, 2) for x in (inject, emit, toeplitz(taps)))
-    starts = u.new_empty(H, layout.chunks if save else layout.segment, B, N)
-    state = u.new_zeros(H, B, N) if initial_state is None else initial_state.transpose(0, 1)
+    lower = u.dtype != taps.dtype
+    starts = taps.new_empty(H, layout.segment if lower or not save else layout.chunks, B, N)
+    saved = u.new_empty(H, layout.chunks, B, N) if save and lower else starts
+    state = taps.new_zeros(H, B, N) if initial_state is None else initial_state.transpose(0, 1)
     y = torch.empty_like(u, memory_format=torch.contiguous_format) if wanted.has_output else None
     u = u.contiguous()
     for start, stop in layout.segments():
-        rows = layout.cut(u, start, stop)
+        rows = layout.cut(u, start, stop, taps.dtype)
         driven = (rows @ inject_t).view(H, stop - start, B, N)
-        at = starts[:, start:stop] if save else starts[:, : stop - start]
+        at = starts[:, start:stop] if saved is starts and save else starts[:, : stop - start]
         for c in range(start, stop):
             if wanted.keep is not None:
                 state = torch.where(wanted.keep[:, c, None], state, 0)
@@ -187,14 +190,16 @@ def forward(u, operators: ChunkOperators, initial_state, wanted: Wanted, save: b
                 state = torch.baddbmm(driven[:, c - start], state, carry_t)
             else:
                 state = apply_diagonal(carry_t, state) + driven[:, c - start]
+        if saved is not starts:
+            saved[:, start:stop] = at
         if wanted.has_output:
             out = rows @ within_t
             out.baddbmm_(at.reshape(H, -1, N), emit_t)
             layout.paste(y, start, stop, out)
     state = state.transpose(0, 1)
     if not wanted.has_output or wanted.activation == "identity":
-        return y, state, Saved(u, starts, None)
-    return ACTIVATIONS[wanted.activation].function(y), state, Saved(u, starts, y)
+        return y, state, Saved(u, saved, None)
+    return ACTIVATIONS[wanted.activation].function(y), state, Saved(u, saved, y)
 
 
 def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, grad_final, from_zero: bool):
@@ -216,17 +221,18 @@ def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, gr
     if not dense:
         re, im = carry.unsqueeze(1).chunk(2, -1)
         conjugate = torch.cat([re, -im], -1)
-    g = u.new_zeros(H, B, N) if grad_final is None else grad_final.transpose(0, 1)
+    g = taps.new_zeros(H, B, N) if grad_final is None else grad_final.transpose(0, 1)
     grad_u = torch.empty_like(u)
     grad_y = None if grad_y is None else grad_y.contiguous()
     grad_within, grad_emit, grad_inject, grad_carry = (
         torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (within, emit, inject, carry)
     )
     for start, stop in reversed(layout.segments()):
-        rows, states = layout.cut(u, start, stop), starts[:, start:stop].reshape(H, -1, N)
-        driven = u.new_empty(H, stop - start, B, N)  # the gradient of inject u_c
+        rows = layout.cut(u, start, stop, taps.dtype)
+        states = starts[:, start:stop].reshape(H, -1, N).to(taps.dtype)
+        driven = taps.new_empty(H, stop - start, B, N)  # the gradient of inject u_c
         if grad_y is not None:
-            grad_rows = layout.cut(grad_y, start, stop)
+            grad_rows = layout.cut(grad_y, start, stop, taps.dtype)
             emitted = (grad_rows @ emit).view(H, stop - start, B, N)
         for c in range(stop - 1, start - 1, -1):
             driven[:, c - start] = g

@@ -27,7 +27,7 @@ class Execution(NamedTuple):
     kernel: whether the Triton kernel of the mode runs: the step's in mode recurrent, else the scan's (which finds the
     final state of the mode fft, too).
     chunk_size: tokens of a chunk of the chunk scan, unless the sequence is shorter.
-    dtype: in which the scan takes the signal.
+    dtype: in which the layer takes the signal; the chunk scan may take it in bfloat16 beside float32 operators.
     activation: what the kernel applies on its way out, one of ACTIVATIONS; None: it is applied to the output.
     in_rows: the output is a view of the kernel's rows; see `gradient_in_rows`.
     """
@@ -61,6 +61,18 @@ class Problem(NamedTuple):
     cached: bool = False
 
 
+def as_autocast(u: torch.Tensor) -> torch.Tensor:
+    """u as an autocast region of bfloat16 gives it to a matrix product: rounded, where it is float32; else u itself.
+
+    A norm returns float32 there, and what stands before a layer is often one: taken as it comes, a kernel's scan would
+    keep 20 bytes a token and channel for the backward, not 8. Not in float16: a state leaves its range.
+    """
+    device = u.device.type
+    if u.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return u
+    return u.to(torch.bfloat16) if torch.get_autocast_dtype(device) == torch.bfloat16 else u
+
+
 # (operation, what its kernel cannot do of the problem or None, the problem's key) -> whether the kernel runs
 Rule = Callable[[str, str | None, tuple], bool]
 
@@ -80,7 +92,7 @@ def decide(layer: nn.Module, problem: Problem, runs: Rule) -> Execution:
         mode = "recurrent"
     if mode == "recurrent":
         return _by_steps(layer, problem, runs)
-    dtype = layer.scan_dtype(problem.dtype)
+    dtype = scan_dtype = layer.scan_dtype(problem.dtype)
     needs_state = problem.from_state or problem.needs_state
     # in mode fft the scan finds the final state alone, from the signal in the dtype of the parameters
     kernel = mode in ("auto", "chunk") and _scans_on_kernel(layer, problem, dtype, runs)
@@ -89,7 +101,7 @@ def decide(layer: nn.Module, problem: Problem, runs: Rule) -> Execution:
     elif mode == "auto":
         mode = "fft" if length < layer.fft_is_faster_below and not needs_state else "chunk"
     if not kernel:
-        dtype = layer.log_dt.dtype
+        dtype = scan_dtype if mode == "chunk" else layer.log_dt.dtype
         finds_state = mode == "fft" and needs_state and layer.has_chunk_kernel
         kernel = finds_state and _scans_on_kernel(layer, problem, dtype, runs)
     chunk_size = min(layer.chunk_size, layer.longest_chunk(dtype)) if kernel else layer.chunk_size

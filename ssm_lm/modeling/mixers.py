@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_s4 import S4Config
 from .documents import Documents
-from .execution import Execution
+from .execution import Execution, as_autocast
 from .norms_and_dropout import make_dropout
 from .ops import gradient_in_rows
 from .short_convolution import ShortConvolution
@@ -80,6 +80,7 @@ class Mixer(nn.Module):
         self, x, cache, documents: Documents | None, activation: nn.Module | None = None
     ) -> tuple[torch.Tensor, Execution]:
         """activation(state space(x)), from the state in the cache, which it takes to the last token."""
+        x = as_autocast(x)  # what a cache records is what was scanned
         state = None if cache is None else cache.get_state(self.state_index)
         execution = self.ssm.decide(
             x,

@@ -78,8 +78,9 @@ def chunk_scan(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Run an LTI state space over u in chunks: O(L), matmuls within a chunk and one small recurrence between them.
 
-    u: (B, L, p H) with L a multiple of the operators' T; initial_state: (B, H, N), None for zero. The kernel takes
-    any L from a zero state, u in bfloat16 beside float32 operators, and returns y as a view of (H, B, L).
+    u: (B, L, p H) with L a multiple of the operators' T, in their dtype or in bfloat16 beside float32 operators;
+    initial_state: (B, H, N), None for zero. The kernel takes any L from a zero state, and returns y as a view of
+    (H, B, L).
     operators: the four operators, or a function of `parameters` that makes them. They come from the function alone
     and from nothing else that needs a gradient, and are made a second time in the backward instead of being kept.
     keep: (B, chunks) bool; where it is False, the chunk starts from a zero state: a new document.

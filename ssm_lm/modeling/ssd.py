@@ -140,6 +140,9 @@ class SSD(StateSpace):
     def convolve(self, signal, reverse):
         raise ValueError("mode fft is for time-invariant layers, not for ssd")
 
+    def scan_dtype(self, dtype):
+        return self.log_dt.dtype
+
     def scan_kernel(self, architecture, dtype):
         return "chunk_scan", "ssd has no kernel of its own", ()
 

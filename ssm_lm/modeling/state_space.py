@@ -12,7 +12,8 @@ Which of them, and whether in a Triton kernel, is decided once a forward: execut
 
 Parameters are real tensors: complex ones break optimizers, collectives and safetensors. They stay float32 (or
 float64) whatever dtype the model is moved to or autocast to, and so do operators and states: dt and Lambda need the
-exponent and the digits.
+exponent and the digits. The signal is the tokens' and goes with them: in an autocast region it is what a matrix product
+would take, see `execution.as_autocast`.
 """
 
 import math
@@ -24,7 +25,7 @@ from .checks import DISCRETIZATIONS, check_system
 from .chunked import ChunkOperators
 from .discrete import Discrete
 from .documents import Documents, find_documents
-from .execution import MODES, Execution, Problem, decide, rule_of
+from .execution import MODES, Execution, Problem, as_autocast, decide, rule_of
 from .kernel_launch import architecture
 from .kernel_limits import limit_of_chunk_scan, limit_of_step, longest_chunk
 from .real_form import apply_diagonal
@@ -191,7 +192,7 @@ class StateSpace(nn.Module):
     # ---- what its kernels can do; see execution.py
 
     def scan_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """How the scan's kernel takes an input of this dtype: bfloat16 as it is, all else as the parameters are."""
+        """How the chunk scan takes an input of this dtype: bfloat16 as it is, all else as the parameters are."""
         parameters = self.log_dt.dtype
         return dtype if dtype == torch.bfloat16 and parameters == torch.float32 else parameters
 
@@ -227,6 +228,7 @@ class StateSpace(nn.Module):
         self, u: torch.Tensor, mode: str = "auto", initial_state: torch.Tensor | None = None, **facts
     ) -> Execution:
         """The execution of a forward over u (B, L, H). facts: further ones of `execution.Problem`."""
+        u = as_autocast(u)
         problem = Problem(
             mode,
             u.shape[1],
@@ -252,7 +254,8 @@ class StateSpace(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the layer over a sequence.
 
-        u: (B, L, input_size), which is H but for ssd; any floating dtype, any L. y (B, L, H) comes back in its dtype.
+        u: (B, L, input_size), which is H but for ssd; any floating dtype, any L. y (B, L, H) comes back in its dtype;
+        in an autocast region of bfloat16, a float32 u is rounded to that, and y comes back in it.
         mode: "chunk", "fft", "recurrent", for S5 also "associative"; "auto" takes the one that was measured to be the
         fastest.
         initial_state: (B, H, N), for S5 (B, 1, N), or None for zero. The final state is float32 (float64 for a float64
@@ -271,6 +274,7 @@ class StateSpace(nn.Module):
         Raises ValueError for another mode or shape.
         """
         self._check(u, mode, initial_state, seq_idx)
+        u = as_autocast(u)
         B, L, _ = u.shape
         output_final_state = output_final_state and not self.bidirectional
         with torch.autocast(u.device.type, enabled=False):
@@ -351,11 +355,13 @@ class StateSpace(nn.Module):
         discretised system, without a look at the parameters; without one, as a chunk scan.
         begins: (B, L) bool, tokens before which the state is set to zero; always token by token.
         """
+        u = as_autocast(u)
         with torch.autocast(u.device.type, enabled=False):
-            x, state = u.to(self.log_dt.dtype), state.to(self.log_dt.dtype)
+            state = state.to(self.log_dt.dtype)
             if memo is None and begins is None:
-                return self.scan_to_end(x, state, self.decide(x, "chunk", state))
-            return state_after(self, x, state, memo, begins)
+                execution = self.decide(u, "chunk", state)
+                return self.scan_to_end(u.to(execution.dtype), state, execution)
+            return state_after(self, u.to(self.log_dt.dtype), state, memo, begins)
 
     def scan_to_end(self, x, state, execution: Execution) -> torch.Tensor:
         """The state after x (B, L, H) from `state`, by the scan without its output."""

@@ -86,6 +86,7 @@ class Meters:
             task=self.task,
             runs=runs,
             architecture=architecture(probe.device),
+            dtype=torch.bfloat16 if _autocasts_to_bfloat16(self.args) else torch.float32,
         )
         return total(parts)
 
@@ -115,6 +116,11 @@ def peak_flops(args) -> float | None:
     # by the setting that transformers writes: torch refuses to read the older allow_tf32 beside it
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return None if device is None else device.peak("bf16" if half else "tf32" if tf32 else "fp32")
+
+
+def _autocasts_to_bfloat16(args) -> bool:
+    engine = getattr(args, "deepspeed", None) or {}
+    return getattr(args, "bf16", False) or engine.get("torch_autocast", {}).get("dtype") == "bfloat16"
 
 
 def memory() -> dict:

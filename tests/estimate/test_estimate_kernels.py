@@ -1,19 +1,24 @@
 """What a GPU would run is counted by the decision that the layers make there, for a GPU that is not here."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.activations import GELUActivation
 
 from ssm_lm import S4Config
+from ssm_lm.config.reading import read_train_config
 from ssm_lm.costs.flops import on_paper, total, training_execution, training_flops
 from ssm_lm.estimate.kernels import STAND_INS
 from ssm_lm.estimate.memory import count_pieces
 from ssm_lm.estimate.trace import trace
 from ssm_lm.modeling.kernel_launch import assume
+from ssm_lm.modeling.mixers import make_state_space
 from ssm_lm.modeling.ssm import S4, S4D, S5
 
+REPO = Path(__file__).parents[2]
 SIZES = {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 1, "state_size": 32, "arch": "ssm"}
 
 
@@ -62,6 +67,40 @@ def test_a_gpu_moves_less_than_pytorch_would():
     assert kernel.backward_traffic < 0.7 * plain.backward_traffic
 
 
+class Output(torch.nn.Module):
+    """A layer's output alone."""
+
+    def __init__(self, layer, activation):
+        super().__init__()
+        self.layer, self.activation = layer, activation
+
+    def forward(self, u):
+        return self.layer(u, output_final_state=False, activation=self.activation)[0]
+
+
+def test_a_step_of_the_recipe_scans_in_bfloat16():
+    """`bf16: true` is autocast, and a norm before the scan returns float32: the kernel is launched on bfloat16, and 8
+    bytes a token and channel stay for the backward (signal, states, y before and after its activation), not 20.
+    """
+    values = read_train_config(str(REPO / "configs" / "train" / "wikitext103.yaml"), {})
+    assert values["bf16"]
+    config, length = S4Config(**values["model"]), values["sequence_length"]
+    _, rule = on("sm_90")
+    assert training_execution(config, length, False, **rule, dtype=torch.bfloat16).chunk_size == 64
+    launched, plain = [], STAND_INS["chunk_scan"]
+
+    def forward(u, *rest):
+        launched.append(u.dtype)
+        return plain.forward(u, *rest)
+
+    with assume("sm_90", {"chunk_scan": plain._replace(forward=forward)}), FakeTensorMode():
+        layer = Output(make_state_space(config), GELUActivation())
+        u = torch.empty(values["per_device_train_batch_size"], length, config.hidden_size, requires_grad=True)
+        kept = [trace(layer, [u], autocast).kept / u.numel() for autocast in (torch.bfloat16, None)]
+    assert launched == [torch.bfloat16, torch.float32]
+    assert kept == [pytest.approx(8, abs=0.05), pytest.approx(20, abs=0.05)]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("activation", [None, torch.nn.SiLU()], ids=["plain", "silu"])
 @pytest.mark.parametrize("layer_class", [S4, S4D, S5])
@@ -71,19 +110,11 @@ def test_a_stand_in_holds_what_its_kernel_holds(layer_class, activation, length)
     from ssm_lm.modeling.triton_chunk_scan import FUSED
     from ssm_lm.modeling.triton_s5_scan import s5_scan
 
-    class Output(torch.nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, u):
-            return self.layer(u, output_final_state=False, activation=activation)[0]
-
     found = []
     for kernels in ({"chunk_scan": FUSED, "s5_scan": s5_scan}, STAND_INS):
         with assume("sm_90", kernels), FakeTensorMode():
             u = torch.empty(3, length, 16, requires_grad=True)
-            found.append(trace(Output(layer_class(16, 8)), [u], None))
+            found.append(trace(Output(layer_class(16, 8), activation), [u], None))
     ours, theirs = found[1], found[0]
     assert ours.kept == pytest.approx(theirs.kept, rel=0.01)
     assert ours.gradients == theirs.gradients

@@ -45,16 +45,50 @@ def test_loading_in_bfloat16(tmp_path):
 
 @pytest.mark.parametrize("mode", ["chunk", "fft", "recurrent"])
 @pytest.mark.parametrize("cls", [S4, S4D])
-def test_autocast_leaves_the_state_space_alone(cls, mode):
+def test_autocast_rounds_the_signal_alone(cls, mode):
+    """The signal is what a matrix product would take there; operators and states stay as they are."""
     torch.manual_seed(0)
     layer = cls(4, 16)
     u = torch.randn(1, 70, 4)
     with torch.no_grad():
-        expected, _ = layer(u, mode=mode)
+        rounded, expected_state = layer(u.bfloat16(), mode=mode)
+        whole, _ = layer(u, mode=mode)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y, state = layer(u, mode=mode)
+            advanced = layer.advance(u, layer.zero_state(1))
+    assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(y, rounded)
+    assert torch.equal(state, expected_state)
+    torch.testing.assert_close(advanced, state, rtol=0, atol=1e-5)
+    assert 1e-4 < (y - whole).abs().max() < 2e-2 * whole.abs().max()
+
+
+def test_autocast_to_float16_keeps_the_signal():
+    """A state leaves the range of float16."""
+    layer, u = S4(4, 16), torch.randn(1, 70, 4)
+    with torch.no_grad():
+        expected, _ = layer(u)
+        with torch.autocast("cpu", dtype=torch.float16):
+            y, _ = layer(u)
     assert torch.equal(y, expected)
-    assert state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("cls", [S4, S4D])
+def test_gradients_of_a_bfloat16_signal(cls):
+    """In plain PyTorch: the signal, what is kept and what comes back are bfloat16, the products float32."""
+    torch.manual_seed(0)
+    layer, weight = cls(4, 16, chunk_size=8), torch.randn(2, 37, 4)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        u = torch.randn(2, 37, 4, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype).requires_grad_()
+        y, state = layer(u, mode="chunk")
+        assert y.dtype == dtype
+        loss = (y.float() * weight).sum() + state.square().sum()
+        found.append([y, state, *torch.autograd.grad(loss, [u, *layer.parameters()])])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][2].dtype == torch.bfloat16
+    for ours, expected in zip(*found, strict=True):
+        assert (ours - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
 def test_output_has_the_dtype_of_the_input_and_the_state_does_not():

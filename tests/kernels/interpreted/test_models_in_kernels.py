@@ -70,6 +70,21 @@ def test_model_in_bfloat16(launches):
         assert_close(actual, expected, 6e-2, name)
 
 
+def test_a_training_step_under_autocast(launches):
+    """As `bf16: true` is: the norm before the scan returns float32, and the kernel is launched on bfloat16."""
+    tokens, results = torch.randint(0, 19, (2, 21)), []
+    for kernels in ("torch", "triton"):
+        model = build("s4", kernels=kernels)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens, labels=tokens).loss
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert {dtype for dtype, *_ in launches} == {torch.bfloat16}
+    for (name, _), actual, expected in zip(
+        [("loss", None), *model.named_parameters()], results[1], results[0], strict=True
+    ):
+        assert_close(actual, expected, 6e-2, name)
+
+
 @pytest.mark.parametrize("layer_class", [S4, S4D])
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
 def test_layer_with_state_and_documents(layer_class, documents, launches):
