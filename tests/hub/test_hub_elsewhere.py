@@ -57,6 +57,7 @@ def site(tmp_path_factory):
 
 
 ELSEWHERE = """
+import builtins
 import importlib.util
 import sys
 
@@ -65,71 +66,115 @@ for name in ("ssm_lm", "deepspeed", "datasets", "accelerate", "lm_eval"):
     assert importlib.util.find_spec(name) is None, name
 import torch
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedTokenizerFast,
     pipeline,
 )
 
 root = sys.argv[2]
 ids = torch.randint(1, 300, (2, 70), generator=torch.Generator().manual_seed(0))
+options = dict(max_new_tokens=16, pad_token_id=0, attention_mask=torch.ones_like(ids))
+text_ids = torch.load(f"{root}/model.pt")["text_ids"]
 
 
-def load(auto, path):
-    model, info = auto.from_pretrained(path, trust_remote_code=True, output_loading_info=True)
+def ask(question=""):
+    raise AssertionError(question)
+
+
+answer, builtins.input = builtins.input, ask  # the tokenizer needs no code, and so no question
+assert PreTrainedTokenizerFast.from_pretrained(f"{root}/model-exported")("the cat")["input_ids"] == text_ids
+assert not [name for name in sys.modules if name.startswith("transformers_modules.")]
+builtins.input = answer
+
+
+def load(auto, path, **more):
+    model, info = auto.from_pretrained(path, trust_remote_code=True, output_loading_info=True, **more)
     assert not any(info.values()), info
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
     return model
 
 
-def check_language_model(path):
-    model, expected = load(AutoModelForCausalLM, path), torch.load(f"{root}/model.pt")
+def check_language_model(path, name="model"):
+    model, expected = load(AutoModelForCausalLM, path), torch.load(f"{root}/{name}.pt")
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected["logits"]), f"{path}: logits"
-    generated = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)
-    assert torch.equal(generated, expected["greedy"]), f"{path}: greedy"
+    for way, more in {"greedy": {"do_sample": False}, "beams": {"num_beams": 3}}.items():
+        assert torch.equal(model.generate(ids, **more, **options), expected[way]), f"{path}: {way}"
     return model
 
 
-model = check_language_model(f"{root}/exported")
+def check_strategies(model):
+    greedy = torch.load(f"{root}/model.pt")["greedy"][:1]
+    for how in (
+        {"custom_generate": model.strategies["token-recycling"]},
+        {"custom_generate": model.strategies["contrastive"], "penalty_alpha": 0.0},
+        {"prompt_lookup_num_tokens": 4},
+        {"assistant_model": model},
+    ):
+        one = options | {"attention_mask": options["attention_mask"][:1]}
+        assert torch.equal(model.generate(ids[:1], do_sample=False, **how, **one), greedy), how
+
+
+model = check_language_model(f"{root}/model-exported")
+check_strategies(model)
 with torch.no_grad():
-    hidden = load(AutoModel, f"{root}/exported")(ids).last_hidden_state
+    hidden = load(AutoModel, f"{root}/model-exported")(ids).last_hidden_state
     assert torch.equal(hidden, torch.load(f"{root}/model.pt")["hidden"]), "AutoModel"
-tokenizer = AutoTokenizer.from_pretrained(f"{root}/exported")
-text_ids = tokenizer("the cat")["input_ids"]
-assert text_ids == torch.load(f"{root}/model.pt")["text_ids"]
+assert AutoConfig.from_pretrained(f"{root}/model-exported", trust_remote_code=True).state_size == 8
+half = load(AutoModelForCausalLM, f"{root}/model-exported", dtype=torch.bfloat16)
+assert {".ssm." in n: p.dtype for n, p in half.named_parameters()} == {True: torch.float32, False: torch.bfloat16}
+tokenizer = AutoTokenizer.from_pretrained(f"{root}/model-exported")
+assert tokenizer("the cat")["input_ids"] == text_ids
 assert tokenizer.decode(text_ids) == "the cat"
-text = pipeline("text-generation", model=f"{root}/exported", trust_remote_code=True)("the cat", max_new_tokens=4)
+text = pipeline("text-generation", model=f"{root}/model-exported", trust_remote_code=True)("the cat", max_new_tokens=4)
 assert text[0]["generated_text"].startswith("the cat")
 model.save_pretrained(f"{root}/again")  # copies the code once more
 check_language_model(f"{root}/again")
-check_language_model(f"{root}/run")  # by save_pretrained alone
+check_language_model(f"{root}/model")  # by save_pretrained alone
+for name in ("adaptive", "ssd"):
+    check_language_model(f"{root}/{name}-exported", name)
 for name in ("tokens", "numbers"):
     expected = torch.load(f"{root}/{name}.pt")
     with torch.no_grad():
         logits = load(AutoModelForSequenceClassification, f"{root}/{name}-exported")(**expected["inputs"]).logits
     assert torch.equal(logits, expected["logits"]), name
+assert not any(name.startswith("ssm_lm") for name in sys.modules)
 print("all is well")
 """
+
+IDS = torch.randint(1, 300, (2, 70), generator=torch.Generator().manual_seed(0))
+LANGUAGE_MODELS = {  # the folder's name -> what the config has beside the sizes
+    "model": {},
+    "adaptive": {"adaptive_cutoffs": [100, 200]},
+    "ssd": {"ssm": "ssd", "arch": ["gated", "swiglu"], "expand": 1},
+}
 
 
 def write_models(root: Path) -> None:
     """The folders that ELSEWHERE loads, and what it is to find."""
-    torch.manual_seed(0)
-    model = S4ForCausalLM(S4Config(**SIZES, eos_token_id=None)).eval()
-    model.save_pretrained(root / "run")
-    train_bpe(["the cat sat on the mat\n" * 5], 300).save_pretrained(root / "run")
-    export(root / "run", root / "exported")
-    ids = torch.randint(1, 300, (2, 70), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        found = {
-            "logits": model(ids).logits,
-            "hidden": model.model(ids).last_hidden_state,
-            "greedy": model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0),
-            "text_ids": load_tokenizer(root / "run")("the cat")["input_ids"],
-        }
-    torch.save(found, root / "model.pt")
-    for name, inputs in (("tokens", {"input_ids": ids}), ("numbers", {"inputs_embeds": torch.randn(2, 70, 3)})):
+    options = dict(max_new_tokens=16, pad_token_id=0, attention_mask=torch.ones_like(IDS))
+    for name, keys in LANGUAGE_MODELS.items():
+        torch.manual_seed(0)
+        model = S4ForCausalLM(S4Config(**SIZES, **keys, eos_token_id=None)).eval()
+        if name == "adaptive":
+            torch.nn.init.normal_(model.lm_head.projection_0)
+        model.save_pretrained(root / name)
+        train_bpe(["the cat sat on the mat\n" * 5], 300).save_pretrained(root / name)
+        export(root / name, root / f"{name}-exported")
+        with torch.no_grad():
+            found = {
+                "logits": model(IDS).logits,
+                "hidden": model.model(IDS).last_hidden_state,
+                "greedy": model.generate(IDS, do_sample=False, **options),
+                "beams": model.generate(IDS, num_beams=3, **options),
+                "text_ids": load_tokenizer(root / name)("the cat")["input_ids"],
+            }
+        torch.save(found, root / f"{name}.pt")
+    for name, inputs in (("tokens", {"input_ids": IDS}), ("numbers", {"inputs_embeds": torch.randn(2, 70, 3)})):
         size = 3 if name == "numbers" else None
         classifier = S4ForSequenceClassification(S4Config(**SIZES, num_labels=5, bidirectional=True, input_size=size))
         classifier.eval().save_pretrained(root / name)

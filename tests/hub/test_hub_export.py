@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -176,110 +175,6 @@ def test_bad_input(run_folder, tmp_path, capsys):
     capsys.readouterr()
     assert main(["export", str(tmp_path / "nowhere"), "--output", str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-ELSEWHERE = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "ssm_lm":
-            raise ModuleNotFoundError("ssm_lm is not here", name=name)
-
-sys.meta_path.insert(0, Blocker())
-import builtins
-import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-
-folder, reference, again = sys.argv[1:]
-expected = torch.load(reference, weights_only=True)
-
-def ask(question=""):
-    raise AssertionError(question)
-
-builtins.input = ask  # the tokenizer needs no code, and so no question
-assert PreTrainedTokenizerFast.from_pretrained(folder)("the cat")["input_ids"] == expected["text_ids"]
-assert not [name for name in sys.modules if name.startswith("transformers_modules.")]
-
-def check(path):
-    model, info = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, output_loading_info=True)
-    assert not any(info.values()), info
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-    with torch.no_grad():
-        assert torch.equal(model(expected["ids"]).logits, expected["logits"]), "logits"
-    options = dict(max_new_tokens=16, pad_token_id=0, attention_mask=torch.ones_like(expected["ids"]))
-    assert torch.equal(model.generate(expected["ids"], do_sample=False, **options), expected["greedy"]), "greedy"
-    assert torch.equal(model.generate(expected["ids"], num_beams=3, **options), expected["beams"]), "beams"
-    one, options["attention_mask"] = expected["ids"][:1], options["attention_mask"][:1]
-    for how in (
-        {"custom_generate": model.strategies["token-recycling"]},
-        {"custom_generate": model.strategies["contrastive"], "penalty_alpha": 0.0},
-        {"prompt_lookup_num_tokens": 4},
-        {"assistant_model": model},
-    ):
-        assert torch.equal(model.generate(one, do_sample=False, **how, **options), expected["greedy"][:1]), how
-    return model
-
-model = check(folder)
-base = AutoModel.from_pretrained(folder, trust_remote_code=True)
-with torch.no_grad():
-    assert torch.equal(base(expected["ids"]).last_hidden_state, expected["hidden"]), "AutoModel"
-assert AutoConfig.from_pretrained(folder, trust_remote_code=True).state_size == 8
-tokenizer = AutoTokenizer.from_pretrained(folder)
-assert tokenizer("the cat")["input_ids"] == expected["text_ids"]
-half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
-assert {".ssm." in n: p.dtype for n, p in half.named_parameters()} == {True: torch.float32, False: torch.bfloat16}
-model.save_pretrained(again)
-check(again)
-assert not any(name.startswith("ssm_lm") for name in sys.modules)
-print("all is well")
-"""
-
-
-@pytest.mark.slow
-def test_it_loads_where_ssm_lm_is_not_installed(exported, run_folder, tmp_path):
-    check_elsewhere(exported, run_folder, tmp_path)
-
-
-@pytest.mark.slow
-def test_an_adaptive_model_loads_there_too(run_folder, tmp_path):
-    torch.manual_seed(0)
-    keys = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "eos_token_id": None}
-    model = S4ForCausalLM(S4Config(**keys, adaptive_cutoffs=[100, 200]))
-    with torch.no_grad():
-        model.lm_head.projection_0.normal_()
-    folder = shutil.copytree(run_folder, tmp_path / "adaptive", ignore=shutil.ignore_patterns("checkpoint-*"))
-    model.save_pretrained(folder)
-    exported = export(folder, tmp_path / "exported")
-    assert "## Load it" in (exported / "README.md").read_text()
-    check_elsewhere(exported, folder, tmp_path)
-
-
-def check_elsewhere(exported, run_folder, tmp_path):
-    """The same logits and the same text from a process in which ssm_lm cannot be imported."""
-    model = load_model(run_folder)
-    ids = torch.randint(1, 300, (2, 70), generator=torch.Generator().manual_seed(0))
-    options = dict(max_new_tokens=16, pad_token_id=0, attention_mask=torch.ones_like(ids))
-    with torch.no_grad():
-        reference = {
-            "ids": ids,
-            "logits": model(ids).logits,
-            "hidden": model.model(ids).last_hidden_state,
-            "greedy": model.generate(ids, do_sample=False, **options),
-            "beams": model.generate(ids, num_beams=3, **options),
-            "text_ids": load_tokenizer(run_folder)("the cat")["input_ids"],
-        }
-    torch.save(reference, tmp_path / "reference.pt")
-    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    script = [tmp_path / "elsewhere.py", exported, tmp_path / "reference.pt", tmp_path / "again"]
-    done = subprocess.run(
-        [sys.executable, *map(str, script)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "all is well" in done.stdout
 
 
 def broken_rules(text, neighbours):
