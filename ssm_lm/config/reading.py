@@ -112,7 +112,8 @@ def read_train_config(path: str, overrides: dict) -> dict:
     """A checked config: keys of S4TrainingArguments, with `model` as a mapping of keys of S4Config or of a baseline.
 
     `model` and `deepspeed` may name files, looked for from the working directory, beside the config and in the folders
-    above it. An `init_from` of the command line takes the place of the config's model.
+    above it; `model.KEY` sets one key of the model, in the config as on the command line. An `init_from` of the command
+    line takes the place of the config's model.
     Raises UserError for an unknown key, a value of the wrong type, a missing file.
     """
     return checked_values(read_yaml(path), overrides, path, path)
@@ -123,6 +124,9 @@ def checked_values(values: dict, overrides: dict, path: str, where: str) -> dict
     looked for; where: what an error names. values is left as it is.
     """
     values = dict(values)
+    own = {key: values.pop(key) for key in list(values) if key.startswith("model.")}
+    if "model" not in overrides and not overrides.get("init_from"):  # of the config's model, which has gone then
+        overrides = own | overrides
     model = values.pop("model", None) or {}
     if "model" in overrides:
         model = overrides["model"] or {}

@@ -107,9 +107,13 @@ def test_a_file_is_found_from_the_folders_above_the_config(tmp_path, monkeypatch
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "configs/model/tiny.yaml").write_text("hidden_size: 8")
     config = tmp_path / "configs/train/run.yaml"
-    config.write_text("model: configs/model/tiny.yaml")
+    config.write_text("model: configs/model/tiny.yaml\nmodel.dropout: 0.1\nmodel.state_size: 4")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert read_train_config("../configs/train/run.yaml", {})["model"] == {"hidden_size": 8}
+    config = "../configs/train/run.yaml"
+    # keys of the model may stand in the config too: they are of its own model
+    found = read_train_config(config, {"model.state_size": 2})
+    assert found["model"] == {"hidden_size": 8, "dropout": 0.1, "state_size": 2}
+    assert read_train_config(config, {"model": {"hidden_size": 16}})["model"] == {"hidden_size": 16}
 
 
 def test_verbs(capsys):
