@@ -27,6 +27,8 @@ VERBS = {
     "train": ("ssm_lm.training.train", "train a model as a config says"),
     "eval": ("ssm_lm.evaluation.evaluate", "perplexity by token, by word and by byte"),
     "generate": ("ssm_lm.evaluation.generate", "continue a prompt"),
+    "chat": ("ssm_lm.serving.chat", "talk with a model at a terminal, its state kept between turns"),
+    "serve": ("ssm_lm.serving.serve", "serve a model to many users, as OpenAI's clients ask for it"),
     "export": ("ssm_lm.hub.export", "write a folder that AutoModelForCausalLM loads without ssm_lm"),
     "push": ("ssm_lm.hub.push", "publish an exported folder on the Hub, private by default"),
     "convert": ("ssm_lm.hub.convert", "turn a checkpoint of state-spaces/s4 into a folder that loads here"),
