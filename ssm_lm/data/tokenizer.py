@@ -4,7 +4,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -12,27 +12,26 @@ from tokenizers import Tokenizer
 from ..errors import UserError, first_line
 from ..hub_access import asking_the_hub
 from .hub import one_line_errors
-from .pieces import pieces
 
 # Texts go to the tokenizer's threads in batches of about so many characters.
 BATCH_CHARACTERS = 1 << 21
 
 
-def obtain_tokenizer(name: str, corpus):
+def obtain_tokenizer(name: str, texts: Iterable[str]):
     """The tokenizer that `name` speaks of, trained or loaded.
 
-    `bpe:SIZE`, `words`, `words:SIZE` are trained on the corpus's train split; anything else is a folder or a Hub name.
+    `bpe:SIZE`, `words`, `words:SIZE` are trained on `texts`; anything else is a folder or a Hub name.
     Raises UserError when it cannot be trained or loaded, or has no end-of-text token.
     """
     kind, _, size = name.partition(":")
     if kind == "bpe":
         from .bpe import train_bpe
 
-        return train_bpe(corpus["train"], _size(name, size))
+        return train_bpe(texts, _size(name, size))
     if kind == "words":
         from .words import train_words
 
-        return train_words(corpus["train"], _size(name, size) if ":" in name else None)
+        return train_words(texts, _size(name, size) if ":" in name else None)
     return load_tokenizer(name)
 
 
@@ -91,41 +90,36 @@ def save_new(tokenizer, output: Path) -> None:
 
 
 class Encoder:
-    """Turns documents into token ids, each document followed by the end-of-text token.
+    """Turns pieces of documents into token ids, each document followed by the end-of-text token.
 
     The text is taken as text: "<|endoftext|>" written in a document does not become the token of that name.
     Where a line end is the end-of-text token, as at word level, a document that ends its last line gets no other.
+    definition: the JSON of a tokenizer.json.
     """
 
-    def __init__(self, tokenizer):
-        # a copy: the tokenizer is saved without the settings below
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    def __init__(self, definition: str, eos_token_id: int):
+        self._backend = Tokenizer.from_str(definition)
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
-        self._eos = tokenizer.eos_token_id
+        self._eos = eos_token_id
         self._line_end_is_eos = self._backend.encode("\n", add_special_tokens=False).ids == [self._eos]
 
-    def __call__(self, documents: Iterable[str]) -> Iterator[tuple[str, list[int], bool]]:
-        """Yield (text, ids, last): a document or, if it is long, its pieces in order; `last` ends the document."""
-        batch, characters = [], 0
-        for document in documents:
-            parts = list(pieces(document))
-            for number, part in enumerate(parts, 1):
-                batch.append((part, number == len(parts)))
-                characters += len(part)
-                if characters >= BATCH_CHARACTERS:
-                    yield from self._encode(batch)
-                    batch, characters = [], 0
-        yield from self._encode(batch)
+    @classmethod
+    def of(cls, tokenizer) -> "Encoder":
+        """The encoder of a transformers tokenizer."""
+        return cls(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
 
-    def _encode(self, batch: list[tuple[str, bool]]) -> Iterator[tuple[str, list[int], bool]]:
+    def encode(self, batch: list[tuple[str, bool]]) -> list[list[int]]:
+        """The ids of each piece of a batch of (piece, whether it ends a document)."""
         encodings = self._backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-        for (text, last), encoding in zip(batch, encodings, strict=True):
+        found = []
+        for (_, last), encoding in zip(batch, encodings, strict=True):
             ids = encoding.ids
             if last and not (self._line_end_is_eos and ids[-1:] == [self._eos]):
                 ids.append(self._eos)
-            yield text, ids, last
+            found.append(ids)
+        return found
 
 
 def _size(name: str, size: str) -> int:

@@ -11,7 +11,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from ssm_lm import cli
-from ssm_lm.data import prepare as prepare_module
 from ssm_lm.data.corpora import load_corpus
 from ssm_lm.data.prepare import prepare
 from ssm_lm.data.stream import TokenStream
@@ -135,16 +134,18 @@ def test_an_incomplete_folder_is_not_done(folder, tmp_path, refused):
     prepare(folder, "bpe:300", output)
     with open(output / "train.bin", "r+b") as file:
         file.truncate(10)
-    assert "cut short" in refused("prepare", "--dataset", folder, "--tokenizer", "bpe:300", "--output", output)
+    assert "train.bin: 10 bytes, where the manifest's" in refused(
+        "prepare", "--dataset", folder, "--tokenizer", "bpe:300", "--output", output
+    )
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_a_failed_prepare_leaves_nothing(folder, tmp_path, monkeypatch, error, capsys):
     def fail(*_):
-        assert [path.name for path in tmp_path.glob("out.partial-*/train.bin")] == ["train.bin"]
+        assert len(list(tmp_path.glob("out.partial/parts/000/000000.train.partial-*"))) == 1
         raise error
 
-    monkeypatch.setattr(prepare_module.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     argv = ["prepare", "--dataset", str(folder), "--tokenizer", "bpe:300", "--output", str(tmp_path / "out")]
     assert cli.main(argv) == (2 if isinstance(error, OSError) else 1)
     message = capsys.readouterr().err
@@ -155,10 +156,9 @@ def test_a_failed_prepare_leaves_nothing(folder, tmp_path, monkeypatch, error, c
 
 def test_a_killed_prepare_leaves_nothing_that_looks_finished(folder, tmp_path):
     program = (
-        "import os, sys; from ssm_lm.data import prepare as module\n"
-        "def rename(*_): os.kill(os.getpid(), 9)\n"
-        "module.os.rename = rename\n"
-        "module.prepare(sys.argv[1], 'bpe:300', sys.argv[2])"
+        "import os, sys; from ssm_lm.data.prepare import prepare; from ssm_lm.data.work_folder import WorkFolder\n"
+        "WorkFolder.publish = lambda self: os.kill(os.getpid(), 9)\n"
+        "prepare(sys.argv[1], 'bpe:300', sys.argv[2])"
     )
     output = tmp_path / "out"
     command = [sys.executable, "-c", program, str(folder), str(output)]

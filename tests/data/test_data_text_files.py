@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssm_lm.data.pieces import pieces
+from ssm_lm.data import text_files
+from ssm_lm.data.documents import file_ranges
+from ssm_lm.data.pieces import pieces, pieces_of
 from ssm_lm.data.text_files import DOCUMENTS, read_documents, split_documents
 from ssm_lm.errors import UserError
 
@@ -100,3 +102,57 @@ def test_pieces_concatenate_and_are_short(text, size):
     found = list(pieces(text, size))
     assert "".join(found) == text
     assert all(0 < len(piece) <= size for piece in found)
+
+
+@given(
+    st.lists(st.text(alphabet="ab \n\tü", min_size=1, max_size=60), max_size=8), st.integers(1, 30), st.integers(1, 9)
+)
+def test_pieces_do_not_depend_on_the_parts_that_a_text_comes_in(documents, size, part):
+    marked = [
+        (start == 0, document[start : start + part])
+        for document in documents
+        for start in range(0, len(document), part)
+    ]
+    expected = []
+    for document in documents:
+        found = list(pieces(document, size))
+        expected += [(piece, number == len(found)) for number, piece in enumerate(found, 1)]
+    assert list(pieces_of(marked, size)) == expected
+
+
+def test_a_line_that_is_too_long_to_be_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "LONGEST_LINE", 10)
+    path = tmp_path / "a.txt"
+    path.write_text("= A =\n\nüüüüüüüüüüüü = A =\n\n= B =\n\nxé")
+    parts = list(text_files.read_marked(path))
+    assert max(len(text.encode()) for _, text in parts) <= 10
+    assert [document[:5] for document in text_files.joined(parts)] == ["= A =", "= B ="]
+    path.write_bytes("üüüüüüüüüüüü".encode() + b"\xff")
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte 24"):
+        list(text_files.read_marked(path))
+    path.write_bytes("üüü".encode()[:-1])
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte 4"):
+        list(text_files.read_marked(path))
+
+
+def test_the_parts_of_a_file_are_the_file(tmp_path):
+    texts = ["one", "", "two ü", "three\nlines", "4", "five" * 9]
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    lines.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + "\n\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), table, row_group_size=2)
+    for path, sizes in ((lines, range(1, 200)), (table, (1, 40, 10**9))):
+        for size in sizes:
+            ranges = file_ranges([path], "auto", "text", size)
+            assert [text for part in ranges for _, text in part()] == list(filter(None, texts))
+    lines.write_text(lines.read_text() + "{\n")
+    *_, last = file_ranges([lines], "auto", "text", 20)
+    with pytest.raises(UserError, match="line 8 is not JSON"):
+        list(last())
+
+
+def test_the_middle_of_a_compressed_file_cannot_be_entered(tmp_path):
+    paths = [tmp_path / f"{number}.jsonl.gz" for number in range(40)]
+    for path in paths:
+        path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    assert file_ranges(paths[:3], "auto", "text") is None
+    assert len(file_ranges(paths, "auto", "text")) == 40

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from ssm_lm.data.bpe import END_OF_TEXT, train_bpe
 from ssm_lm.data.corpora import load_corpus
-from ssm_lm.data.pieces import pieces
+from ssm_lm.data.pieces import pieces, pieces_of
 from ssm_lm.data.tokenizer import Encoder, tokenizer_hash
 from ssm_lm.data.words import train_words
 from ssm_lm.errors import UserError
@@ -119,7 +119,7 @@ def test_words_after_saving(tmp_path):
 
 
 def test_special_tokens_written_in_a_text_stay_text():
-    (_, ids, _), *_ = Encoder(BPE)([f"a{END_OF_TEXT}b"])
+    (ids,) = Encoder.of(BPE).encode([(f"a{END_OF_TEXT}b", True)])
     assert ids[-1] == BPE.eos_token_id
     assert BPE.eos_token_id not in ids[:-1]
     assert BPE.decode(ids[:-1]) == f"a{END_OF_TEXT}b"
@@ -127,17 +127,17 @@ def test_special_tokens_written_in_a_text_stay_text():
 
 def test_long_documents_are_encoded_piecewise():
     document = " some words of a line . \n" * 50_000
-    parts = list(Encoder(BPE)([document, "next"]))
+    parts = list(pieces_of([(True, document), (True, "next")]))
     assert len(parts) == 3
-    assert "".join(text for text, _, _ in parts) == document + "next"
-    assert [last for _, _, last in parts] == [False] * (len(parts) - 2) + [True, True]
-    ids = [number for _, ids, _ in parts for number in ids]
+    assert "".join(text for text, _ in parts) == document + "next"
+    assert [last for _, last in parts] == [False] * (len(parts) - 2) + [True, True]
+    ids = [number for ids in Encoder.of(BPE).encode(parts) for number in ids]
     assert ids.count(BPE.eos_token_id) == 2
     assert [number for number in ids if number != BPE.eos_token_id] == encode(BPE, document) + encode(BPE, "next")
 
 
 def test_a_document_of_lines_ends_in_one_eos():
-    found = [ids for _, ids, _ in Encoder(WORDS)(["Ada wrote \n", "Ada", "Bo \n \n"])]
+    found = Encoder.of(WORDS).encode([("Ada wrote \n", True), ("Ada", True), ("Bo \n \n", True)])
     assert [ids.count(0) for ids in found] == [1, 1, 2]
     assert all(ids[-1] == 0 for ids in found)
 
@@ -148,8 +148,11 @@ def test_a_document_of_lines_ends_in_one_eos():
 def test_wikitext_2_has_the_published_counts():
     corpus = load_corpus(SHARED / "wikitext-2")
     tokenizer = train_words(corpus["train"])
-    encoder = Encoder(tokenizer)
+    encoder = Encoder.of(tokenizer)
     assert len(tokenizer) == 33_278
-    counts = {split: sum(len(ids) for _, ids, _ in encoder(corpus[split])) for split in corpus.splits}
+    counts = {
+        split: sum(len(ids) for ids in encoder.encode([(document, True) for document in corpus[split]]))
+        for split in corpus.splits
+    }
     assert counts == {"train": 2_088_628, "validation": 217_646, "test": 245_569}
     assert [len(list(corpus[split])) for split in corpus.splits] == [600, 60, 60]

@@ -1,0 +1,90 @@
+"""Files that are not on this machine, by way of fsspec: s3://, gs://, hf:// and whatever has a package for it."""
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from ..errors import UserError, first_line
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file by its URL, with the few attributes of a Path that reading text asks for."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL."""
+        return PurePosixPath(self.url).name
+
+    @property
+    def suffix(self) -> str:
+        """The last suffix of the name."""
+        return PurePosixPath(self.url).suffix
+
+    @property
+    def suffixes(self) -> list[str]:
+        """All suffixes of the name."""
+        return PurePosixPath(self.url).suffixes
+
+    def open(self, mode: str):
+        """The file, opened for reading; it can be sought in. Raises OSError, whatever the file system's own kind."""
+        import fsspec
+
+        try:
+            # what was read is not read again, and one block is held
+            return fsspec.open(self.url, mode, cache_type="readahead", block_size=1 << 22).open()
+        except OSError:
+            raise
+        except Exception as error:  # of a dozen libraries
+            raise OSError(first_line(error)) from error
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name is a URL."""
+    return "://" in name
+
+
+def list_remote(url: str) -> list[RemoteFile]:
+    """The files that a URL names: itself, those of a folder at any depth, or those that match its `*`, in order.
+
+    Raises UserError when there is none, the file system cannot be reached, or the package for it is not installed.
+    """
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        if any(mark in path for mark in "*?["):
+            found = system.glob(path)
+        else:
+            found = system.find(path) if system.isdir(path) else [path] if system.exists(path) else []
+        found = sorted(name for name in found if not system.isdir(name))
+        urls = [system.unstrip_protocol(name) for name in found]
+    except ImportError as error:
+        raise UserError(f"--dataset {url}: {protocol}:// needs a package ({first_line(error)})") from error
+    except ValueError as error:
+        raise UserError(f"--dataset {url}: {first_line(error)}") from error
+    except Exception as error:  # of a dozen libraries
+        raise UserError(
+            f"--dataset {url}: cannot be listed ({first_line(error)}); check the name and access"
+        ) from error
+    if not urls:
+        raise UserError(f"--dataset {url}: no such file or folder, and nothing matches")
+    return [RemoteFile(url) for url in urls]
+
+
+def remote_identity(file: RemoteFile) -> dict:
+    """What tells a remote file from another: its size and, where the file system has one, its tag."""
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(file.url)
+        info = system.info(path)
+    except Exception as error:  # of a dozen libraries
+        raise UserError(f"{file}: cannot be read ({first_line(error)})") from error
+    tag = next((str(info[key]) for key in ("ETag", "etag", "md5Hash", "blob_id") if info.get(key)), None)
+    return {"bytes": info["size"]} | ({"tag": tag} if tag else {})
