@@ -5,6 +5,7 @@ after a checkpoint. When the process PARENT ends, however it does, this one is a
 """
 
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -40,17 +41,36 @@ def train_and_measure(config: str) -> dict:
 def measure_stream(values: dict, folder: Path) -> dict:
     """Perplexity on the validation split, in windows of the training's length: every contender has the same context."""
     from ..config.arguments import S4TrainingArguments
+    from ..data.sources import has_split, read_sources
     from ..evaluation.evaluate import evaluate, place
     from ..loading.model import load_model
 
     length = values.get("sequence_length", S4TrainingArguments.sequence_length)
-    found = evaluate(place(load_model(folder), None), values["data"], "validation", length)
-    kept = ("protocol", "split", "dataset", "nll", "documents")
+    folders = read_sources(values["data"], None, "config").folders
+    folders = [data for data in folders if has_split(data, "validation")] or folders[:1]
+    model = place(load_model(folder), None)
+    return joined([evaluate(model, data, "validation", length) for data in folders])
+
+
+def joined(found: list[dict]) -> dict:
+    """The perplexity over the tokens of all sources, from what `evaluate` says of each."""
+    from ..evaluation.evaluate import perplexity
+
+    tokens, nll = sum(one["tokens"] for one in found), sum(one["nll"] for one in found)
+    value, error = perplexity(nll, tokens), None
+    if value is not None and all(one.get("token_perplexity_standard_error") is not None for one in found):
+        # sources are drawn apart: the variances of their sums add up
+        errors = [one["tokens"] * one["token_perplexity_standard_error"] / one["token_perplexity"] for one in found]
+        error = value * math.hypot(*errors) / tokens
     return {
         "measure": "perplexity",
-        "value": found["token_perplexity"],
-        "standard_error": found.get("token_perplexity_standard_error"),
-        **{key: found.get(key) for key in kept},
+        "value": value,
+        "standard_error": error,
+        "protocol": found[0]["protocol"],
+        "split": found[0]["split"],
+        "dataset": " + ".join(one["dataset"] for one in found),
+        "nll": nll,
+        "documents": sum(one.get("documents", 0) for one in found) or None,
     }
 
 

@@ -13,7 +13,10 @@ class S4TrainingArguments(TrainingArguments):
     model: the keys of S4Config, or with a `type` (gpt2, llama, mamba, mamba2) those of transformers' config, or the
         path of a YAML file with them; vocab_size and the special token ids come from the data where they are not given.
     init_from: a model folder to start from instead of fresh weights.
-    data: a folder written by `ssm-lm prepare`.
+    data: a folder written by `ssm-lm prepare`, or a list of folders or `folder: weight` for a mixture of them, in which
+        each has its share of the windows at every step (see data/sources.py).
+    data_schedule: {step: [weights]}: from the step on, the folders of `data` have these weights, in their order.
+    pack_documents: the states of the model begin anew at every document of a window (see data/windows.py).
     task: instead of `data`, a sequence classification task, as digits or imdb:FOLDER (see data/sequences.py), or a task
         of recall, as induction (see data/recall.py).
     sequence_length: tokens in a training window.
@@ -41,7 +44,9 @@ class S4TrainingArguments(TrainingArguments):
 
     model: dict | str | None = None
     init_from: str | None = None
-    data: str | None = None
+    data: str | list | None = None
+    data_schedule: dict | None = None
+    pack_documents: bool = False
     task: str | None = None
     sequence_length: int = 1024
     carry_state: bool = False

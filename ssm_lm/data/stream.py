@@ -100,13 +100,18 @@ class TokenStream:
                 )
 
     def check_vocabulary(self, vocab_size: int, name: str = "the model") -> None:
-        """Raise UserError unless each id is one of the `vocab_size` ids that `name` knows."""
+        """Raise UserError unless each id is one of the `vocab_size` ids that `name` knows.
+
+        The ids are read only where the manifest does not say that they were checked when they were written.
+        """
         advice = f"prepare the text with the tokenizer of {name}"
         if self.vocab_size > vocab_size:
             raise UserError(
                 f"{self.folder}: its tokenizer has {self.vocab_size} tokens, {name} only {vocab_size}; {advice}"
             )
-        # an id outside the embedding is a memory fault on a GPU, so the manifest's word is not enough
+        if self.manifest.ids_checked:
+            return
+        # an id outside the embedding is a memory fault on a GPU, so the size of the vocabulary is not enough
         largest = max(int(self.tokens[i : i + _BLOCK].max()) for i in range(0, len(self.tokens), _BLOCK))
         if largest >= vocab_size:
             raise UserError(

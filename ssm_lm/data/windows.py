@@ -22,10 +22,13 @@ class TokenWindows(Dataset):
 
     It is {"input_ids", "labels"}, two LongTensors of the same ids: the model shifts the labels. Every `start` from 0 to
     len(windows) - 1 is valid, so windows overlap; `WindowSampler` chooses ones that do not.
+    pack_documents: adds "seq_idx", the number of each token's document in the window, by which a model resets its
+    states. A document begins with the end-of-text token of the one before it, as a text does in evaluation: from a
+    fresh state that token predicts the first one, and the last token of the one before predicts it.
     Raises UserError when the stream is shorter than one window.
     """
 
-    def __init__(self, stream: TokenStream, sequence_length: int):
+    def __init__(self, stream: TokenStream, sequence_length: int, pack_documents: bool = False):
         if sequence_length < 2:
             raise UserError(
                 f"sequence_length {sequence_length}: must be 2 or more, for a token is predicted from others"
@@ -37,6 +40,7 @@ class TokenWindows(Dataset):
             )
         self.stream = stream
         self.sequence_length = sequence_length
+        self.pack_documents = pack_documents
 
     def __len__(self) -> int:
         return len(self.stream) - self.sequence_length + 1
@@ -45,7 +49,8 @@ class TokenWindows(Dataset):
         if not 0 <= start < len(self):
             raise IndexError(f"window start {start} outside 0 .. {len(self) - 1}")
         ids = torch.from_numpy(self.stream.tokens[start : start + self.sequence_length].astype(np.int64))
-        return {"input_ids": ids, "labels": ids.clone()}
+        window = {"input_ids": ids, "labels": ids.clone()}
+        return window | {"seq_idx": (ids == self.stream.eos_token_id).cumsum(0)} if self.pack_documents else window
 
 
 class WindowSampler(Sampler):

@@ -120,12 +120,13 @@ def what_is_trained(values: dict, where: str):
     if length < 2:
         raise UserError(f"{where}: sequence_length must be at least 2, not {length}")
     keys, samples = dict(values["model"]), None
-    if values.get("data") and Path(values["data"]).expanduser().is_dir():
-        from ..data.stream import TokenStream
+    from ..data.sources import open_sources, read_sources
 
-        stream = TokenStream.open(values["data"], "train")
-        keys = {"vocab_size": stream.vocab_size} | keys
-        samples = len(stream.tokens) // length
+    folders = read_sources(values["data"], values.get("data_schedule"), where).folders if values.get("data") else []
+    if folders and all(Path(folder).expanduser().is_dir() for folder in folders):
+        streams = open_sources(folders)
+        keys = {"vocab_size": streams[0].vocab_size} | keys
+        samples = sum(len(stream) // length for stream in streams)
     elif "vocab_size" not in keys:
         raise UserError(
             f"{where}: the vocabulary comes from the data, which is not there yet ({values.get('data')}); "

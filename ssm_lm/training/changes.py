@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..data.sources import gone_on, until
 from ..errors import UserError
 from .identity import CHANGEABLE
 from .schedule import curve
@@ -36,15 +37,23 @@ def changes(recorded: dict, identity: dict, step: int) -> list[Change]:
     A key that an older version did not record is taken to be as it is now. Raises UserError for a schedule that cannot
     be.
     """
-    keys = [key for key in CHANGEABLE if key in recorded and key in identity and _differs(key, recorded, identity)]
+    known = [key for key in CHANGEABLE if key in recorded and key in identity]
     found = []
-    for key in keys:
-        about = _about_max_steps(recorded, identity["max_steps"], step) if key == "max_steps" else {}
+    for key in known:
+        if not _differs(key, recorded, identity, step):
+            continue
+        about = {}
+        if key == "max_steps":
+            about = _about_max_steps(recorded, identity["max_steps"], step)
+        elif key == "data_schedule":
+            about = {"free": until(recorded[key], step) == until(identity[key], step)}
         found.append(Change(step, key, recorded[key], identity[key], **about))
     return found
 
 
-def _differs(key: str, recorded: dict, identity: dict) -> bool:
+def _differs(key: str, recorded: dict, identity: dict, step: int) -> bool:
+    if key == "data_schedule":  # what it says about steps that were taken is not asked
+        return gone_on(recorded[key], identity[key], step) != recorded[key]
     if key == "ssm_learning_rate" and recorded[key] != identity[key]:  # None: that of the rest, said or not
         return (recorded[key] or recorded["learning_rate"]) != (identity[key] or identity["learning_rate"])
     return recorded[key] != identity[key]

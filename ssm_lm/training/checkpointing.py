@@ -13,7 +13,7 @@ from ..errors import UserError, one_line
 from ..internals.deepspeed import known_objects, set_steps
 from ..internals.transformers import OpenTrainer
 from .checkpoints import PARTIAL, check_resumable, flush_own_files, last_complete_checkpoint, publish, read_mark, rotate
-from .environment import agree
+from .environment import agree, told
 from .param_groups import parameter_groups
 from .universal import adam_steps, convert, engine_name, is_native, needs_conversion, open_reader, put
 from .waiting import first_rank_works
@@ -28,6 +28,7 @@ class CheckpointedTrainer(OpenTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.checkpoint_facts = {}  # what else the marks of this run's checkpoints say
+        self.given_mark = None  # of the checkpoint that is gone on from, where it was looked at already
         self._reshard = None  # (checkpoint, mark) where one is taken up that another engine or other ranks wrote
         self._best = NO_BEST
 
@@ -92,7 +93,7 @@ class CheckpointedTrainer(OpenTrainer):
         step, given = state.best_global_step, state.best_model_checkpoint
         places = [Path(given)] if given else []
         places += [folder / f"checkpoint-{step}" for folder in (Path(checkpoint).parent, Path(self.args.output_dir))]
-        there = next((place for place in places if step and read_mark(place) is not None), None)
+        there = told(lambda: next((place for place in places if step and read_mark(place) is not None), None))
         self._best = NO_BEST if there is None else (state.best_metric, step, str(there))
         state.best_model_checkpoint = self._best[2]
         self._best_is_published()
@@ -131,7 +132,7 @@ class CheckpointedTrainer(OpenTrainer):
         self._reshard = None
         if resume_from_checkpoint is not None:
             checkpoint = Path(resume_from_checkpoint)
-            mark = check_resumable(checkpoint)
+            mark = self.given_mark or check_resumable(checkpoint)
             self.load_state(checkpoint)
             if not self._is_native(checkpoint, mark):
                 self._reshard = (checkpoint, mark)

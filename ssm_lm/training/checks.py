@@ -29,6 +29,7 @@ def check_values(values: dict, where: str) -> None:
         if (values.get(key) or 0) < 0:
             raise UserError(f"{where}: {key} must not be negative, not {values[key]}")
     check_early_stopping(values, where)
+    check_packed(values, where)
     given = os.environ.get("SSM_LM_PEAK_TFLOPS")
     if given and not re.fullmatch(r"\d+(\.\d*)?", given):
         raise UserError(f"SSM_LM_PEAK_TFLOPS must be a positive number of TFLOP/s, not {given!r}")
@@ -37,6 +38,17 @@ def check_values(values: dict, where: str) -> None:
             f"{where}: carry_state and activation_checkpointing exclude each other (the recomputed forward would go on "
             "from the state that it is to make); set one of them to false"
         )
+
+
+def check_packed(values: dict, where: str) -> None:
+    """Raise UserError where `pack_documents` does not go with another key."""
+    if not values.get("pack_documents"):
+        return
+    for key, off in (("carry_state", False), ("sequence_parallel_size", 1), ("task", None)):
+        if values.get(key, off) not in (off, None):
+            raise UserError(f"{where}: pack_documents and {key} exclude each other; leave one of them out")
+    if "type" in values["model"]:
+        raise UserError(f"{where}: pack_documents is for models of this package, not for {values['model']['type']}")
 
 
 def check_early_stopping(values: dict, where: str) -> None:

@@ -7,9 +7,13 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 from ..errors import UserError, first_line
 from ..internals.python import leave
+
+T = TypeVar("T")
 
 
 def on_cpu() -> bool:
@@ -103,6 +107,28 @@ def agree(problem: str | None, facts: dict | None = None) -> None:
                     f"rank {rank} was started with {key} {other!r} and rank 0 with {mine!r}; all ranks need the same "
                     "config and the same data"
                 )
+
+
+def told(look: Callable[[], T]) -> T:
+    """What the first rank finds when it looks, on every rank; its UserError too. A collective: all ranks call it.
+
+    A file system that many ranks share is asked once, and the ranks cannot see different things in it.
+    """
+    import torch.distributed as dist
+
+    found, problem = None, None
+    if is_main_process():
+        try:
+            found = look()
+        except UserError as error:
+            problem = str(error)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        said = [found, problem]
+        dist.broadcast_object_list(said, src=0)
+        found, problem = said
+    if problem is not None:
+        raise UserError(problem)
+    return found
 
 
 @contextlib.contextmanager

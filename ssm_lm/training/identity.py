@@ -8,7 +8,9 @@ SPEED_ONLY = ("mode", "kernels", "chunk_size", "loss_chunk_size")
 LATER = {"conv_size": 4, "expand": 2, "head_dim": None, "selective_dt": False}
 
 # with another value of these it is another run, whatever is allowed
-FIXED = ("sequence_length", "carry_state", "seed", "init_from", "optim", "optim_args")
+FIXED = ("sequence_length", "pack_documents", "carry_state", "seed", "init_from", "optim", "optim_args")
+# what runs from before such a key did
+BEFORE = {"pack_documents": False}
 
 # what a run may change between two starts, with a word: `allow_changes`
 CHANGEABLE = (
@@ -31,6 +33,7 @@ CHANGEABLE = (
     "spike_threshold",
     "spike_window",
     "max_skipped_steps",
+    "data_schedule",
 )
 # how windows are shuffled: see data/windows.py
 KEYED, TABLES = "keyed", "tables"
@@ -49,6 +52,9 @@ def run_identity(values: dict, task, global_batch_size: int) -> dict:
     training = {key: values.get(key, getattr(S4TrainingArguments, key)) for key in (*FIXED, *CHANGEABLE)}
     if training["optim"] in ADAMW:
         training["optim"] = "adamw"
+    training["data_schedule"] = task.phases
+    if task.phases is None:  # one text has no shares
+        del training["data_schedule"]
     identity = {"model": model, "data": task.fingerprint, "global_batch_size": global_batch_size, **training}
     return without_speed(json.loads(json.dumps(identity), parse_constant=str))  # an infinity as its name
 
@@ -75,7 +81,7 @@ def fixed_difference(theirs: dict, ours: dict) -> str | None:
 
     A key that an older version did not record is taken to be as it is now.
     """
-    theirs = without_speed(theirs)
+    theirs = without_speed(BEFORE | theirs)
     for key in ours:
         if key not in CHANGEABLE and key in theirs and theirs[key] != ours[key]:
             return difference(key, theirs[key], ours[key])

@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..config.model import describe
+from ..data.sources import gone_on
 from ..errors import UserError, first_line
 from ..extras import need
 from .changes import Change, allowed_names, changes, check_allowed
 from .checkpoints import check_resumable, claim, last_complete_checkpoint
 from .checks import check_values
-from .environment import agree, on_cpu, prepare_process, world_size
+from .environment import agree, on_cpu, prepare_process, told, world_size
 from .schedule import curve
+from .waiting import first_rank_works
 
 
 @dataclass
@@ -29,11 +32,16 @@ class Plan:
     output_dir: Path
     record: dict
     checkpoint: Path | None
-    checkpoint_step: int | None  # of the first one; going back does not change it
+    mark: dict  # of the checkpoint, {} without one
     given: str | None
     changes: list[Change]
     finished_step: int | None
     tensorboard_folder: str = ""
+
+    @property
+    def checkpoint_step(self) -> int | None:
+        """The step that the run goes on from; None at its beginning."""
+        return self.mark.get("step")
 
     @property
     def passed_over(self) -> list[int]:
@@ -60,14 +68,13 @@ def make_plan(values: dict, where: str, alone: bool = False) -> Plan:
     identity = run_identity(values, task, global_batch_size(values, arguments["gradient_accumulation_steps"]))
     curve(identity)  # which says what is wrong about the schedule
     allowed = allowed_names(values.get("allow_changes"), where)
-    recorded = claim(output_dir, identity)
-    given = given or recorded.get("resumed_from")
-    checkpoint = choose_checkpoint(output_dir, given, recorded)
-    mark = {} if checkpoint is None else check_resumable(checkpoint, identity)
-    step = mark.get("step")
     args = training_arguments(arguments, where)
     apart = ("model", "data")  # in the identity: not where they are, but what they are
-    agree(None, {k: v for k, v in values.items() if k not in apart} | identity | {"checkpoint": str(checkpoint)})
+    agree(None, {key: value for key, value in values.items() if key not in apart} | identity)
+    found = told(lambda: look(output_dir, given, identity))
+    recorded, checkpoint, mark = found.recorded, found.checkpoint, found.mark
+    given, step = given or recorded.get("resumed_from"), mark.get("step")
+    check_data(task, args.device)
     if alone:
         args.distributed_state.num_processes = world_size()  # as if they were there
     # its own folder knows more than its checkpoints; of another folder's run there is the checkpoint alone
@@ -80,9 +87,41 @@ def make_plan(values: dict, where: str, alone: bool = False) -> Plan:
         identity["max_steps"] = begun_with.get("max_steps", args.max_steps)  # no step is taken on another curve
     changed = changes(begun_with, identity, step or 0)
     check_allowed(changed, allowed, str(checkpoint or output_dir))
+    if task.phases is not None:
+        task.phases = identity["data_schedule"] = gone_on(
+            begun_with.get("data_schedule", task.phases), task.phases, step or 0
+        )
     record = run_record(before, identity, changed, step or 0) | ({"resumed_from": given} if given else {})
     finished = finished_step(recorded, args.max_steps, checkpoint, output_dir)
-    return Plan(task, args, identity, output_dir, record, checkpoint, step, given, changed, finished)
+    return Plan(task, args, identity, output_dir, record, checkpoint, mark, given, changed, finished)
+
+
+class Found(NamedTuple):
+    """What is in an output folder: the run file, {} without one; the checkpoint to go on from and its mark, {}."""
+
+    recorded: dict
+    checkpoint: Path | None
+    mark: dict
+
+
+def look(output_dir: Path, given: str | None, identity: dict) -> Found:
+    """What a run finds to go on from; one rank looks. given: a checkpoint that the config names.
+
+    Raises UserError for a folder, or a checkpoint, that is none of this run's.
+    """
+    recorded = claim(output_dir, identity)
+    checkpoint = choose_checkpoint(output_dir, given or recorded.get("resumed_from"), recorded)
+    return Found(recorded, checkpoint, {} if checkpoint is None else check_resumable(checkpoint, identity))
+
+
+def check_data(task, device) -> None:
+    """Let one rank read what must be read of the data, however long it takes. Raises UserError on every rank."""
+    problem = None
+    try:
+        first_rank_works(task.check_data, "reads     token ids that no manifest vouches for", device)
+    except UserError as error:
+        problem = str(error)
+    agree(problem)
 
 
 def check_packages(values: dict) -> None:

@@ -11,7 +11,7 @@ from ..config.arguments import S4TrainingArguments
 from ..config.model import check_baseline, model_config, new_language_model
 from ..data.recall import RECALL_TASKS
 from ..data.sequences import load_task
-from ..data.stream import TokenStream
+from ..data.sources import SourceWindows, check_sources, open_sources, read_sources, validation_windows
 from ..data.tokenizer import load_tokenizer
 from ..data.windows import TokenWindows, WindowSampler
 from ..errors import UserError
@@ -30,43 +30,53 @@ def make_task(values: dict, where: str):
 
 
 class LanguageModelling:
-    """The next token of the stream in `data`. Attributes: config (the model's), samples_per_epoch, fingerprint, order
-    (how windows are shuffled; see `identity.order_of`).
+    """The next token of the streams in `data`. Attributes: config (the model's), samples_per_epoch, fingerprint, order
+    (how windows are shuffled; see `identity.order_of`), phases (which shares the sources have, from which step on; None
+    for a single one).
     """
 
     def __init__(self, values: dict, where: str):
-        if not values.get("data"):
-            raise UserError(f"{where}: the key 'data' is needed")
-        self.stream = TokenStream.open(values["data"], "train")
-        self.tokenizer = load_tokenizer(str(Path(values["data"]) / "tokenizer"))
+        self.sources = read_sources(values.get("data") or [], values.get("data_schedule"), where)
+        folders = self.sources.folders
+        if self.sources.are_several and values.get("carry_state"):
+            raise UserError(f"{where}: carry_state goes through one text from its beginning; give one folder as data")
+        self.streams = open_sources(folders)
+        self.stream = self.streams[0]
+        self.tokenizer = load_tokenizer(str(Path(folders[0]) / "tokenizer"))
         self.can_pass_over = not values.get("carry_state")  # which chains all batches
         self.init_from, self._loaded = values.get("init_from"), None
         if self.init_from:
             self._loaded = self._load()
             self.config = self._loaded.config
-            self._check_tokenizer(values["data"])
+            self._check_tokenizer(folders[0])
         else:
             eos = self.stream.eos_token_id
             tokens = {"vocab_size": self.stream.vocab_size, "eos_token_id": eos, "bos_token_id": eos}
             tokens["pad_token_id"] = self.tokenizer.pad_token_id
             self.config = model_config(tokens | values["model"], where)
-        self.stream.check_vocabulary(self.config.vocab_size, "the model")
         length = values.get("sequence_length", S4TrainingArguments.sequence_length)
         check_baseline(self.config, values, length, where)
-        self.train_windows = TokenWindows(self.stream, length)
+        self.packs = bool(values.get("pack_documents"))
+        self.train_windows = [TokenWindows(stream, length, self.packs) for stream in self.streams]
         self.eval_windows = None
         if values.get("eval_strategy", "no") != "no":
-            self.eval_windows = TokenWindows(TokenStream.open(values["data"], "validation"), length)
+            self.eval_windows = validation_windows(folders, length, self.packs)
         self.order = KEYED  # or TABLES, for a run that began so
-        self.samples_per_epoch = len(WindowSampler(self.train_windows))
-        self.fingerprint = self.stream.fingerprint
+        self.phases = self.sources.phases if self.sources.are_several else None
+        self.samples_per_epoch = len(SourceWindows(self.train_windows, self.sources.phases))
+        fingerprints = [stream.fingerprint for stream in self.streams]
+        self.fingerprint = fingerprints if self.sources.are_several else fingerprints[0]
+
+    def check_data(self) -> None:
+        """What one rank finds out for all: whether every file is there, and every id one of the model's."""
+        check_sources(self.streams, self.config.vocab_size)
 
     def steps(self, epochs: float, batch_per_device: int, replicas: int, accumulation: int) -> int:
         """Optimizer steps in so many epochs; a step may see the end of one and the beginning of the next."""
         return int(epochs * self.samples_per_epoch // (batch_per_device * replicas * accumulation))
 
     def epochs(self, args) -> float:
-        """How often args.max_steps see the whole text."""
+        """How often args.max_steps see the whole text; of several, as many windows as all of them have."""
         return args.max_steps * args.global_batch_size / self.samples_per_epoch
 
     def new_model(self):
@@ -92,16 +102,35 @@ class LanguageModelling:
             )
 
     def describe(self, args) -> str:
-        return (
-            f"data      {len(self.stream):,} tokens, vocabulary {self.stream.vocab_size}\n"
-            f"step      {args.global_batch_size} windows of {args.sequence_length} = {args.tokens_per_step:,} tokens"
-        )
+        packed = ", documents packed" if self.packs else ""
+        tokens = sum(len(stream) for stream in self.streams)
+        lines = [f"data      {tokens:,} tokens, vocabulary {self.stream.vocab_size}{packed}"]
+        if self.phases:
+            lines += self._describe_sources(args)
+        step = f"step      {args.global_batch_size} windows of {args.sequence_length} = {args.tokens_per_step:,} tokens"
+        return "\n".join([*lines, step])
+
+    def _describe_sources(self, args) -> list[str]:
+        """A line a source: its shares of the windows, and how often the run sees it."""
+        rows = args.global_batch_size
+        counts = self.windows().order(args.seed, False, rows).counts(args.max_steps * rows)
+        lines = []
+        for number, (name, stream) in enumerate(zip(self.sources.names, self.streams, strict=True)):
+            shares = [(step, parts[number] / sum(parts)) for step, parts in self.phases]
+            said = ", ".join(f"{share:.2%}" + (f" from step {step} on" if step else "") for step, share in shares)
+            epochs = counts[number] / len(WindowSampler(self.train_windows[number]))
+            lines.append(f"          {name}: {len(stream):,} tokens, {said} of the windows, {epochs:.2f} epochs")
+        return lines
+
+    def windows(self) -> SourceWindows:
+        """What is trained on, in the shares that hold."""
+        return SourceWindows(self.train_windows, self.phases or self.sources.phases, self.sources.names)
 
     def trainer(self, model, args, signals, passed_over):
         return LanguageModelTrainer(
             model,
             args,
-            self.train_windows,
+            self.windows(),
             self.eval_windows,
             passed_over,
             self.order == TABLES,
@@ -117,7 +146,7 @@ class Classification:
     """The class of a sequence, of the `task` by name. Attributes as LanguageModelling's."""
 
     can_pass_over = False
-    order = None
+    order = phases = None
     trainer_class = ClassificationTrainer
 
     def __init__(self, values: dict, where: str):
@@ -127,6 +156,9 @@ class Classification:
         self.config = self.make_config(values, where)
         self.samples_per_epoch = len(self.task.splits["train"])
         self.fingerprint = f"{self.task.name}: {', '.join(f'{k} {len(v)}' for k, v in self.task.splits.items())}"
+
+    def check_data(self) -> None:
+        """Reading them has checked the sequences."""
 
     def make_config(self, values: dict, where: str):
         if "type" in values["model"]:

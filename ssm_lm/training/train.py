@@ -14,7 +14,7 @@ from ..config.help import HelpKeys
 from ..config.reading import parse_overrides, read_train_config
 from ..errors import PREEMPTED, UserError
 from ..files import write_json
-from .checkpoints import RUN_FILE, last_complete_checkpoint, remove_partial
+from .checkpoints import RUN_FILE, check_resumable, last_complete_checkpoint, remove_partial
 from .environment import (
     default_environment,
     dry_run,
@@ -22,6 +22,7 @@ from .environment import (
     named_timeouts,
     release_trainer,
     set_threads,
+    told,
     world_size,
 )
 from .lock import locked
@@ -157,7 +158,7 @@ def train_once(plan: Plan, signals, rollbacks: int):
     # transformers' own default is a new folder at every start, which would cut a resumed curve in two
     with default_environment("TENSORBOARD_LOGGING_DIR", str(plan.output_dir / "runs")) as plan.tensorboard_folder:
         trainer = plan.task.trainer(model, plan.args, signals, tuple(plan.passed_over))
-    trainer.checkpoint_facts = plan.record
+    trainer.checkpoint_facts, trainer.given_mark = plan.record, plan.mark
     trainer.faults.guard.trusts_levels = rollbacks >= TRUST_AFTER
     with named_timeouts(plan.args):
         trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
@@ -181,7 +182,7 @@ def go_back(plan: Plan, trainer, rollbacks: int) -> None:
             "rate or a longer warm-up may help"
         )
     plan.record["passed_over"] += [batch_of_step(step, plan.passed_over) for step in bad_steps]
-    plan.checkpoint = last_complete_checkpoint(plan.output_dir) or plan.given
+    plan.checkpoint, plan.mark = told(lambda: last_resumable(plan))
     if is_main_process():
         write_json(plan.output_dir / RUN_FILE, plan.record)
         print(
@@ -189,6 +190,12 @@ def go_back(plan: Plan, trainer, rollbacks: int) -> None:
             f"{plan.checkpoint or 'the beginning'}, passing over their batches",
             flush=True,
         )
+
+
+def last_resumable(plan: Plan) -> tuple[Path | None, dict]:
+    """The newest checkpoint of the run, or the one that it began from, and its mark."""
+    newest = last_complete_checkpoint(plan.output_dir) or plan.given
+    return (None, {}) if newest is None else (Path(newest), check_resumable(Path(newest)))
 
 
 # ---- finish

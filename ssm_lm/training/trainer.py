@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Sampler, Subset
+from torch.utils.data import ConcatDataset, Sampler, Subset
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..data.recall import IGNORED, Recall
 from ..data.sequences import SequenceTask
+from ..data.sources import SourceWindows
 from ..data.windows import TokenWindows, WindowSampler
 from ..internals.deepspeed import keep_clipping, share_master_weights
 from ..internals.transformers import EvaluationCut
@@ -49,6 +50,15 @@ class RunSampler(Sampler):
     @property
     def samples_per_epoch(self) -> int:
         return len(self.order)
+
+    def counts(self, step: int) -> np.ndarray:
+        """Windows of each source of a `Mixture` in the first `step` steps, (sources,)."""
+        size, batches = self.batch_size, batch_of_step(step - 1, self.passed_over) + 1 if step else 0
+        counts = self.order.counts(batches * size)
+        for batch in self.passed_over:
+            if batch < batches:
+                counts = counts - (self.order.counts((batch + 1) * size) - self.order.counts(batch * size))
+        return counts
 
     def __iter__(self):
         for step in range(self.first_step, self.total // self.batch_size):
@@ -236,10 +246,11 @@ class S4Trainer(CheckpointedTrainer):
 
 
 class LanguageModelTrainer(S4Trainer):
-    """Trainer over a TokenStream.
+    """Trainer over token streams.
 
-    train_windows, eval_windows: TokenWindows; the order of training is that of `RunSampler` with args.seed, or of
-    `RowSampler` where the state is carried. tables: as in `WindowSampler`.
+    train_windows: one source or several; eval_windows: `TokenWindows` of each source, measured together. The order of
+    training is that of `RunSampler` with args.seed, or of `RowSampler` where the state is carried. tables: as in
+    `WindowSampler`.
     """
 
     is_language_model = True
@@ -248,28 +259,24 @@ class LanguageModelTrainer(S4Trainer):
         self,
         model,
         args,
-        train_windows: TokenWindows,
-        eval_windows: TokenWindows | None,
+        train_windows: SourceWindows,
+        eval_windows: list[TokenWindows] | None,
         passed_over: tuple[int, ...] = (),
         tables: bool = False,
         **kwargs,
     ):
-        self.passed_over, self.tables = passed_over, tables
-        eval_dataset = None
-        if eval_windows is not None:
-            length = eval_windows.sequence_length
-            eval_dataset = Subset(eval_windows, range(0, len(eval_windows.stream.tokens) - length + 1, length))
-        self.windows, train_dataset = train_windows, train_windows
+        self.passed_over, self.sources = passed_over, train_windows
+        self._order = self._all_windows(args, tables)
+        train_dataset = train_windows.dataset
         if args.sequence_parallel_size > 1:
             parallel = SequenceParallel(args.sequence_parallel_size)
             parallel.attach(model)
-            train_dataset = SlicedWindows(train_windows, parallel)
-        self._order = self._all_windows(args)
+            train_dataset = SlicedWindows(train_dataset, parallel)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=None if eval_windows is None else side_by_side(eval_windows),
             data_collator=default_data_collator,  # windows are of one length: there is nothing to pad
             callbacks=[Epochs(self._order.samples_per_epoch, args.global_batch_size, passed_over)],
             **kwargs,
@@ -279,13 +286,14 @@ class LanguageModelTrainer(S4Trainer):
             per_row = self._order.windows_per_row
             self._carried = CarriedState(model.config, per_row, args.gradient_accumulation_steps)
 
-    def _all_windows(self, args):
+    def _all_windows(self, args, tables: bool):
         """Where the windows of the run start, in their order."""
-        rows, stream = args.global_batch_size, self.windows.stream
+        rows = args.global_batch_size
         if args.carry_state:
-            return RowSampler(len(stream), self.windows.sequence_length, rows, args.max_steps * rows)
-        windows = WindowSampler(self.windows, seed=args.seed, tables=self.tables)
-        return RunSampler(windows, args.max_steps * rows, rows, self.passed_over)
+            (windows,) = self.sources.windows
+            return RowSampler(len(windows.stream), windows.sequence_length, rows, args.max_steps * rows)
+        order = self.sources.order(args.seed, tables, rows)
+        return RunSampler(order, args.max_steps * rows, rows, self.passed_over)
 
     def begin_data_at(self, step):
         self._order.first_step = step
@@ -299,7 +307,17 @@ class LanguageModelTrainer(S4Trainer):
 
     def speed(self, step, steps, seconds):
         tokens = self.args.tokens_per_step
-        return {"tokens_per_second": steps * tokens / seconds, "tokens": step * tokens}
+        said = {"tokens_per_second": steps * tokens / seconds, "tokens": step * tokens}
+        return said | self._of_each_source(step) if len(self.sources.windows) > 1 else said
+
+    def _of_each_source(self, step: int) -> dict:
+        """tokens/NAME and epochs/NAME: what `step` steps have seen of each source, and how often they have seen all."""
+        found = {}
+        counts = self._order.counts(step)
+        for name, windows, count in zip(self.sources.names, self.sources.windows, counts.tolist(), strict=True):
+            found[f"tokens/{name}"] = count * self.args.sequence_length
+            found[f"epochs/{name}"] = count / len(WindowSampler(windows))
+        return found
 
     def log(self, logs, start_time=None):
         if "eval_loss" in logs:
@@ -351,6 +369,15 @@ class RecallTrainer(S4Trainer):
     def speed(self, step, steps, seconds):
         tokens = self.args.global_batch_size * self._length
         return {"tokens_per_second": steps * tokens / seconds, "tokens": step * tokens}
+
+
+def side_by_side(windows: list[TokenWindows]) -> ConcatDataset:
+    """The windows of each stream one after the other, without overlap; what is left at an end belongs to none."""
+    parts = []
+    for one in windows:
+        length = one.sequence_length
+        parts.append(Subset(one, range(0, len(one.stream.tokens) - length + 1, length)))
+    return ConcatDataset(parts)
 
 
 def most_likely(outputs, labels):

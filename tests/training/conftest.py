@@ -59,6 +59,33 @@ def write_config(tmp_path, corpus):
     return write
 
 
+class Killed(BaseException):
+    """What ends a run as SIGKILL does: nothing catches it."""
+
+
+@pytest.fixture
+def killed_after(monkeypatch):
+    """killed_after(step, config): start a run that ends when it has taken so many steps."""
+
+    from ssm_lm.cli import main
+    from ssm_lm.training.trainer import S4Trainer
+
+    def start(step, *command):
+        plain = S4Trainer.training_step
+
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == step:
+                raise Killed
+            return plain(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(S4Trainer, "training_step", training_step)
+            with pytest.raises(Killed):
+                main(["train", *command])
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def straight(corpus, once):
     """straight(ranks=1, **overrides) -> the folder of an undisturbed run, made once and only read."""

@@ -17,30 +17,6 @@ SAVED = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
 PLATEAU = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 3}}
 
 
-class Killed(BaseException):
-    """What ends a run as SIGKILL does: nothing catches it."""
-
-
-@pytest.fixture
-def killed_after(monkeypatch):
-    """killed_after(step, config): start a run that ends when it has taken so many steps."""
-
-    def start(step, *command):
-        plain = S4Trainer.training_step
-
-        def training_step(self, *args, **kwargs):
-            if self.state.global_step == step:
-                raise Killed
-            return plain(self, *args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(S4Trainer, "training_step", training_step)
-            with pytest.raises(Killed):
-                main(["train", *command])
-
-    return start
-
-
 def refused(capsys, *command) -> str:
     """The one line that a start with this command ends in, before anything is written."""
     capsys.readouterr()

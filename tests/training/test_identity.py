@@ -14,7 +14,7 @@ from ssm_lm.training.identity import KEYED, SPEED_ONLY, TABLES, order_of, run_id
 
 def identity(**model) -> dict:
     config = S4Config(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=8, **model)
-    return run_identity({"seed": 1}, SimpleNamespace(config=config, fingerprint="text"), 8)
+    return run_identity({"seed": 1}, SimpleNamespace(config=config, fingerprint="text", phases=None), 8)
 
 
 def folder_of(path, recorded: dict):
