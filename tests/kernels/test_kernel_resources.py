@@ -29,13 +29,18 @@ CASES = {(case["name"], target): case for case, target in LISTED}
 
 
 def in_tiers() -> list:
-    """Every case once: a kernel of every module for sm_90, and of those with tensor cores one for gfx942, are fast."""
+    """Every case once: a kernel of every module for sm_90, and of those with tensor cores one for gfx942, are fast, the
+    others for sm_90 slow. What is left takes minutes: it is long, and compiled by the newest Triton too.
+    """
     chosen = {}
     for (name, target), case in sorted(CASES.items(), key=lambda item: not item[1]["tensor_cores"]):
         if target == "sm_90" or (target == "gfx942" and case["tensor_cores"]):
             chosen.setdefault((case["module"], target), (name, target))
     fast = set(chosen.values())
-    return [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in sorted(CASES)]
+    tiers = {
+        case: () if case in fast else pytest.mark.slow if case[1] == "sm_90" else pytest.mark.long for case in CASES
+    }
+    return [pytest.param(*case, marks=tiers[case]) for case in sorted(CASES)]
 
 
 def check(name: str, target: str) -> None:

@@ -33,7 +33,7 @@ def test_interpreted():
     run([FOLDER / name for name in FILES], "not slow")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SLOW_FILES)
 def test_interpreted_slow(name):
     run([FOLDER / name], "slow")

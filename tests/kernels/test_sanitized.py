@@ -22,7 +22,7 @@ def beyond_tilelens() -> bool:
 
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(
         any(importlib.util.find_spec(name) is None for name in ("triton", "tilelens")), reason="TileLens is missing"
     ),
