@@ -1,7 +1,7 @@
 """Models of the same size, ours and those that a user would take instead, for `ssm-lm bench generate|prefill|train`.
 
-One of our layers [ssm, ssm, ffn], of GPT-2, of Llama and of h3 has 12 H^2 weights; one of gated, Mamba and Mamba-2
-has about 6 H^2, so there are twice as many of them.
+One of our layers [ssm, ssm, ffn], of h3, of ssd with a swiglu, of GPT-2 and of Llama has about 12 H^2 weights; one of
+gated, Mamba and Mamba-2 has 6 H^2, so there are twice as many of them.
 """
 
 from typing import NamedTuple
@@ -19,10 +19,10 @@ OURS = {
     "s5": {"ssm": "s5"},
     "h3": {"ssm": "s4d", "arch": "h3"},
     "gated": {"ssm": "s4d", "arch": "gated"},
-    "ssd": {"ssm": "ssd", "arch": "gated"},
+    "ssd": {"ssm": "ssd", "arch": ["gated", "swiglu"], "expand": 1},  # as in configs/model/tiny.yaml
 }
 WITHOUT_CACHE = "gpt2-without-cache"  # as the S4 paper compared: the whole text again for every token
-TWICE_THE_LAYERS = ("gated", "ssd", "mamba", "mamba2")
+TWICE_THE_LAYERS = ("gated", "mamba", "mamba2")
 HEAD = 64  # channels of a head
 
 
