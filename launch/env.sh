@@ -8,12 +8,25 @@
 
 set -euo pipefail
 
+CONTAINER=() # words before a rank's Python, of a site file
 REQUEUE=75        # EX_TEMPFAIL: a checkpoint was written, start the same command again
 GRACE=${GRACE:-110}  # seconds that the ranks have for that checkpoint, once they were asked to leave
 
 die() {
     echo "${LAUNCHER:-launch}: $*" >&2
     exit 2
+}
+
+# SBATCH_OPTIONS, CONTAINER, PYTHON and the like of the site file, where there is one. SITE: its path.
+read_site() {
+    SBATCH_OPTIONS=() CONTAINER=() SITE=${SSM_LM_SITE:-$HERE/site.sh}
+    if [ -f "$SITE" ]; then
+        # shellcheck source=launch/site.example.sh
+        source "$SITE"
+    else
+        [ -z "${SSM_LM_SITE:-}" ] || die "SSM_LM_SITE names $SITE, which is not there"
+        SITE=
+    fi
 }
 
 # The comment at the head of a launcher is its help.
@@ -40,6 +53,11 @@ parse_arguments() {
                     continue
                 fi
                 option=${1%%=*} variable=${OPTIONS[${1%%=*}]:-}
+                if [ -z "$variable" ] && [ -n "${PASS_ON:-}" ]; then
+                    PASSED+=("$1")
+                    shift
+                    continue
+                fi
                 [ -n "$variable" ] || die "unknown option $option before the config (options of training come after it); see --help"
                 if [[ $1 == *=* ]]; then
                     printf -v "$variable" %s "${1#*=}"
@@ -54,7 +72,7 @@ parse_arguments() {
         esac
     done
     [ $# -gt 0 ] || die "which config? a YAML file, see configs/train/, or --network to test the network; see --help"
-    [ -f "$1" ] || die "there is no config $1"
+    [ -f "$1" ] || die "there is no config $1${PASSED:+ (options of $PASS_ON are written --name=value)}"
     MODULE=(ssm_lm train "$@")
 }
 
@@ -79,6 +97,7 @@ count_gpus() {
 # PYTHON: the one given, that of the repository's virtual environment, or the one on the path.
 find_python() {
     local root
+    [ -z "${CONTAINER[*]:-}" ] || { PYTHON=${PYTHON:-python3}; return; } # it is in the container
     root=$(dirname "$HERE")
     if [ -z "${PYTHON:-}" ]; then
         if [ -x "$root/.venv/bin/python" ]; then PYTHON=$root/.venv/bin/python; else PYTHON=$(command -v python3 || true); fi
@@ -109,7 +128,7 @@ resolve_addresses() {
     [ "$DRY_RUN" = 0 ] || wait=0
     if [ -z "${INTERFACE:-}" ] || [ -z "${ADDRESS:-}" ] || [ -z "${HEAD_ADDRESS:-}" ] || [ -z "${IS_HEAD:-}" ]; then
         # shellcheck disable=SC2153  # HEAD is the launcher's
-        found=$("$PYTHON" -m ssm_lm.network "$HEAD" "$wait" 2>&1) || die "${found##*ssm-lm: }"
+        found=$("${CONTAINER[@]}" "$PYTHON" -m ssm_lm.network "$HEAD" "$wait" 2>&1) || die "${found##*ssm-lm: }"
         read -r found_interface found_address found_head found_here <<<"${found##*$'\n'}"
         INTERFACE=${INTERFACE:-$found_interface} ADDRESS=${ADDRESS:-$found_address}
         HEAD_ADDRESS=${HEAD_ADDRESS:-$found_head} IS_HEAD=${IS_HEAD:-$found_here}
@@ -184,7 +203,7 @@ quoted() {
 # With `--nodes MIN:MAX` that is for MAX. A config that is wrong ends it with exit code 2, before a queue is waited in.
 finish_dry_run() {
     if [ "${MODULE[1]}" = train ]; then
-        WORLD_SIZE=${RANKS##* } "$PYTHON" -m "${MODULE[@]}" --dry-run
+        WORLD_SIZE=${RANKS##* } "${CONTAINER[@]}" "$PYTHON" -m "${MODULE[@]}" --dry-run
     fi
     exit 0
 }

@@ -5,6 +5,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) LAUNCHER=launch/slurm_task.sh
 # shellcheck source=launch/env.sh
 source "$HERE/env.sh"
+read_site
 
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
 # shellcheck disable=SC2034  # read in env.sh
@@ -15,4 +16,4 @@ set_environment
 # the Hub's files too: hundreds of ranks that lock files of one home folder wait for each other
 default HF_HOME "$CACHE/huggingface"
 [ "$LOCAL_RANK" != 0 ] || echo "node $SLURM_NODEID: $ADDRESS on $INTERFACE, ranks from $RANK, caches in $CACHE"
-exec "$PYTHON" -m "$@"
+exec "${CONTAINER[@]}" "$PYTHON" -m "$@"

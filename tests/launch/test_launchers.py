@@ -124,7 +124,9 @@ def fake_slurm(tmp_path):
     folder.mkdir()
     for name, text in {
         "scontrol": 'case "$1 $2" in\n"show hostnames") printf "node0\\nnode1\\n";;\n'
-        '"show node") echo "   NodeAddr=127.0.0.1 NodeHostName=$3";;\n*) echo "scontrol $*" >> "$CALLS";; esac\n',
+        '"show node") echo "   NodeAddr=127.0.0.1 NodeHostName=$3";;\n'
+        '"show job") echo "   JobState=$JOB_STATE"; echo "   RunTime=1-00:10:00 TimeLimit=$TIME_LIMIT TimeMin=N/A";;\n'
+        '*) echo "scontrol $*" >> "$CALLS";; esac\n',
         "srun": 'echo "srun $*" >> "$CALLS"; exit "$SRUN_CODE"\n',
     }.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}")
@@ -134,6 +136,8 @@ def fake_slurm(tmp_path):
     return calls, {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "CALLS": calls,
+        "JOB_STATE": "RUNNING",
+        "TIME_LIMIT": "2-00:00:00",
         "SLURM_JOB_ID": 40007,
         "SLURM_JOB_NUM_NODES": 2,
         "SLURM_NTASKS": 4,
@@ -173,6 +177,107 @@ def test_slurm_requeues_what_is_to_go_on(config, fake_slurm, code, starts, reque
     lines = calls.read_text().splitlines()
     assert lines[0] == f"srun --kill-on-bad-exit=1 {LAUNCH}/slurm_task.sh ssm_lm train {config}"
     assert lines[1:] == (["scontrol requeue 40007"] if requeued else [])
+
+
+@pytest.mark.parametrize(
+    ("state", "limit", "requeued"),
+    [
+        ("COMPLETING", "2-00:00:00", False),  # what 22.05 says of a job that scancel has ended
+        ("CANCELLED", "UNLIMITED", False),
+        ("COMPLETING", "1-00:10:00", True),  # at its time limit
+    ],
+)
+def test_slurm_leaves_a_cancelled_job_alone(config, fake_slurm, state, limit, requeued):
+    calls, variables = fake_slurm
+    done = launch("slurm.sbatch", config, SRUN_CODE=75, **variables | {"JOB_STATE": state, "TIME_LIMIT": limit})
+    assert done.returncode == 75
+    assert calls.read_text().splitlines()[1:] == (["scontrol requeue 40007"] if requeued else [])
+    assert ("cancelled, and not put back" in done.stdout) != requeued
+
+
+# ---- a job that is not submitted yet, and what its site asks for
+
+
+@pytest.fixture
+def site(tmp_path):
+    path = tmp_path / "site.sh"
+    path.write_text(
+        "SBATCH_OPTIONS=(--partition=gpu --account=lab --time=24:00:00 --ntasks-per-node=4)\n"
+        "SRUN_OPTIONS=--mpi=none\n"
+        "site_setup() { export FROM_MODULES=yes; false; }\n"
+    )
+    return path
+
+
+def submission(done: subprocess.CompletedProcess) -> str:
+    return re.search(r"^submission +(.*)$", done.stdout, re.MULTILINE)[1]
+
+
+def test_a_dry_run_outside_of_a_job_reads_the_head_of_the_script(config):
+    done = launch("slurm.sbatch", "--dry-run", config, "--bf16")
+    assert plan(done)["nodes"] == "2 x 8 ranks = 16 ranks"
+    assert "plan for 16 ranks" in done.stdout
+    assert submission(done) == f"sbatch {LAUNCH}/slurm.sbatch {config} --bf16"
+
+
+def test_the_command_line_goes_before_the_site_and_the_site_before_the_head(config, site):
+    done = launch("slurm.sbatch", "--nodes=1-3", "--partition=debug", "--dry-run", config, SSM_LM_SITE=site)
+    lines = plan(done)
+    assert lines["nodes"] == "3 x 4 ranks = 12 ranks"
+    assert lines["command"].startswith("srun --kill-on-bad-exit=1 --mpi=none ")
+    asked = "--partition=gpu --account=lab --time=24:00:00 --ntasks-per-node=4 --nodes=1-3 --partition=debug"
+    assert submission(done) == f"sbatch {asked} {LAUNCH}/slurm.sbatch {config}"
+
+
+def test_it_submits_itself(config, site, tmp_path):
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir(exist_ok=True)
+    sbatch.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    sbatch.chmod(0o755)
+    path = f"{sbatch.parent}:{os.environ['PATH']}"
+    words = ["--nodes=4", "--port", "9", config, "--model.ssm", "s 4d"]
+    done = subprocess.run(  # by its run bit
+        [LAUNCH / "slurm.sbatch", *map(str, words)],
+        env=launcher_environment(PATH=path, SSM_LM_SITE=site), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[3:] == [
+        "--ntasks-per-node=4", "--nodes=4", f"{LAUNCH}/slurm.sbatch", "--port", "9", str(config), "--model.ssm", "s 4d",
+    ]  # fmt: skip
+
+
+def test_where_there_is_no_sbatch(config, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "grep", "sed", "tail"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    done = launch("slurm.sbatch", config, PATH=tools)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr == "launch/slurm.sbatch: there is no sbatch here: start this where jobs of Slurm are submitted\n"
+
+
+def test_what_a_site_sets_up_reaches_the_ranks(config, site, fake_slurm, tmp_path):
+    calls, variables = fake_slurm
+    (tmp_path / "bin" / "srun").write_text('#!/bin/sh\necho "srun $FROM_MODULES" >> "$CALLS"\n')
+    done = launch("slurm.sbatch", config, SSM_LM_SITE=site, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert calls.read_text() == "srun yes\n"
+
+
+def test_a_rank_in_a_container(tmp_path, config):
+    """The words of the site file stand before its Python, which need not be on the node."""
+    inside = tmp_path / "inside"
+    inside.write_text('#!/bin/sh\necho "$@" >> "$CALLS"\n[ "$3" = ssm_lm ] || echo lo 127.0.0.1 127.0.0.1 1\n')
+    inside.chmod(0o755)
+    site, calls = tmp_path / "site.sh", tmp_path / "calls"
+    site.write_text(f"CONTAINER=({inside})\nPYTHON=python-of-the-image\n")
+    environment = {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_NODEID": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "CALLS": calls, "SSM_LM_SITE": site}
+    done = launch("slurm_task.sh", "ssm_lm", "train", config, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    network, rank = calls.read_text().splitlines()
+    assert network.startswith("python-of-the-image -m ssm_lm.network 127.0.0.1")
+    assert rank == f"python-of-the-image -m ssm_lm train {config}"
 
 
 def test_a_slurm_task_becomes_a_rank(tmp_path, config):
@@ -248,6 +353,8 @@ def test_help(script):
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(script, words, message, config):
+    if script == "slurm.sbatch" and words[:1] == ["--no-such"]:
+        message = "there is no config 1 (options of sbatch are written --name=value)"  # it is sbatch's to know them
     refused(script, words, message, config)
 
 
@@ -276,7 +383,6 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(script, words, message, co
         ("deepspeed.sh", ["--hostfile", "HOSTS", "--node-rank", "1", "CONFIG"], "--node-rank goes with --no-ssh"),
         ("deepspeed.sh", ["--hostfile", "HOSTS", "CONFIG", "--model.ssm", "$HOME"], "pdsh cannot pass '$HOME' on"),
         ("deepspeed.sh", ["--hostfile", "CONFIG", "CONFIG"], "names no host"),
-        ("slurm.sbatch", ["CONFIG"], "this is for sbatch"),
     ],
 )
 def test_what_each_refuses(script, words, message, config, hostfile):
@@ -303,7 +409,7 @@ def test_shellcheck():
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     scripts = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     done = subprocess.run(
         [shellcheck, "--external-sources", f"--source-path={LAUNCH.parent}", *scripts], capture_output=True, text=True
     )

@@ -163,3 +163,18 @@ def test_a_wrong_config_is_not_requeued(slurm, tmp_path):
     assert "there is no config" in read(log)
     assert time.monotonic() - start < 60
     assert "ExitCode=2:0" in slurm("scontrol", "show", "job", job)
+
+
+def test_a_cancelled_job_writes_its_checkpoint_and_stays_ended(slurm, tmp_path):
+    """scancel is a SIGTERM to the ranks, as a pre-emption is, and the user has said that the job is over."""
+    config, log = tmp_path / "config.yaml", tmp_path / "out"
+    config.touch()
+    job = slurm.submit(log, LAUNCH / "slurm.sbatch", config, tmp_path, 600, 0.1)
+    wait_for(lambda: "step 3 of" in read(log), 90, f"the third step ({read(log)[-2000:]})")
+    slurm("scancel", job)
+    wait_for(lambda: slurm.state(job) == "CANCELLED", 60, f"the job has ended: {slurm.state(job)}")
+    text = read(log)
+    assert sorted(re.findall(r"left: rank (\d) at step", text)) == ["0", "1"], text
+    assert "cancelled, and not put back" in text, text
+    assert "start 1" not in text
+    assert "Restarts=0" in slurm("scontrol", "show", "job", job)
