@@ -114,6 +114,21 @@ def _liger():
     return liger_fused_linear_cross_entropy
 
 
+def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Of hidden states (B, L, H) those whose logits are asked for.
+
+    logits_to_keep: an int, the last so many, 0 for all; indices (K,), the same for all rows, or (B, K); or a mask
+    (B, L) of bool, whose positions come as (K, H). Older versions of transformers have none of their own.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.dtype == torch.bool and logits_to_keep.dim() == 2:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.dim() == 2:
+        return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
+    return hidden_states[:, logits_to_keep]
+
+
 def causal_targets(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
     """labels (B, L) -> the target of every position, (B L): the next label, none for the last position.
 

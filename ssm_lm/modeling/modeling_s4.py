@@ -20,7 +20,6 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutput,
 )
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -33,7 +32,7 @@ from .cache_s4 import S4CacheLayer  # noqa: F401  (importing it registers the "s
 from .configuration_s4 import S4Config
 from .decoding_s4 import STRATEGIES
 from .documents import find_documents, from_position_ids
-from .losses import LanguageModelHead, average, causal_targets
+from .losses import LanguageModelHead, average, causal_targets, kept_positions
 from .native_step import run as native_step
 from .norms_and_dropout import make_norm
 from .short_convolution import ShortConvolution
@@ -272,7 +271,7 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
             skip_logits = skip_logits and labels is not None
         elif skip_logits and labels is None:
             raise ValueError("skip_logits leaves only the loss, and there is none without labels")
-        logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        logits = None if skip_logits else self.lm_head(kept_positions(hidden_states, logits_to_keep))
         loss = None
         if labels is not None and (skip_logits or adaptive):
             loss = self.loss_without_logits(hidden_states, labels, **kwargs)
