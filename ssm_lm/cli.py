@@ -24,6 +24,7 @@ from .noise import drop_known_lines
 # verb -> (module, one line for --help)
 VERBS = {
     "prepare": ("ssm_lm.data.prepare", "turn text into a memory-mapped token stream"),
+    "verify": ("ssm_lm.data.verify", "read all of a prepared folder and hold it against its manifest"),
     "train": ("ssm_lm.training.train", "train a model as a config says"),
     "eval": ("ssm_lm.evaluation.evaluate", "perplexity by token, by word and by byte"),
     "generate": ("ssm_lm.evaluation.generate", "continue a prompt"),

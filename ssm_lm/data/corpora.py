@@ -18,11 +18,11 @@ from ..errors import UserError, first_line
 from ..extras import need
 from ..hub_access import asking_the_hub
 from . import builtin, hub
-from .documents import Documents, HoldOut, Marked, file_ranges
+from .documents import Documents, HoldOut, Marked, documents_of
 from .hub_datasets import HUB_PREFIX, hub_splits
 from .pieces import pieces_of
 from .remote import RemoteFile, is_remote, list_remote, remote_identity
-from .text_files import DOCUMENTS, KNOWN_SUFFIXES, mark_documents, read_marked, suffix_of
+from .text_files import DOCUMENTS, KNOWN_SUFFIXES, mark_documents, suffix_of
 
 SPLITS = ("train", "validation", "test")
 NAMES = ("wikitext-2", "wikitext-103", "builtin")
@@ -253,26 +253,21 @@ def _of_files(
     by_split = {split: [file for file in files if _split_of(file, root) == split] for split in SPLITS}
     by_split = {split: group for split, group in by_split.items() if group}
 
-    def text_of(group: list[Path | RemoteFile]) -> Documents:
-        return Documents(
-            functools.partial(_read_files, group, documents, text_field),
-            functools.partial(file_ranges, group, documents, text_field),
-        )
-
     if by_split:
         for split, group in by_split.items():
             _check_one_kind(split, group)
         used = [file for group in by_split.values() for file in group]
-        fields = {"splits": {split: text_of(group) for split, group in by_split.items()}}
+        fields = {"splits": {split: documents_of(group, documents, text_field) for split, group in by_split.items()}}
     else:
         used = files
-        fields = _divided(text_of(files), hold_out) if hold_out else {"splits": _cut(text_of(files), name)}
+        whole = documents_of(files, documents, text_field)
+        fields = _divided(whole, hold_out) if hold_out else {"splits": _cut(whole, name)}
 
     def identity() -> dict:
         if isinstance(used[0], RemoteFile):
             return {str(file): remote_identity(file) for file in used}
-        whole = sum(file.stat().st_size for file in used) <= HASHED_BYTES
-        return {_relative(file, root): _fingerprint(file, whole) for file in used}
+        few = sum(file.stat().st_size for file in used) <= HASHED_BYTES
+        return {_relative(file, root): _fingerprint(file, few) for file in used}
 
     kinds = ", ".join(sorted({suffix_of(file) for file in used}))
     description = f"{kind} {name} ({kinds}; documents: {documents})"
@@ -303,11 +298,6 @@ def _check_one_kind(split: str, files: list[Path | RemoteFile]) -> None:
             f"{str(files[0]).rpartition('/')[0]}: {first} and {second} are both the {split} split, in different "
             "formats; keep one of them, or give one file as --dataset"
         )
-
-
-def _read_files(files: list[Path | RemoteFile], documents: str, text_field: str) -> Marked:
-    for file in files:
-        yield from read_marked(file, documents, text_field)
 
 
 def _cut(whole: Documents, name: str) -> dict[str, Documents]:

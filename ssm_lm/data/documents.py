@@ -41,23 +41,36 @@ class Documents:
     """
 
     start: Callable[[], Marked]
-    ranges: Callable[[], list[Callable[[], Marked]] | None] = lambda: None
+    ranges: Callable[[], Iterator[Callable[[], Marked]] | None] = lambda: None
 
     def __iter__(self) -> Iterator[str]:
         return joined(self.start())
 
 
+def documents_of(
+    files: list[Path | RemoteFile], documents: str, text_field: str, range_bytes: int | None = None
+) -> Documents:
+    """The documents of some files, one behind the other."""
+
+    def start() -> Marked:
+        for file in files:
+            yield from read_marked(file, documents, text_field)
+
+    return Documents(start, lambda: file_ranges(files, documents, text_field, range_bytes))
+
+
 def file_ranges(
     files: list[Path | RemoteFile], documents: str, text_field: str, range_bytes: int | None = None
-) -> list[FileRange] | None:
+) -> Iterator[FileRange] | None:
     """Files in parts of about `range_bytes` (RANGE_BYTES); None where they are few and must be read front to back."""
     if len(files) < MANY_FILES and not all(can_be_entered(file) for file in files):
         return None
-    return [
+    # a file is looked at when it is its turn: what is done before one that cannot be had stays
+    return (
         FileRange(file, documents, text_field, start, end)
         for file in files
         for start, end in _bounds(file, range_bytes or RANGE_BYTES, len(files))
-    ]
+    )
 
 
 def _bounds(file: Path | RemoteFile, range_bytes: int, number: int) -> Iterator[tuple[int, int | None]]:

@@ -1,27 +1,26 @@
 """Data sets of the Hugging Face Hub, streamed by `datasets`: `hub:ORG/NAME` or `hub:ORG/NAME/CONFIG`."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..errors import UserError, first_line
 from ..extras import need
 from ..hub_access import asking_the_hub
 from . import hub
-from .documents import MANY_FILES, Documents, Marked
+from .documents import Documents, Marked, documents_of
+from .remote import RemoteFile
 from .text_files import checked_text
 
 HUB_PREFIX = "hub:"
-# The row groups of so many files are looked up, one request a file; of more, a file is read as a whole.
-FEW_FILES = 8 * MANY_FILES
-# A part that a worker reads holds a row group at least, and there are no more than so many parts a split.
-PARTS = 1 << 14
+# Of Parquet files, what a worker reads at a time: each begins with a look at the file's end.
+RANGE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class HubPart:
-    """Some files or row groups of a split, which a worker streams by itself: `rows` is an IterableDataset."""
+    """Some files of a split, which a worker streams by itself: `rows` is an IterableDataset."""
 
     name: str
     rows: Any
@@ -48,12 +47,13 @@ def hub_splits(
     revision: a commit, tag or branch. only: the one split to take. Nothing of the text is read or kept on this disk.
     Raises UserError when the data set, the config, the split or the field is not there, or the Hub is not reached.
     """
-    path, config = _parts_of(name)
+    path, config = _path_and_config(name)
     need(f"{name}: a data set of the Hub", "train", "datasets")
     try:
         with hub.one_line_errors(), asking_the_hub():
             commit = _commit(path, revision)
-            streams = _streams(path, config, commit, text_field)
+            builder = _builder(path, config, commit)
+            streams = builder.as_streaming_dataset()
     except Exception as error:  # the Hub's client has a dozen kinds, of several libraries, for "not reached"
         raise UserError(
             f"--dataset {name}: could not be had from the Hub: {first_line(error)}; "
@@ -68,12 +68,17 @@ def hub_splits(
         columns = rows.column_names
         if columns is not None and text_field not in columns:
             raise UserError(f"{name}: no field {text_field!r}, only {', '.join(columns)}; choose one by --text-field")
-        splits[split] = Documents(HubPart(name, rows, text_field), _ranges(name, rows, text_field))
+        files = [str(file) for file in (builder.config.data_files or {}).get(split, [])]
+        if files and all(file.endswith(".parquet") for file in files):
+            # of which the text's column alone is read, from any row group on
+            splits[split] = documents_of([RemoteFile(file) for file in files], "auto", text_field, RANGE_BYTES)
+        else:
+            splits[split] = Documents(HubPart(name, rows, text_field), partial(_parts, name, rows, text_field))
     identity = {"hub": path, "config": config, "revision": commit}
     return splits, identity | ({"split": only} if only else {})
 
 
-def _parts_of(name: str) -> tuple[str, str | None]:
+def _path_and_config(name: str) -> tuple[str, str | None]:
     parts = name.removeprefix(HUB_PREFIX).split("/")
     if not 2 <= len(parts) <= 3 or not all(parts):
         raise UserError(f"--dataset {name}: write hub:ORG/NAME, or hub:ORG/NAME/CONFIG")
@@ -86,26 +91,13 @@ def _commit(path: str, revision: str | None) -> str:
     return HfApi(endpoint=constants.ENDPOINT).dataset_info(path, revision=revision, timeout=30).sha
 
 
-def _streams(path: str, config: str | None, commit: str, text_field: str) -> dict:
-    """Split -> IterableDataset, of which only the text is read where the files are Parquet."""
+def _builder(path: str, config: str | None, commit: str):
     import datasets
 
-    builder = datasets.load_dataset_builder(path, config, revision=commit)
-    if "columns" in {field.name for field in dataclasses.fields(builder.config)}:
-        columns = (builder.info.features or {}).keys()
-        if not columns or text_field in columns:
-            builder = datasets.load_dataset_builder(path, config, revision=commit, columns=[text_field])
-    return dict(builder.as_streaming_dataset())
+    return datasets.load_dataset_builder(path, config, revision=commit)
 
 
-def _ranges(name: str, rows, text_field: str) -> Callable[[], list[HubPart]]:
-    def ranges() -> list[HubPart]:
-        try:
-            with hub.one_line_errors(), asking_the_hub():
-                fine = rows.reshard() if rows.num_shards < FEW_FILES else rows
-        except Exception as error:  # see above
-            raise UserError(f"{name}: its files cannot be read: {first_line(error)}; check the network") from error
-        number = min(fine.num_shards, PARTS)
-        return [HubPart(name, fine.shard(number, index), text_field) for index in range(number)]
-
-    return ranges
+def _parts(name: str, rows, text_field: str) -> Iterator[HubPart]:
+    """A part a file."""
+    number = rows.num_shards
+    return (HubPart(name, rows.shard(number, index), text_field) for index in range(number))

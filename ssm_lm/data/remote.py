@@ -35,8 +35,11 @@ class RemoteFile:
         import fsspec
 
         try:
-            # what was read is not read again, and one block is held
-            return fsspec.open(self.url, mode, cache_type="readahead", block_size=1 << 22).open()
+            # of Parquet exactly what is asked for is fetched, for the next column may be none of ours; of a text what
+            # follows too, a block at a time
+            cache = "none" if self.suffix == ".parquet" else "readahead"
+            system, path = fsspec.core.url_to_fs(self.url)
+            return system.open(path, mode, cache_type=cache, block_size=1 << 22)
         except OSError:
             raise
         except Exception as error:  # of a dozen libraries

@@ -98,6 +98,12 @@ def read_marked(
         raise UserError(f"{path}: the compressed file is damaged ({error}); get it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
+    except UserError:
+        raise
+    except Exception as error:  # of the libraries behind a URL
+        if not isinstance(path, RemoteFile):
+            raise
+        raise UserError(f"{path}: cannot be read any further ({first_line(error)}); check the network") from error
 
 
 def split_documents(lines: Iterable[str], documents: str = "auto") -> Iterator[str]:

@@ -54,6 +54,18 @@ def test_words(folder, tmp_path):
     assert tokenizer.convert_ids_to_tokens(tokens.tolist()) == words
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [
+        ("words", ("4810174d6c0f6a87", "e5a455d16f5c2538", "a41c25a1238c5b9c")),
+        ("bpe:300", ("2669389f5a236385", "bc7947f9a993cacc", "420353cb4faaae50")),
+    ],
+)
+def test_the_bytes_stay_the_same_in_later_versions(folder, tmp_path, tokenizer, expected):
+    manifest = prepare(folder, tokenizer, tmp_path / "out")
+    assert tuple(split.sha256[:16] for split in manifest.splits.values()) == expected
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path):
     lines = [" ".join(f"w{number}" for number in range(i, i + 1000)) + "\n" for i in range(0, 66_000, 1000)]
     (tmp_path / "train.txt").write_text("".join(lines))

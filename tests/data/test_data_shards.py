@@ -3,12 +3,14 @@
 import hashlib
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssm_lm import cli
 from ssm_lm.data.manifest import FORMAT_VERSION, Manifest, ShardInfo, SplitInfo
 from ssm_lm.data.shards import ShardedTokens
 from ssm_lm.data.stream import TokenStream
@@ -20,10 +22,12 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def write_sharded(folder, tokens, shard_tokens, vocab_size=1000, unigram=True):
+def write_sharded(folder, tokens, shard_tokens, vocab_size=1000, unigram=True, tokenizer=b""):
     """A prepared folder with one split, train, in files of `shard_tokens` ids."""
     data = np.array(tokens, dtype="<u2")
     (folder / "train").mkdir(parents=True)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer)
     shards = []
     for number, start in enumerate(range(0, len(data), shard_tokens)):
         name, part = f"train/{number:05}.bin", data[start : start + shard_tokens]
@@ -35,6 +39,7 @@ def write_sharded(folder, tokens, shard_tokens, vocab_size=1000, unigram=True):
     info = SplitInfo(len(data), 1, 1, 1, 1, digest(data.tobytes()), tuple(shards), counts)
     values = {"dataset": "d", "description": "d", "tokenizer": "t", "tokenizer_sha256": "0", "eos_token_id": 0}
     values |= {"vocab_size": vocab_size, "dtype": "uint16", "splits": {"train": info}, "request": {}}
+    values["tokenizer_sha256"] = digest(tokenizer)
     Manifest(FORMAT_VERSION, **values, ids_checked=True).write(folder)
     return TokenStream.open(folder, "train")
 
@@ -142,3 +147,45 @@ def test_a_folder_of_version_1_is_read(tmp_path):
     assert (stream.tokens.tolist(), stream.manifest.ids_checked) == (list(range(9)), False)
     assert stream.unigram_counts().tolist() == [1] * 9
     stream.verify()
+
+
+def change_byte(path):
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(data)
+
+
+def swap(folder):
+    """The files of two shards change places, with what the manifest says of each."""
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    shards = values["splits"]["train"]["shards"]
+    shards[0], shards[1] = shards[1], shards[0]
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: change_byte(folder / "train" / "00001.bin"), r"train/00001\.bin: sha256"),
+        (lambda folder: (folder / "train" / "00004.bin").unlink(), r"train/00004\.bin: no such file"),
+        (lambda folder: (folder / "train" / "00004.bin").write_bytes(b""), r"00004\.bin: 0 bytes, where"),
+        (lambda folder: change_byte(folder / "train.unigram"), r"train\.unigram: is not how often"),
+        (lambda folder: change_byte(folder / "tokenizer" / "tokenizer.json"), r"is another tokenizer"),
+        (swap, "in another order"),
+    ],
+)
+def test_the_verb_names_what_is_wrong(tmp_path, refused, capsys, change, message):
+    folder = tmp_path / "data"
+    write_sharded(folder, range(100), 16, tokenizer=b"a tokenizer")
+    assert cli.main(["verify", str(folder)]) == 0
+    assert "train: 100 tokens in 7 files" in capsys.readouterr().out
+    change(folder)
+    assert re.search(message, refused("verify", folder))
+
+
+def test_the_verb_finds_an_id_beyond_the_vocabulary(tmp_path, refused):
+    write_sharded(tmp_path / "data", [3, 9, 1, 4], 2, vocab_size=10, tokenizer=b"a tokenizer")
+    path = tmp_path / "data" / "manifest.json"
+    path.write_text(path.read_text().replace('"vocab_size": 10', '"vocab_size": 9'))
+    assert "holds the token 9, its tokenizer has only 9" in refused("verify", tmp_path / "data")

@@ -155,4 +155,4 @@ def test_the_middle_of_a_compressed_file_cannot_be_entered(tmp_path):
     for path in paths:
         path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
     assert file_ranges(paths[:3], "auto", "text") is None
-    assert len(file_ranges(paths, "auto", "text")) == 40
+    assert len(list(file_ranges(paths, "auto", "text"))) == 40

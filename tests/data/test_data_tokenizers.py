@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ssm_lm.data.bpe import END_OF_TEXT, train_bpe
-from ssm_lm.data.corpora import load_corpus
 from ssm_lm.data.pieces import pieces, pieces_of
+from ssm_lm.data.prepare import prepare
 from ssm_lm.data.tokenizer import Encoder, tokenizer_hash
 from ssm_lm.data.words import train_words
 from ssm_lm.errors import UserError
@@ -145,14 +145,12 @@ def test_a_document_of_lines_ends_in_one_eos():
 @pytest.mark.skipif(
     not (SHARED / "wikitext-2").is_dir(), reason="needs WikiText-2 in ../shared/data beside the repository"
 )
-def test_wikitext_2_has_the_published_counts():
-    corpus = load_corpus(SHARED / "wikitext-2")
-    tokenizer = train_words(corpus["train"])
-    encoder = Encoder.of(tokenizer)
-    assert len(tokenizer) == 33_278
-    counts = {
-        split: sum(len(ids) for ids in encoder.encode([(document, True) for document in corpus[split]]))
-        for split in corpus.splits
+def test_wikitext_2_has_the_published_counts(tmp_path):
+    manifest = prepare(SHARED / "wikitext-2", "words", tmp_path / "out")
+    assert manifest.vocab_size == 33_278
+    splits = {split: (info.tokens, info.documents, info.sha256[:16]) for split, info in manifest.splits.items()}
+    assert splits == {
+        "train": (2_088_628, 600, "c9340289a553c5ca"),
+        "validation": (217_646, 60, "0f559bbc00bf328c"),
+        "test": (245_569, 60, "165d5683495e1daa"),
     }
-    assert counts == {"train": 2_088_628, "validation": 217_646, "test": 245_569}
-    assert [len(list(corpus[split])) for split in corpus.splits] == [600, 60, 60]

@@ -1,7 +1,8 @@
 """A Hub on loopback: the part of the Hub's HTTP protocol that publishing and loading a model use.
 
-Create, visibility, branches, preupload, LFS (basic and multipart), commits in ndjson, file lists, resolve. It keeps
-everything in memory, counts what it is sent, and can be told to fail. It wants the token in every request to the Hub
+Create, visibility, branches, preupload, LFS (basic and multipart), commits in ndjson, file lists, resolve; of data
+sets, in `hub.repos["datasets/ORG/NAME"]`, what streaming asks for: file lists, and ranges of files. It keeps everything
+in memory, counts what it is sent, and can be told to fail. It wants the token in every request to the Hub
 itself, and no token in those to the storage, which are signed in reality.
 """
 
@@ -38,6 +39,7 @@ class HubServer:
     def __init__(self, token=TOKEN, part_size=None, known_users=("user",)):
         self.token, self.part_size, self.known_users = token, part_size, known_users
         self.repos: dict[str, Repo] = {}
+        self.sent: dict[str, int] = {}  # bytes of each file of a data set that were asked for
         self.storage: dict[str, bytes] = {}  # LFS: sha256 -> content
         self.parts: dict[str, dict[int, bytes]] = {}
         self.uploads: list[tuple[str, int]] = []  # (sha256, bytes) that arrived whole in the storage
@@ -104,6 +106,11 @@ class HubServer:
                 if match and method == handler.command.replace("HEAD", "GET"):
                     groups = [group and urllib.parse.unquote(group) for group in match.groups()]
                     status, headers, content = function(self, *groups, body=body, query=query)
+                    if status == 200 and (asked := handler.headers.get("Range")):
+                        status, headers, content = part_of(asked, headers, content)
+                    if path.startswith("/datasets/") and handler.command == "GET":
+                        name = path.rpartition("/")[2]
+                        self.sent[name] = self.sent.get(name, 0) + len(content)
                     break
             else:
                 raise Refusal(404, message=f"no route {handler.command} {path}")
@@ -125,8 +132,8 @@ class HubServer:
             return
         if given is not None:
             raise Refusal(401, message="Invalid credentials in Authorization header")
-        match = re.match(r"/(?:api/models/)?([\w.-]+/[\w.-]+)", path)
-        repo = self.repos.get(match[1].removesuffix(".git")) if match else None
+        match = re.match(r"/(?:api/models/|(?:api/)?(datasets/))?([\w.-]+/[\w.-]+)", path)
+        repo = self.repos.get((match[1] or "") + match[2].removesuffix(".git")) if match else None
         if handler.command not in ("GET", "HEAD") or repo is None or repo.private:
             raise Refusal(401, "RepoNotFound", "Invalid username or password.")
 
@@ -172,6 +179,14 @@ class HubServer:
         if branch is None:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repo, branch
+
+
+def part_of(asked, headers, content):
+    """The answer to a request for a range of bytes."""
+    first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
+    last = min(int(last or len(content)), len(content) - 1)
+    headers = headers | {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
+    return 206, headers, content[int(first) : last + 1]
 
 
 def route(method, pattern):
@@ -351,3 +366,46 @@ def resolve(hub, name, revision, path, body, query):
     content = repo.branches[branch][path]
     headers = {"ETag": f'"{remote_oid(hub, content)}"', "X-Repo-Commit": repo.heads[branch]}
     return 200, headers | {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}, content
+
+
+# ---- data sets
+
+
+@route("GET", f"/api/datasets/{NAME}(?:/revision/(.+))?")
+def dataset_info(hub, name, revision, body, query):
+    repo, branch = hub.repo(f"datasets/{name}", revision or "main")
+    siblings = [{"rfilename": path} for path in sorted(repo.branches[branch])]
+    info = {"_id": "1", "id": name, "private": repo.private, "sha": repo.heads[branch], "siblings": siblings}
+    return reply(info | {"tags": [], "downloads": 0, "likes": 0, "disabled": False, "gated": False})
+
+
+@route("GET", f"/api/datasets/{NAME}/tree/([^/]+)(?:/(.*))?")
+def dataset_tree(hub, name, revision, folder, body, query):
+    repo, branch = hub.repo(f"datasets/{name}", revision)
+    prefix = f"{folder.rstrip('/')}/" if folder else ""
+    deep, entries = "recursive=true" in query.lower(), {}
+    for path, content in sorted(repo.branches[branch].items()):
+        if path.startswith(prefix):
+            first, _, rest = path[len(prefix) :].partition("/")
+            if rest:
+                entries[prefix + first] = {"type": "directory", "path": prefix + first, "size": 0, "oid": "0" * 40}
+            if not rest or deep:
+                entries[path] = describe(hub, path, content)
+    if not entries:
+        raise Refusal(404, "EntryNotFound", f"{folder} does not exist")
+    return reply(list(entries.values()))
+
+
+@route("POST", f"/api/datasets/{NAME}/paths-info/([^/]+)")
+def dataset_paths(hub, name, revision, body, query):
+    repo, branch = hub.repo(f"datasets/{name}", revision)
+    asked = urllib.parse.parse_qs(body.decode())["paths"] if body[:1] != b"{" else json.loads(body)["paths"]
+    files = repo.branches[branch]
+    found = [describe(hub, path, files[path]) for path in asked if path in files]
+    folders = [path for path in asked if any(file.startswith(f"{path}/") for file in files)]
+    return reply([*found, *({"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in folders)])
+
+
+@route("GET", f"/datasets/{NAME}/resolve/([^/]+)/(.+)")
+def dataset_file(hub, name, revision, path, body, query):
+    return resolve(hub, f"datasets/{name}", revision, path, body, query)
