@@ -11,11 +11,13 @@ import importlib
 
 __version__ = "0.1.0"
 
-__all__ = ["S4Config", "S4ForCausalLM", "S4ForSequenceClassification", "S4Model", "__version__"]
+__all__ = ["S4Config", "S4ForCausalLM", "S4ForSequenceClassification", "S4Model", "__version__", "register_layer"]
 
 
 def __getattr__(name):
     if name not in __all__:
         raise AttributeError(f"module 'ssm_lm' has no attribute {name!r}")
+    if name == "register_layer":
+        return importlib.import_module(".modeling.ssm", __name__).register_layer
     auto = importlib.import_module(".auto", __name__)
     return getattr(auto.modeling_s4, name)

@@ -20,6 +20,7 @@ from . import __version__
 from .errors import UserError
 from .internals.python import leave
 from .noise import drop_known_lines
+from .own_layers import load_layers
 
 # verb -> (module, one line for --help)
 VERBS = {
@@ -90,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(f"there is no verb {verb!r}; {hint}`ssm-lm --help` lists them")
         args = build_parser(verb).parse_args(argv)
+        load_layers()
         args.run(args)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":

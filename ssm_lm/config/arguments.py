@@ -36,6 +36,7 @@ class S4TrainingArguments(TrainingArguments):
     ssm_learning_rate: learning rate of the state space parameters (dt, Lambda, P, B, C, D); None: learning_rate.
     allow_changes: keys that this start may give other values than the run began with, as learning_rate,weight_decay;
         the new value, and the step from which it holds, go into run.json (see training/identity.py for which can).
+    activation_checkpointing: computes activations again in the backward: a third more time, far less memory.
     profile: steps to trace with torch's profiler, into output_dir/profile; true: 3.
     peak_tflops: dense matmul peak of a device at the precision of the run, for the MFU; None: known GPUs by name. The
         environment variable SSM_LM_PEAK_TFLOPS says the same.
@@ -59,6 +60,7 @@ class S4TrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = None
     ssm_learning_rate: float | None = None
     allow_changes: str | list[str] | None = None
+    activation_checkpointing: bool | None = None
     profile: bool | int = 0
     peak_tflops: float | None = None
     communication_sample_steps: int = 500
@@ -74,6 +76,8 @@ class S4TrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
 
     def __post_init__(self):
+        if self.activation_checkpointing and "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:
+            self.gradient_checkpointing = True  # its name in transformers before 5.23
         super().__post_init__()
         if self.ssm_learning_rate is None:
             self.ssm_learning_rate = self.learning_rate

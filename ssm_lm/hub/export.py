@@ -18,7 +18,7 @@ from ..files import new_folder
 from ..loading.folder import CHECKPOINT, check_links, quiet, resolve
 from ..loading.model import CAUSAL_LM, CLASSIFIER, DTYPES, load_model
 from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, load_tokenizer
-from . import card
+from . import card, own_layer
 
 SHARD_SIZE = "5GB"  # what an interrupted upload over LFS sends a second time at most
 
@@ -133,9 +133,23 @@ def write(model, tokenizer, folder: Path, readme: str, max_shard_size: str = SHA
             for key in ("is_local", "local_files_only"):  # how it was loaded here
                 tokenizer.init_kwargs.pop(key, None)
             tokenizer.save_pretrained(folder)
-    for file in code_files() if ours else ():
-        shutil.copyfile(file, folder / file.name)
+    if ours:
+        write_code(model.config.ssm, folder)
     (folder / card.CARD).write_text(readme, encoding="utf-8")
+
+
+def write_code(ssm: str, folder: Path) -> None:
+    """Write the model's own code, and with it that of a layer of one's own. Raises UserError for one that cannot go."""
+    files = code_files()
+    own = own_layer.layer_file(ssm, {file.name for file in files})
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if own is not None:
+        path, text = own
+        (folder / path.name).write_text(text, encoding="utf-8")
+        for name, added in (("checks.py", own_layer.names_of(ssm)), ("ssm.py", own_layer.import_of(ssm, path))):
+            with open(folder / name, "a", encoding="utf-8") as file:
+                file.write(added)
 
 
 def code_files() -> list[Path]:

@@ -176,8 +176,12 @@ class S4Config(PreTrainedConfig):
                 f"arch as a list holds kinds, {', '.join(STATES)}, and at least one with a state space, not "
                 f"{list(self.arch)}"
             )
+        if self.ssm not in INITIALIZATIONS:
+            raise ValueError(
+                f"ssm is one of {', '.join(INITIALIZATIONS)}, not {self.ssm!r}; a layer of your own is registered "
+                "first: for commands, SSM_LM_LAYERS names its file"
+            )
         for key, known in (
-            ("ssm", INITIALIZATIONS),
             ("mode", MODES),
             ("kernels", SETTINGS),
             ("glu", GATES),

@@ -130,6 +130,7 @@ class _Group:
             do_sample=False,
             beams_to_keep=self.kept,
             batch_size=self.batch,
+            vocab_size=log_probs.shape[-1],  # older versions of transformers ask for it
             **shared,
         )
         ends = stopping_criteria(top_sequences[..., : self.length + 1].flatten(0, 1), None)

@@ -14,6 +14,8 @@ Every mixer is (B, L, H) -> (B, L, H). What it keeps between tokens lies in the 
 convolution's tail, then the state space's.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -30,14 +32,17 @@ from .ssm import LAYERS, StateSpace
 def make_state_space(config: S4Config, channels: int | None = None) -> StateSpace:
     """The state space of a config, over `channels`; None: hidden_size."""
     channels = channels or config.hidden_size
-    if config.ssm == "s5":
-        own = {"blocks": config.ssm_blocks}
-    elif config.ssm == "ssd":
-        own = {"head_dim": config.head_dim, "selective": config.selective_dt}
-    else:
+    layer = LAYERS[config.ssm]
+    own = {
         # as many as hidden_size: one a channel
-        own = {"n_ssm": channels if config.n_ssm == config.hidden_size else config.n_ssm, "b_clip": config.b_clip}
-    return LAYERS[config.ssm](
+        "n_ssm": channels if config.n_ssm == config.hidden_size else config.n_ssm,
+        "b_clip": config.b_clip,
+        "blocks": config.ssm_blocks,
+        "head_dim": config.head_dim,
+        "selective": config.selective_dt,
+    }
+    takes = inspect.signature(layer).parameters  # each kind has some of these
+    return layer(
         channels,
         config.state_size,
         init=config.ssm_init,
@@ -46,7 +51,7 @@ def make_state_space(config: S4Config, channels: int | None = None) -> StateSpac
         dt_max=config.dt_max,
         chunk_size=config.chunk_size,
         bidirectional=config.bidirectional,
-        **own,
+        **{key: value for key, value in own.items() if key in takes},
     )
 
 

@@ -127,18 +127,21 @@ class S4Model(S4PreTrainedModel):
         use_cache: bool | None = None,
         position_ids: torch.LongTensor | None = None,
         seq_idx: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """input_ids (B, L) or inputs_embeds (B, L, H); attention_mask (B, L or more), 0 where a token is padding.
 
         past_key_values: a cache from an earlier forward; the sequence goes on from its state. With use_cache the
-        output holds the cache, made here where none was given.
+        output holds the cache, made here where none was given. cache: another name of it, which generate() of
+        transformers 5.24 says; unheard, every token would begin from a zero state.
         seq_idx: (B, L), the document of each token, negative for padding: states are zero where it changes. The first
         document of a row goes on from the cache, where there is one. Without it, position_ids (B, L) that start again
         at 0 say the same; they are looked at only where no past_key_values are given. Either waits for the device
         once a forward, to learn how many chunks the documents fill.
         With config.input_size, inputs_embeds is (B, L, input_size). A bidirectional model has no cache.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         if self.config.input_size is not None:
@@ -247,6 +250,7 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """As S4Model.forward, seq_idx and position_ids included (generate() would fill in position_ids if they were
@@ -262,6 +266,7 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state

@@ -52,6 +52,9 @@ class StateSpace(nn.Module):
     is_time_invariant = True  # False where B, C or dt depend on the token
     unconvolved = 0  # features at the end of its input that a convolution before it leaves as they are
     has_dense_carry = False  # of the chunk scan; True where A-bar is not diagonal
+    # of a layer of one's own, what ssm_init and discretization may be, the default first; see register_layer
+    initializations = ("legs",)
+    discretizations = ("zoh",)
 
     def __init__(
         self,

@@ -43,6 +43,14 @@ def new_cache(kind, model):
 # ---- rows of a batch
 
 
+@torch.no_grad()
+def test_the_cache_by_the_name_of_newer_versions(model):
+    """transformers 5.24 passes it as `cache`; a forward that took it for something else would begin from zero."""
+    ids = prompt(20)
+    cache = model(ids[:, :12], use_cache=True).past_key_values
+    torch.testing.assert_close(model(ids[:, 12:], cache=cache).logits, model(ids).logits[:, 12:])
+
+
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 @torch.no_grad()
 def test_rows_are_reordered_repeated_and_selected(model, kind):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import MIXTURE, SSD, tiny_model
+from tiny import MIXTURE, SSD, checkpoint_activations, tiny_model
 
 from ssm_lm.modeling.documents import find_documents, from_position_ids
 from ssm_lm.modeling.ssm import S4, S4D, S5
@@ -213,7 +213,7 @@ def test_training_on_packed_documents_with_checkpointing(arch):
     for checkpointing in (False, True):
         m = model(arch=arch).train()
         if checkpointing:
-            m.activation_checkpointing_enable()
+            checkpoint_activations(m)
         m(ids, labels=ids, seq_idx=pack([[5, 13, 9], [20, 7]])).loss.backward()
         gradients.append([p.grad.clone() for p in m.parameters()])
     for a, b in zip(*gradients, strict=True):

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import checkpoint_activations, tiny_model
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -173,7 +173,7 @@ def test_gradient_checkpointing_goes_with_it():
     for checkpointing in (False, True):
         m = model(loss_chunk_size=5).train()
         if checkpointing:
-            m.activation_checkpointing_enable()
+            checkpoint_activations(m)
         m(ids, labels=ids).loss.backward()
         gradients.append(m.lm_head.weight.grad)
     torch.testing.assert_close(*gradients)

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tiny import tiny_config, tiny_model
+from tiny import checkpoint_activations, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ssm_lm import S4Config, S4ForCausalLM, S4Model
@@ -106,7 +106,7 @@ def test_gradient_checkpointing_changes_nothing():
     for checkpointing in (False, True):
         m = model().train()
         if checkpointing:
-            m.activation_checkpointing_enable()
+            checkpoint_activations(m)
         m(ids, labels=ids).loss.backward()
         gradients.append([p.grad.clone() for p in m.parameters()])
     for a, b in zip(*gradients, strict=True):

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tiny import MIXTURE, SIZES, tiny_model
+from tiny import MIXTURE, SIZES, checkpoint_activations, tiny_model
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -178,7 +178,7 @@ def test_activation_checkpointing_changes_nothing(kw, reentrant):
     for checkpointing in (False, True):
         model = build(**kw, chunk_size=16, dropout=0.1).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, {"use_reentrant": reentrant})
         torch.manual_seed(3)  # the same dropout, drawn again in the backward
         out = model(ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         assert isinstance(out, CausalLMOutputWithPast)

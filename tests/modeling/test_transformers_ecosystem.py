@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from tiny import MIXTURE, tiny_model
+from tiny import MIXTURE, checkpoint_activations, tiny_model
 from torch._dynamo.testing import CompileCounter
 from transformers import GenerationConfig, PreTrainedTokenizerFast, StaticCache, pipeline
 
@@ -74,7 +74,7 @@ def test_lora_with_gradient_checkpointing():
         model = peft.get_peft_model(build(), adapter).train()
         if checkpointing:
             model.enable_input_require_grads()
-            model.base_model.model.activation_checkpointing_enable()
+            checkpoint_activations(model.base_model.model)
         model(ids, labels=ids).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()

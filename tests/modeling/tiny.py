@@ -26,3 +26,9 @@ def tiny_model(cls=S4ForCausalLM, seed=0, **values):
 def prompt(length, batch=1, seed=0, vocabulary=SIZES["vocab_size"]):
     """Token ids (batch, length) without 0, which generate() takes for padding where it is given no mask."""
     return torch.randint(1, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def checkpoint_activations(model, *args) -> None:
+    """Have a model recompute its activations; transformers 5.23 gave the method another name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(*args)
