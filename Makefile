@@ -3,6 +3,8 @@
 # make long-test:  claims of accuracy, memory and endurance, two tests at a time; then those of speed, one at a time
 # make test-triton TRITON=3.9.0: the kernels interpreted, and all compiled, with another Triton than the one that is
 #                  pinned; KERNEL_TESTS=tests/kernels for all of their tests
+# make matrix:     the fast tests at the lowest and at the highest versions of pyproject.toml's ranges, in environments
+#                  below build/; SETS=lowest for one of them, TESTS=tests/modeling for a part
 # All make the virtual environment if it is missing: quickstart with what the commands need, the others (and `make venv`)
 # with what the tests need beside it.
 
@@ -14,10 +16,11 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 QUICKSTART ?=
 TESTS ?= tests
 TRITON ?= 3.9.0
+SETS ?= lowest highest
 KERNEL_TESTS ?= tests/kernels/test_kernels_interpreted.py::test_interpreted tests/kernels/test_kernel_launches.py \
 	tests/kernels/test_kernel_resources.py
 
-.PHONY: quickstart test long-test test-triton fast-test lint format venv clean
+.PHONY: quickstart test long-test test-triton matrix fast-test lint format venv clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ssm-lm prepare --dataset builtin --tokenizer bpe:4096 --output data/builtin
@@ -43,6 +46,13 @@ long-test: venv
 test-triton: venv
 	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -m pytest -n 2 --dist worksteal $(KERNEL_TESTS)
+
+matrix: $(SETS:%=matrix-%)
+
+matrix-%: tests/versions/%.txt
+	test -x build/$*/bin/python || $(PYTHON) -m venv build/$*
+	build/$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< --editable '.[dev]'
+	build/$*/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not long" $(TESTS)
 
 fast-test: venv
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long" $(TESTS)

@@ -28,7 +28,7 @@ from .network import HOW_TO_RUN, test_job
 
 TOLERANCE = 1e-4  # between the modes of a layer, in float32, relative to the largest output
 GIB = 1 << 30
-EXTRAS = ("", "train", "gpu", "eval", "tasks", "plot")  # of pyproject.toml; "" for what nothing runs without
+EXTRAS = ("", "train", "gpu", "eval", "tasks", "plot", "serve")  # of pyproject.toml; "" for what nothing runs without
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
