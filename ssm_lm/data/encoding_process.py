@@ -1,5 +1,6 @@
 """The main function of a process that encodes units for `ssm-lm prepare`; see processes.py."""
 
+import contextlib
 import os
 import pickle
 import signal
@@ -8,6 +9,7 @@ import traceback
 
 from ..errors import UserError
 from ..noise import drop_known_lines
+from .hub import one_line_errors
 from .processes import send
 
 
@@ -19,19 +21,14 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     units = sys.stdin.buffer
     encoding = pickle.load(units)
-    while True:
-        try:
+    with one_line_errors(), contextlib.suppress(EOFError, BrokenPipeError):  # the caller is done, or was killed
+        while True:
             unit = pickle.load(units)
-        except EOFError:
-            return
-        try:
-            answer = ("counts", encoding(unit))
-        except (UserError, OSError) as error:
-            answer = ("error", error)
-        except Exception as error:
-            traceback.print_exc()
-            answer = ("error", RuntimeError(f"unit {unit.number} failed: {error}"))
-        try:
+            try:
+                answer = ("counts", encoding(unit))
+            except (UserError, OSError) as error:
+                answer = ("error", error)
+            except Exception as error:
+                traceback.print_exc()
+                answer = ("error", RuntimeError(f"unit {unit.number} failed: {error}"))
             send(answers, answer)
-        except BrokenPipeError:  # the caller was killed
-            return

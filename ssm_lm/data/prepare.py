@@ -27,6 +27,7 @@ from .assembly import NoText, assemble
 from .corpora import HOLD_OUT, LEVELS, NAMES, Corpus, load_corpus
 from .documents import first_bytes, sample
 from .encoding import COUNTS, Encoding
+from .hub import one_line_errors
 from .manifest import DTYPES, MANIFEST_FILE, Manifest
 from .processes import run_units
 from .shards import check_size
@@ -225,7 +226,8 @@ def prepare(
         if not (work.folder / MANIFEST_FILE).exists():
             units = _not_done(work, plan, corpus, share, report)
             try:
-                run_units(units, encoding, workers or len(os.sched_getaffinity(0)), report)
+                with one_line_errors():
+                    run_units(units, encoding, workers or len(os.sched_getaffinity(0)), report)
             except UserError as error:
                 if not work.has_parts():
                     raise

@@ -224,8 +224,9 @@ def _parquet_texts(path: Path | RemoteFile, text_field: str, start: int = 0, end
     import pyarrow.parquet
 
     try:
-        # buffered, a column chunk is read page by page; else a row group's is held whole
-        with path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened, buffer_size=1 << 20) as file:
+        # a few pages are read at a time; by default the chunk of a row group is held whole
+        options = {"buffer_size": 1 << 20, "pre_buffer": False}
+        with path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened, **options) as file:
             names = file.schema_arrow.names
             if text_field not in names:
                 raise UserError(f"{path}: no field {text_field!r}, only {', '.join(names)}; choose one by --text-field")

@@ -12,7 +12,7 @@ from .corpora import Corpus
 from .documents import HoldOut, Marked, Pieces, first_bytes
 from .pieces import pieces_of
 
-UNIT_CHARACTERS = 1 << 22
+UNIT_CHARACTERS = 1 << 21
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 import bz2
 import gzip
+import io
 import json
 import lzma
+import random
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -156,3 +159,20 @@ def test_the_middle_of_a_compressed_file_cannot_be_entered(tmp_path):
         path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
     assert file_ranges(paths[:3], "auto", "text") is None
     assert len(list(file_ranges(paths, "auto", "text"))) == 40
+
+
+def test_a_row_group_is_not_held_whole():
+    texts = [random.Random(number).randbytes(2000).hex() for number in range(4000)]
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file, use_dictionary=False, write_statistics=False)
+    sizes = []
+
+    class Opened(io.BytesIO):
+        def read(self, size=-1):
+            sizes.append(size)
+            return super().read(size)
+
+    path = SimpleNamespace(suffixes=[".parquet"], open=lambda mode: Opened(file.getvalue()))
+    assert [text for _, text in text_files.read_marked(path)] == texts
+    assert len(file.getvalue()) > 15 << 20
+    assert max(sizes) < 6 << 20
