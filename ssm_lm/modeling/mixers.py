@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from .configuration_s4 import S4Config
 from .documents import Documents
 from .execution import Execution, as_autocast
-from .norms_and_dropout import make_dropout
+from .norms_and_dropout import RMSNorm, make_dropout
 from .ops import gradient_in_rows
 from .short_convolution import ShortConvolution
 from .ssm import LAYERS, StateSpace
@@ -205,7 +205,7 @@ class GatedMixer(ConvolvedMixer):
         wide = config.expand * config.hidden_size
         super().__init__(config, layer_index, state_index, channels=wide)
         self.in_proj = nn.Linear(config.hidden_size, self.ssm.input_size + wide, bias=False)
-        self.norm = nn.RMSNorm(wide, eps=config.layer_norm_epsilon)
+        self.norm = RMSNorm(wide, eps=config.layer_norm_epsilon)
         self.out_proj = nn.Linear(wide, config.hidden_size, bias=False)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, documents: Documents | None = None):

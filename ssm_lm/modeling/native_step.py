@@ -24,6 +24,7 @@ from .feed_forwards import S4FeedForward, SwiGLU
 from .kernels_s4 import in_force
 from .mixers import GatedMixer, H3Mixer, S4Mixer
 from .native_library import library
+from .norms_and_dropout import RMSNorm
 from .single_steps import discrete_from
 
 ACTIVATION_NUMBERS = {"identity": 0, "gelu": 1, "silu": 2}
@@ -186,7 +187,7 @@ class Program:
         return tensor
 
     def norm(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if type(module) not in (nn.LayerNorm, nn.RMSNorm):
+        if type(module) not in (nn.LayerNorm, RMSNorm):
             raise Unsupported(type(module).__name__)
         weight, bias = self.weight(module.weight), self.weight(getattr(module, "bias", None))
         half = _is_half(weight, bias)

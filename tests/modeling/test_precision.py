@@ -63,6 +63,20 @@ def test_autocast_rounds_the_signal_alone(cls, mode):
     assert 1e-4 < (y - whole).abs().max() < 2e-2 * whole.abs().max()
 
 
+def test_the_norm_before_a_gated_projection_has_one_dtype(recwarn):
+    """torch has no fused RMS norm for bfloat16 with a float32 weight, which autocast leaves, and warns of it."""
+    m = tiny(ssm="ssd", arch=["gated", "swiglu"], expand=1)
+    norm = next(module for name, module in m.named_modules() if name.endswith("inner.norm"))
+    seen = []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    ids = torch.randint(1, m.config.vocab_size, (1, 20))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        m.train()(ids, labels=ids).loss.backward()
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    assert norm.weight.grad.dtype == torch.float32
+    assert not [w for w in recwarn if "Mismatch dtype" in str(w.message)]
+
+
 def test_autocast_to_float16_keeps_the_signal():
     """A state leaves the range of float16."""
     layer, u = S4(4, 16), torch.randn(1, 70, 4)
