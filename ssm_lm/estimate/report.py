@@ -79,7 +79,7 @@ def estimate(values: dict, args: argparse.Namespace, where: str) -> dict:
     from .sections import OnPaper
     from .subject import read_subject
 
-    subject = read_subject(values, args.sequence_ranks, where)
+    subject = read_subject(values, args.nodes * args.gpus, args.sequence_ranks, where)
     if is_baseline(subject.config):
         if args.scaling:
             raise UserError(f"--scaling: is for models of this package, not for {subject.config.model_type}")

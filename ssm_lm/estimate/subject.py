@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config.arguments import S4TrainingArguments
+from ..config.batch import accumulation_steps
 from ..config.deepspeed import deepspeed_config
 from ..config.model import model_config
 from ..errors import UserError
@@ -67,14 +68,20 @@ class Subject(NamedTuple):
         return max(1, int(self.epochs * self.samples // self.global_batch(ranks))) if self.samples else None
 
 
-def read_subject(values: dict, sequence_ranks: int, where: str) -> Subject:
-    """The subject of a config's values. Raises UserError for a config that makes no model or no batch."""
+def read_subject(values: dict, ranks: int, sequence_ranks: int, where: str) -> Subject:
+    """The subject of a config's values on so many ranks, sequence_ranks of them to a sequence.
+
+    Raises UserError for a config that makes no model or no batch.
+    """
     config, task, length, samples = what_is_trained(values, where)
     batch = values.get("per_device_train_batch_size", S4TrainingArguments.per_device_train_batch_size)
-    accumulation = values.get("gradient_accumulation_steps", 1)
-    for key, value in (("per_device_train_batch_size", batch), ("gradient_accumulation_steps", accumulation)):
+    for key, value in (
+        ("per_device_train_batch_size", batch),
+        ("gradient_accumulation_steps", values.get("gradient_accumulation_steps", 1)),
+    ):
         if value < 1:
             raise UserError(f"{where}: {key} must be at least 1, not {value}")
+    accumulation = accumulation_steps(values, max(1, batch * ranks // sequence_ranks), ranks, where)
     if length % sequence_ranks:
         raise UserError(f"--sequence-ranks {sequence_ranks} must divide the sequence of {length} tokens")
     engine = deepspeed_config(values.get("deepspeed"), bool(values.get("bf16")), bool(values.get("fp16")))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ..config.batch import accumulation_steps
 from ..config.model import describe
 from ..data.sources import gone_on
 from ..errors import UserError, first_line
@@ -234,21 +235,8 @@ def global_batch_size(values: dict, accumulation: int) -> int:
 
 
 def accumulation(values: dict, where: str) -> int:
-    """gradient_accumulation_steps, from `train_batch_size_total` where that is given. Raises UserError."""
-    total = values.get("train_batch_size_total")
-    if total is None:
-        return values.get("gradient_accumulation_steps", 1)
-    if values.get("gradient_accumulation_steps", 1) != 1:
-        raise UserError(
-            f"{where}: gradient_accumulation_steps follows from train_batch_size_total; leave one of them out"
-        )
-    at_once = batch_per_device(values) * replicas(values)
-    if total < 1 or total % at_once:
-        raise UserError(
-            f"{where}: train_batch_size_total {total} is no multiple of the {at_once} sequences that {world_size()} "
-            "ranks see at once; choose another per_device_train_batch_size or another number of ranks"
-        )
-    return total // at_once
+    """gradient_accumulation_steps of this process's ranks. Raises UserError."""
+    return accumulation_steps(values, batch_per_device(values) * replicas(values), world_size(), where)
 
 
 def choose_checkpoint(output_dir: Path, given: str | None, recorded: dict) -> Path | None:

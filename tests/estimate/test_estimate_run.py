@@ -36,6 +36,17 @@ def config(tmp_path):
     return write
 
 
+def test_the_windows_of_a_step_may_be_given_for_all_ranks(config, tmp_path, capsys):
+    target = tmp_path / "report.json"
+    values = {"gradient_accumulation_steps": 1, "train_batch_size_total": 48, "bf16": False, "deepspeed": None}
+    arguments = ["--nodes", "2", "--gpus", "4", "--json", str(target)]
+    assert main(["estimate", config(**values), *arguments]) == 0
+    run = json.loads(target.read_text())["run"]
+    assert (run["gradient_accumulation_steps"], run["sequences_per_step"]) == (3, 48)
+    assert main(["estimate", config(**values | {"train_batch_size_total": 40}), *arguments]) == 2
+    assert "train_batch_size_total 40 is no multiple of the 16 sequences that 8 ranks" in capsys.readouterr().err
+
+
 def test_report(config, tmp_path, capsys):
     target = tmp_path / "report.json"
     arguments = ["--nodes", "2", "--gpus", "4", "--device", "a100", "--scaling", "--json", str(target)]
