@@ -1,6 +1,7 @@
 """The programs in examples/ do what they claim, on a model small enough for seconds."""
 
 import importlib.util
+import json
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import transformers.dynamic_module_utils
 
 from ssm_lm import S4Config, S4ForCausalLM
+from ssm_lm.cli import main
 from ssm_lm.data.bpe import train_bpe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -54,7 +56,12 @@ def tuned(exported, tmp_path_factory):
 
 
 def test_every_example_has_a_test():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"finetune", "layer_on_a_signal", "drafts"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "finetune",
+        "layer_on_a_signal",
+        "drafts",
+        "perplexity",
+    }
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 70, path.name
 
@@ -92,3 +99,16 @@ def test_drafts_give_the_tokens_of_greedy_search_in_fewer_forwards(tuned, monkey
     for tokens, fewer in found.values():
         assert tokens == greedy
         assert fewer < 0.8 * forwards
+
+
+def test_perplexity_is_that_of_eval(exported, tmp_path, monkeypatch):
+    """Counted by plain transformers, and by `ssm-lm eval` on the same file."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = tmp_path / "test.txt"  # a split by its name, and so whole
+    source.write_text(text())
+    theirs = example("perplexity").main([str(exported), str(source), "--chunk", "100"])
+    command = ["eval", str(exported), "--data", str(tmp_path), "--json", str(tmp_path / "found.json")]
+    assert main(command) == 0
+    ours = json.loads((tmp_path / "found.json").read_text())
+    for name, value in theirs.items():
+        assert value == pytest.approx(ours[name.replace(" ", "_")], rel=1e-5), name
