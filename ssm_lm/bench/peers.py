@@ -19,7 +19,7 @@ OURS = {
     "s5": {"ssm": "s5"},
     "h3": {"ssm": "s4d", "arch": "h3"},
     "gated": {"ssm": "s4d", "arch": "gated"},
-    "ssd": {"ssm": "ssd", "arch": ["gated", "swiglu"], "expand": 1},  # as in configs/model/tiny.yaml
+    "ssd": {"ssm": "ssd", "arch": ["gated", "swiglu"]},
 }
 WITHOUT_CACHE = "gpt2-without-cache"  # as the S4 paper compared: the whole text again for every token
 TWICE_THE_LAYERS = ("gated", "mamba", "mamba2")
@@ -60,7 +60,8 @@ def build(name: str, size: Size, positions: int, dtype: torch.dtype) -> torch.nn
     common = {"vocab_size": size.vocabulary, "hidden_size": size.hidden, "num_hidden_layers": layers}
     heads = size.hidden // HEAD
     if name in OURS:
-        config = S4Config(**common, state_size=size.state, **OURS[name])
+        own = {"intermediate_size": 27 * size.hidden // 16} if name == "ssd" else {}  # as in configs/model/tiny.yaml
+        config = S4Config(**common, state_size=size.state, **OURS[name], **own)
     else:
         kind = name.removesuffix("-without-cache")
         own = {
