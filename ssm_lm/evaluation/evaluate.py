@@ -23,6 +23,7 @@ from rich.table import Table
 
 from ..baselines import is_baseline, longest_sequence
 from ..errors import UserError, first_line
+from ..extras import need
 from ..files import write_json
 from ..loading.folder import quiet
 from ..loading.model import DTYPES, load_model
@@ -76,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-args", metavar="KEY=VALUE,...", help="of --tasks: as in lm_eval: max_length, prefix_token_id, ..."
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, as one object")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="of --data: draw the perplexity by --context, a .png or .svg"
+    )
     add_model_arguments(parser)
 
 
@@ -90,13 +94,19 @@ def run(args: argparse.Namespace) -> None:
     contexts = parse_contexts(args.context)
     _positive("--window", args.window)
     _positive("--batch-size", args.batch_size)
+    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
+        raise UserError(f"--plot {args.plot}: give a name that ends in .png or .svg")
+    if args.plot is not None:
+        need("--plot", "plot", "matplotlib")
+        check_place(args.plot, "--plot")
     if args.json is not None:
         check_writable(args.json)  # before the long part
     if args.recall is not None:
         _positive("--recall", args.recall, least=0)
     if args.tasks is not None:
-        if args.recall is not None:
-            raise UserError("--recall belongs to --data")
+        for key in ("recall", "plot"):
+            if getattr(args, key) is not None:
+                raise UserError(f"--{key} belongs to --data")
         run_tasks(args)
         return
     for key in ("include_path", "limit", "num_fewshot", "model_args"):
@@ -118,6 +128,17 @@ def run(args: argparse.Namespace) -> None:
         Console().print(table_of_contexts(rows))
     Console().print(table(results))
     write_results(args.json, results)
+    if args.plot is not None:
+        plot_contexts(args.plot, Path(args.model).expanduser().resolve().name, rows)
+
+
+def plot_contexts(file: Path, name: str, rows: list[dict]) -> None:
+    """Draw the token perplexity of `name` by context, windows beside the state that is carried."""
+    from ..runs.curves import draw_contexts, save
+
+    points = [(row["context"], row["token_perplexity"]) for row in rows if row["token_perplexity"]]
+    save([lambda axes: draw_contexts(axes, {name: points})], file)
+    print(f"{file}: done")
 
 
 def parse_contexts(text: str) -> list[int | None]:
@@ -347,14 +368,19 @@ def place(model, device: str | None):
 
 def check_writable(path: Path) -> None:
     """UserError unless results can be written at `path`: nothing there yet, or results of an earlier evaluation."""
-    if path.is_dir():
-        raise UserError(f"--json {path}: is a folder; give the name of a file")
-    if not path.parent.is_dir():
-        raise UserError(f"--json {path}: the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--json {path}: the folder {path.parent} cannot be written to; choose another place")
+    check_place(path, "--json")
     if path.exists() and not _is_results(path):
         raise UserError(f"--json {path}: exists and was not written by `ssm-lm eval`; choose another name")
+
+
+def check_place(path: Path, flag: str) -> None:
+    """UserError unless a file can be written at `path`, which `flag` has given."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag} {path}: the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: the folder {path.parent} cannot be written to; choose another place")
 
 
 def _is_results(path: Path) -> bool:

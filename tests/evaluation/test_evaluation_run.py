@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -203,3 +204,17 @@ def test_perplexity_without_a_count_is_none():
     assert perplexity(10.0, 0) is None
     assert perplexity(1e6, 1) is None
     assert perplexity(2.0, 2) == pytest.approx(math.e)
+
+
+def test_the_picture_shows_the_perplexity_by_context(folders, capsys):
+    file = folders / "contexts.svg"
+    results = evaluate(folders, "--context", "4,16,full", "--plot", str(file))
+    assert len(results["contexts"]) == 3
+    drawn = file.read_text()
+    assert "perplexity by context" in drawn
+    assert {"4", "16"} <= set(re.findall(r">(\d+)</text>", drawn))
+    assert str(file) in capsys.readouterr().out
+    command = ["eval", str(folders / "model"), "--data", str(folders / "data"), "--plot"]
+    for wrong, said in (("x.jpg", "ends in .png"), (str(folders / "none" / "x.png"), "does not exist")):
+        assert main([*command, wrong]) == 2
+        assert said in capsys.readouterr().err
