@@ -61,11 +61,19 @@ def read_results(path: Path) -> dict:
 
 
 def write_card(
-    model, name: str, results: list[dict], *, license: str | None = None, trained_on: str | None = None
+    model,
+    name: str,
+    results: list[dict],
+    *,
+    license: str | None = None,
+    trained_on: str | None = None,
+    made: dict[str, str] | None = None,
+    curve: list[tuple[int, float]] = (),
 ) -> str:
     """The text of README.md. name: of the exported folder; results: objects from `read_results`, or none.
 
-    license: of the weights, as the Hub calls it; trained_on: the data, in the author's words.
+    license: of the weights, as the Hub calls it; trained_on: the data, in the author's words; made, curve: what
+    making.py has found.
     """
     config = model.config
     is_classifier = type(model).__name__ == CLASSIFIER
@@ -116,6 +124,14 @@ def write_card(
             row = f"| {result['dataset']} | {result['split']} | {result['protocol']} |"
             parts += [f"{row} {what} | {_number(result[key])} | {unit} |" for key, what, unit in MEASURES]
         parts.append("")
+    if made:
+        parts += ["## How it was made", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in made.items()), ""]
+    if curve:
+        steps, values = ([f"{point[i]:,.0f}" if i == 0 else f"{point[i]:,.2f}" for point in curve] for i in (0, 1))
+        parts += [f"| step | {' | '.join(steps)} |", "|---" * (len(curve) + 1) + "|"]
+        parts += [f"| validation perplexity | {' | '.join(values)} |", ""]
+    if not is_classifier:
+        parts += ["## Use and limits", "", *_use(baseline), ""]
     if trained_on is not None:
         parts += ["## Training data", "", " ".join(trained_on.split()), ""]
     weights = "" if license is None else f" The weights: {license}."
@@ -162,6 +178,18 @@ def _load_classifier(name: str, config) -> list[str]:
         f'path = "{name}"  # this folder, or USER/{name} on the Hub',
         "model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)",
         f"print(model({inputs}).logits.argmax(-1))",
+    ]
+
+
+def _use(baseline: bool) -> list[str]:
+    """What a language model is for, and the commands of ssm_lm on its folder."""
+    talk = [] if baseline else ["`ssm-lm chat DIR` keeps its state between turns; "]
+    return [
+        "It continues texts of the kind that it has read. It was not taught to follow instructions, it states what is "
+        "not so, and nothing filters what it writes.",
+        "",
+        f"With ssm_lm and this folder at DIR: {''.join(talk)}`ssm-lm generate DIR --prompt TEXT` continues a text; "
+        "`ssm-lm train configs/train/finetune.yaml --init_from DIR --data TEXT_DIR` goes on with texts of your own.",
     ]
 
 

@@ -19,6 +19,7 @@ from ..loading.folder import CHECKPOINT, check_links, quiet, resolve
 from ..loading.model import CAUSAL_LM, CLASSIFIER, DTYPES, load_model
 from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, load_tokenizer
 from . import card, own_layer
+from .making import curve_of, making
 
 SHARD_SIZE = "5GB"  # what an interrupted upload over LFS sends a second time at most
 
@@ -94,7 +95,15 @@ def export(
     else:
         tokenizer = load_tokenizer(vocabulary, needs_model=tokenizer is None)
         check_vocabulary_fits(tokenizer, model, vocabulary)
-    readme = card.write_card(model, output.resolve().name, results, license=license, trained_on=trained_on)
+    readme = card.write_card(
+        model,
+        output.resolve().name,
+        results,
+        license=license,
+        trained_on=trained_on,
+        made=making(checkpoint),
+        curve=curve_of(checkpoint),
+    )
 
     try:
         with new_folder(output) as partial:
