@@ -37,6 +37,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from transformers.activations import ACT2FN
 
 from ..modeling.adaptive import cluster_bounds, cluster_widths
 from ..modeling.configuration_s4 import STATES, S4Config
@@ -101,7 +102,14 @@ def training_execution(
     with torch.device("meta"):
         layer = make_state_space(config)
     problem = Problem(
-        config.mode, length, dtype, architecture, needs_state=needs_state, gradient=True, cached=needs_state
+        config.mode,
+        length,
+        dtype,
+        architecture,
+        needs_state=needs_state,
+        gradient=True,
+        activation=ACT2FN[config.hidden_act] if "ssm" in config.sublayers else None,  # as a mixer asks
+        cached=needs_state,
     )
     return decide(layer, problem, runs)
 

@@ -9,6 +9,7 @@ import torch
 
 from ..modeling.activations import ACTIVATIONS
 from ..modeling.chunked import ChunkOperators, Implementation, Saved, operator_gradients, to_rows
+from ..modeling.kernel_limits import chunks_in_a_row, segments
 
 
 def _read(*tensors: torch.Tensor | None) -> None:
@@ -21,33 +22,49 @@ def _read(*tensors: torch.Tensor | None) -> None:
 
 
 def _forward(u, operators: ChunkOperators, initial_state, wanted, save):
-    rows = to_rows(u)
+    (B, L, H), T, N, dense = u.shape, operators.taps.shape[-1], operators.inject.shape[1], operators.carry.dim() == 3
+    chunks = chunks_in_a_row(B, L, T, N, dense, from_zero=initial_state is None)
+    rows = _to_rows(u, chunks * T)
     _read(rows, *operators, initial_state)
-    H, B, L = rows.shape
-    N, chunks = operators.inject.shape[1], -(-L // operators.taps.shape[-1])
+    _read_by_segments(rows, chunks, N, dense)
     y = torch.zeros_like(rows) if wanted.has_output else None
     final = rows.new_zeros(B, H, N, dtype=torch.float32)
     starts = rows.new_zeros((H, B, chunks, N) if save else 0)
     keeps_before = save and wanted.has_output and wanted.activation != "identity"
     before = torch.zeros_like(rows) if keeps_before else rows.new_zeros(0)
-    return y.permute(1, 2, 0) if wanted.has_output else None, final, Saved(rows, starts, before)
+    y = y[..., chunks * T - L :].permute(1, 2, 0) if wanted.has_output else None
+    return y, final, Saved(rows, starts, before)
 
 
-def _backward(saved: Saved, operators: ChunkOperators, wanted, grad_y, grad_final, from_zero):
+def _to_rows(sequence, size):
+    rows, pad = to_rows(sequence), size - sequence.shape[1]
+    return torch.zeros(*rows.shape[:2], size, dtype=rows.dtype) if pad else rows
+
+
+def _read_by_segments(rows, chunks, N, dense):
+    """The pass without output, and the states that are linked."""
+    H, B, _ = rows.shape
+    if (G := segments(B, chunks, N, dense)) > 1:
+        ends, starts = (rows.new_zeros(B, G, H, N, dtype=torch.float32) for _ in range(2))
+        _read(rows, ends, starts)
+
+
+def _backward(saved: Saved, operators: ChunkOperators, wanted, grad_y, grad_final, length):
     rows, starts, before = saved
-    (H, B, _), (T, N) = rows.shape, operators.emit.shape[1:]
+    (H, B, size), (T, N) = rows.shape, operators.emit.shape[1:]
     if grad_y is None:
         grad_y = torch.zeros_like(rows)
     else:
-        grad_y = ACTIVATIONS[wanted.activation].backward(to_rows(grad_y), before)
+        grad_y = ACTIVATIONS[wanted.activation].backward(_to_rows(grad_y, size), before)
     # the scan in reverse, then the Gram product, which reads all four sequences
     _read(grad_y, grad_final, *operators)
+    _read_by_segments(grad_y, starts.shape[2], N, operators.carry.dim() == 3)
     grad_rows, driven = torch.zeros_like(rows), torch.zeros_like(starts)
     grad_initial = rows.new_zeros(B, H, N, dtype=torch.float32)
     _read(grad_y, driven, rows, starts)
     gram = rows.new_zeros(H, T + N, T + N, dtype=torch.float32)
     gradients = operator_gradients(gram, operators.taps, operators.carry)
-    return grad_rows.permute(1, 2, 0).contiguous(), grad_initial, gradients
+    return grad_rows[..., size - length :].permute(1, 2, 0).contiguous(), grad_initial, gradients
 
 
 # ---- S5's scan: every launch over chunks reads what drives the states, one in two writes them

@@ -131,12 +131,14 @@ class Wanted(NamedTuple):
     """What is asked of a scan beside its final state.
 
     keep: (B, chunks) bool; where it is False, the chunk starts from a zero state: a new document. None: it never is.
-    has_output: whether y is wanted. activation: what y goes through, one of ACTIVATIONS.
+    has_output: whether y is wanted. activation: what y goes through, one of ACTIVATIONS. rest: the chunk is what whole
+    ones have left of a sequence, of any length; a kernel is compiled once for all of these.
     """
 
     keep: torch.Tensor | None = None
     has_output: bool = True
     activation: str = "identity"
+    rest: bool = False
 
 
 class Saved(NamedTuple):
@@ -153,10 +155,10 @@ class Implementation(NamedTuple):
     """The functions that make a chunk scan: in plain PyTorch, PLAIN, or by the kernels of triton_chunk_scan.py.
 
     forward(u, operators, initial_state, wanted, save) -> y, final state, Saved
-    backward(saved, operators, wanted, grad_y, grad_final, from_zero) -> gradients of u, initial state, operators
+    backward(saved, operators, wanted, grad_y, grad_final, L) -> gradients of u, initial state, operators
     to_rows((B, L, H)) -> (H, B, L), contiguous; without a copy of what is a view of rows
 
-    save: whether a backward is to come. from_zero: there was no initial state. grad_y or grad_final may be None.
+    save: whether a backward is to come. L: of u. grad_y or grad_final may be None.
     """
 
     forward: Callable
@@ -202,7 +204,7 @@ def forward(u, operators: ChunkOperators, initial_state, wanted: Wanted, save: b
     return ACTIVATIONS[wanted.activation].function(y), state, Saved(u, saved, y)
 
 
-def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, grad_final, from_zero: bool):
+def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, grad_final, length: int):
     """See `Implementation`. It is the same scan, transposed and run in reverse. With h_c the state at the start of
     chunk c and g_c the gradient that reaches it,
 
@@ -283,7 +285,7 @@ class _ChunkScan(torch.autograd.Function):
         y, final, saved = implementation.forward(u, operators, initial_state, wanted, save)
         ctx.save_for_backward(*saved, wanted.keep, *leaves)
         ctx.implementation, ctx.make, ctx.from_zero = implementation, make, initial_state is None
-        ctx.has_output, ctx.activation = wanted.has_output, wanted.activation
+        ctx.wanted, ctx.length = wanted[1:], u.shape[1]
         ctx.set_materialize_grads(False)
         return y, final
 
@@ -301,10 +303,10 @@ class _ChunkScan(torch.autograd.Function):
         grad_u, grad_initial, gradients = ctx.implementation.backward(
             Saved(sequence, starts, before),
             ChunkOperators(*(x.detach() for x in operators)),
-            Wanted(keep, ctx.has_output, ctx.activation),
+            Wanted(keep, *ctx.wanted),
             grad_y,
             grad_final,
-            ctx.from_zero,
+            ctx.length,
         )
         if not any(needed):  # all of them frozen, as under an adapter
             gradients = [None] * len(needed)

@@ -105,8 +105,7 @@ def decide(layer: nn.Module, problem: Problem, runs: Rule) -> Execution:
         finds_state = mode == "fft" and needs_state and layer.has_chunk_kernel
         kernel = finds_state and _scans_on_kernel(layer, problem, dtype, runs)
     chunk_size = min(layer.chunk_size, layer.longest_chunk(dtype)) if kernel else layer.chunk_size
-    alone = not problem.documents and not layer.bidirectional
-    in_chunk_kernel = kernel and mode == "chunk" and layer.has_chunk_kernel and alone
+    in_chunk_kernel = kernel and mode == "chunk" and layer.has_chunk_kernel and _alone(layer, problem)
     fused = FUSED_ACTIVATIONS.get(type(problem.activation)) if in_chunk_kernel else None
     whole = not problem.from_state or length % min(chunk_size, length) == 0  # a rest is put behind, by a copy
     return Execution(mode, kernel, chunk_size, dtype, fused, in_chunk_kernel and whole)
@@ -122,7 +121,19 @@ def _by_steps(layer, problem, runs) -> Execution:
 
 def _scans_on_kernel(layer, problem, dtype, runs) -> bool:
     operation, unsupported, key = layer.scan_kernel(problem.architecture, dtype)
+    if layer.has_chunk_kernel and unsupported is None:
+        # what its machine code depends on beside: the self-check is of the very signature that is about to run. A
+        # forward of training may run without autograd first and with it in the backward, where no check can be made
+        gradient = problem.gradient or layer.training
+        fused = FUSED_ACTIVATIONS.get(type(problem.activation)) if _alone(layer, problem) else None
+        chunk_size = min(layer.chunk_size, layer.longest_chunk(dtype))
+        key = (*key, chunk_size, gradient, problem.documents, problem.from_state, fused or "identity")
     return runs(operation, unsupported, key)
+
+
+def _alone(layer, problem) -> bool:
+    """Whether the chunk scan's output is the layer's."""
+    return not problem.documents and not layer.bidirectional
 
 
 def rule_of(layer: nn.Module, u: torch.Tensor, state: torch.Tensor | None = None) -> Rule:

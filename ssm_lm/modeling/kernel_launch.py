@@ -3,6 +3,7 @@ configurations runs on this card.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -162,6 +163,7 @@ def _seconds(run: Callable[[object], None], configuration, repeats: int = 5) -> 
 _tuned: dict[Path, dict[str, str]] = {}
 
 
+@functools.lru_cache(maxsize=64)  # it is asked for at every launch
 def _tuning_file(device: torch.device) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     version = getattr(sys.modules.get("triton"), "__version__", "unknown")  # it is imported: a kernel is about to run

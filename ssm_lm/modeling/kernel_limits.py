@@ -50,6 +50,37 @@ def limit_of_chunk_scan(architecture: str, dtype: torch.dtype, N: int, dense: bo
     return f"its state has {N} numbers a channel, more than {largest}" if N > largest else None
 
 
+ROWS = 16  # of the matrix products of the scan: batch elements, and segments where these are fewer
+SHORTEST_SEGMENT = 4  # chunks; a segment costs a pass over its tokens and a step of the link
+
+
+def segments(B: int, C: int, N: int, dense: bool) -> int:
+    """Into how many segments each of B rows of C chunks is cut, a divisor of C; 1: none. Powers of a dense carry of
+    more than 64 states do not fit where those of smaller ones are made.
+    """
+    if dense and N > 64:
+        return 1
+    G = 1
+    while B * G * 2 <= ROWS and C % (G * 2) == 0 and C // (G * 2) >= SHORTEST_SEGMENT:
+        G *= 2
+    return G
+
+
+def chunks_in_a_row(B: int, L: int, T: int, N: int, dense: bool, from_zero: bool) -> int:
+    """How many chunks a row of L tokens is laid out in. From a zero state zeros may stand before the first token: as
+    many as make whole chunks, and chunks as make more segments, but not an eighth more of them. From another one, L is
+    a multiple of T.
+    """
+    chunks = -(-L // T)
+    if not from_zero:
+        return chunks
+    best = chunks
+    for more in range(chunks + 1, chunks + chunks // 8 + 1):
+        if segments(B, more, N, dense) > segments(B, best, N, dense):
+            best = more
+    return best
+
+
 # ---- the others
 
 

@@ -139,13 +139,19 @@ def _cause(op: str, device: str, problem: tuple = ()) -> str | None:
     key = op, device, problem
     if key not in _causes:  # threads that find this at the same time check twice, to the same end
         cause = _find_cause(*key)
-        if cause is _CAPTURING:
+        if cause in (_CAPTURING, _NO_MEMORY):
             return cause
         _causes[key] = cause
     return _causes[key]
 
 
+# no verdicts: the next forward asks again
+_NO_MEMORY = "its self-check found no memory left on the device, and is made again at the next forward"
 _CAPTURING = "it has not passed its self-check, and a CUDA graph is being captured: run the model once before"
+
+
+# of what is lost with the device's context no twin can run either
+_LOST = "took down the device; start again with SSM_LM_KERNELS=torch"
 
 
 def _find_cause(op: str, device: str, problem: tuple = ()) -> str | None:
@@ -164,6 +170,8 @@ def _find_cause(op: str, device: str, problem: tuple = ()) -> str | None:
     if torch.cuda.is_current_stream_capturing():
         return _CAPTURING
     cause, _errors[op, device, problem] = self_check(lambda device: cases(device, *problem), torch.device(device))
+    if cause is not None and _LOST in cause:
+        raise RuntimeError(f"the kernel {op}: {cause}")
     return cause
 
 
@@ -182,6 +190,12 @@ def self_check(cases: Callable[[torch.device], list[Case]], device: torch.device
         _thread.checks = True
         try:
             found.append(_compare(cases(device)))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # what a launch broke is heard of later
+        except torch.OutOfMemoryError:
+            found.append((_NO_MEMORY, float("inf")))
+        except torch.AcceleratorError as error:  # an illegal address, for one
+            found.append((f"its self-check {_LOST} ({one_line(error)})", float("inf")))
         except Exception as error:  # of the compiler, of the launch
             found.append((f"its self-check failed ({type(error).__name__}: {one_line(error)})", float("inf")))
 

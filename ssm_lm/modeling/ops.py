@@ -74,6 +74,7 @@ def chunk_scan(
     parameters: tuple[torch.Tensor, ...] = (),
     has_output: bool = True,
     activation: str = "identity",
+    rest: bool = False,
     run_kernel: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Run an LTI state space over u in chunks: O(L), matmuls within a chunk and one small recurrence between them.
@@ -85,10 +86,11 @@ def chunk_scan(
     and from nothing else that needs a gradient, and are made a second time in the backward instead of being kept.
     keep: (B, chunks) bool; where it is False, the chunk starts from a zero state: a new document.
     activation: what y goes through, one of ACTIVATIONS; the kernel applies it before y is rounded.
+    rest: see `chunked.Wanted`.
     run_kernel: whether the Triton kernel runs. Those of `kernel_limits` are the caller's to know.
     Returns y (B, L, p H), None without has_output, and the final state (B, H, N). Both are differentiable.
     """
-    wanted = Wanted(keep, has_output, activation)
+    wanted = Wanted(keep, has_output, activation, rest)
     return differentiable(CHUNK_SCAN.either(run_kernel), u, operators, initial_state, wanted, parameters)
 
 

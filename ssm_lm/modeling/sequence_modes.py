@@ -44,19 +44,20 @@ class LayerScan:
         return self._over_chunks(apart, documents.chunk_size, None, documents.keep, has_output=has_output, skip=skip)
 
     def _over_any_length(self, signal, state, **wanted):
-        """Whole chunks, then what is left as one chunk of its own length. The kernel takes any length at once, unless
-        it goes on from a state.
+        """Whole chunks, then what is left as one chunk of its own length. The kernel takes any length at once, in
+        chunks of one size, unless it goes on from a state.
         """
         L = signal.shape[1]
-        T = min(self.execution.chunk_size, L)
-        whole = L if self.execution.kernel and state is None else L // T * T
+        at_once = self.execution.kernel and state is None
+        T = self.execution.chunk_size if at_once else min(self.execution.chunk_size, L)
+        whole = L if at_once else L // T * T
         y, state = self._over_chunks(signal[:, :whole], T, state, **wanted)
         if whole < L:
-            rest, state = self._over_chunks(signal[:, whole:], L - whole, state, **wanted)
-            y = None if y is None else torch.cat([y, rest], 1)
+            left, state = self._over_chunks(signal[:, whole:], L - whole, state, rest=True, **wanted)
+            y = None if y is None else torch.cat([y, left], 1)
         return y, state
 
-    def _over_chunks(self, signal, T, state, keep=None, skip=False, has_output=True, activation="identity"):
+    def _over_chunks(self, signal, T, state, keep=None, skip=False, has_output=True, activation="identity", rest=False):
         longest = self.execution.chunk_size
         if T > longest:
             # chunks of documents, for a kernel of shorter ones: a state is reset at the first part of a chunk alone
@@ -65,7 +66,10 @@ class LayerScan:
                 keep = F.pad(keep[..., None], (0, T // shorter - 1), value=True).flatten(1)
             T = shorter
         make = OperatorMaker(self.layer, T, self.reverse, skip)
-        options = {"has_output": has_output, "activation": activation, "run_kernel": self.execution.kernel}
+        # a chunk that is shorter than those of the decision is a rest, whole ones before it or not
+        rest = rest or (T < longest and state is not None)
+        options = {"has_output": has_output, "activation": activation, "rest": rest}
+        options["run_kernel"] = self.execution.kernel
         if torch.compiler.is_compiling():
             return chunk_scan(signal, make(), state, keep, **options)
         names, parameters = zip(*make.named_parameters(), strict=True)

@@ -12,13 +12,20 @@ together 8.75, where no implementation can do with less than 4.75. On an H100 (3
 a ratio of 1.84. Tensor cores: 2 T + 4 N = 384 FLOP, and for a dense carry 2 N^2 / T = 128 three times over; together
 768, which at 989 TFLOP/s take 0.05 ms, or 0.10 ms with the empty half of the rows (below): less than the memory.
 Training also writes the states at the chunks' starts, 2 N / T = 2 bytes, and y before its activation, 2 bytes, which
-the activation's own gradient would keep just so.
+the activation's own gradient would keep just so. Below 16 rows, segments (below) read the rows once more: 2 bytes.
 
 Several channels a program would spare the transpose, but not for less: 16 channels' operators are 400 KiB in
 bfloat16, and 8 of them, with a dense carry, still more than an SM's shared memory.
 
 The rows of a matrix product are batch elements: M = 16 of them, so that the state stays in registers and no chunk
-waits for more than the one before. Fewer batch elements leave rows empty; at B = 8 tensor cores still wait for memory.
+waits for more than the one before. Rows that a small batch leaves empty are filled with time: a row (H, B, C T) of C
+chunks is also G segments, (H, B G, C T / G), without a copy. One pass without output finds the state that each segment
+would leave from zero, one small kernel links them, as sequence parallelism does between ranks, and the scan then starts
+every segment from its true state: at B = 1 a chain of C / 16 chunks for one of C, for 2 bytes more an element.
+
+A row holds whole chunks: before the first token stand zeros, which change nothing in a zero state. So every address is
+a multiple of 16 elements, whatever the length; no mask is left over time; and no size but N is one that Triton
+specialises on: another batch, width or length is the same machine code, which is what the self-check has seen.
 
 The backward is the same kernel with transposed operators, over the chunks in reverse, then one Gram product that holds
 the gradients of all four operators. Nothing is summed atomically: every result is the same bits every time.
@@ -27,6 +34,7 @@ the gradients of all four operators. Nothing is summed atomically: every result 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .activations import ACTIVATIONS
 from .chunked import (
@@ -39,7 +47,7 @@ from .chunked import (
     operator_gradients,
 )
 from .kernel_launch import architecture, family, numbered_configuration, on_device, qualified, tuned
-from .kernel_limits import longest_chunk
+from .kernel_limits import ROWS, chunks_in_a_row, longest_chunk, segments
 from .kernels_s4 import Case
 from .triton_step import activate
 
@@ -49,52 +57,92 @@ try:
 except ImportError:  # `kernels_s4` asks for this module in a `try` of its own, and reports the cause
     raise
 
-# ---- kernels. Sequences are rows (H, B, L); chunk c of a row holds the tokens c T - pad .. (c + 1) T - pad, of which
-# ---- those outside of 0 .. L - 1 count as zero. TP and NP: T and N, or for a diagonal carry N/2, as powers of two
+# ---- kernels. Sequences are rows (H, B, C T): chunk c of a row holds the tokens c T .. (c + 1) T. TP and NP: T and N,
+# ---- or for a diagonal carry N/2, as powers of two. FULL: T is TP
 
 
-@triton.jit
-def transpose_kernel(x, y, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """x (rows, columns) -> y (columns, rows)."""
-    blocks = tl.cdiv(columns, COLUMNS)
-    r = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = (tl.program_id(0) % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (r < rows)[:, None] & (c < columns)[None, :]
-    tile = tl.load(x + r[:, None] * columns + c[None, :], mask=inside, other=0)
-    tl.store(y + c[:, None] * rows + r[None, :], tl.trans(tile), mask=tl.trans(inside))
+@triton.jit(do_not_specialize=["L", "S", "pad", "B"])
+def to_rows_kernel(
+    x,  # (B, L, H)
+    y,  # (H, B, S), S of 16 or of 1 times `S`
+    L,
+    H,
+    S,
+    pad,
+    B,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """y[h, b, pad + t] = x[b, t, h], zeros before and after. Grid: tiles of S by H, then B."""
+    size = S * UNIT
+    blocks = tl.cdiv(H, COLUMNS)
+    p = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
+    h = (tl.program_id(0) % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    b = tl.program_id(1).to(tl.int64)
+    token = p - pad
+    inside = ((token >= 0) & (token < L))[:, None] & (h < H)[None, :]
+    tile = tl.load(x + (b * L + token)[:, None] * H + h[None, :], mask=inside, other=0)
+    tl.store(y + (h[:, None] * B + b) * size + p[None, :], tl.trans(tile), mask=(h < H)[:, None] & (p < size)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "S", "pad", "B"])
+def from_rows_kernel(
+    x,  # (H, B, S)
+    y,  # (B, L, H)
+    L,
+    H,
+    S,
+    pad,
+    B,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The inverse of `to_rows_kernel`, by the same tiles."""
+    size = S * UNIT
+    blocks = tl.cdiv(H, COLUMNS)
+    p = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
+    h = (tl.program_id(0) % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    b = tl.program_id(1).to(tl.int64)
+    token = p - pad
+    stored = ((token >= 0) & (token < L))[:, None] & (h < H)[None, :]
+    loaded = (h < H)[:, None] & (p < size)[None, :]
+    tile = tl.load(x + (h[:, None] * B + b) * size + p[None, :], mask=loaded, other=0)
+    tl.store(y + (b * L + token)[:, None] * H + h[None, :], tl.trans(tile), mask=stored)
+
+
+@triton.jit(do_not_specialize=["B", "H", "C", "T", "has_first"])
 def scan_kernel(
-    x,  # (H, B, L) what drives the state: u, or in reverse the gradient of y
-    y,  # (H, B, L) what comes out: y, or the gradient of u
+    x,  # (H, B, C T) what drives the state: u, or in reverse the gradient of y
+    y,  # (H, B, C T) what comes out: y, or the gradient of u
     taps,  # (H, T)
     emit,  # (H, T, N)
     inject,  # (H, N, T)
     carry,  # (H, N, N) or (H, N)
-    first,  # (B, H, N) the state before the first chunk that is run, None for zero
+    first,  # (B, H, N) the state before the first chunk that is run; zero where has_first is 0
     last,  # (B, H, N) the state after the last
     states,  # (H, B, C, N) the state with which every chunk's output was made; None: not kept
-    before,  # (H, B, L) y before its activation; None: not kept
+    before,  # (H, B, C T) y before its activation; None: not kept
     keep,  # (B, C) bytes, or None
     B,
     H,
-    L,
     C,
     T,
     N,
-    pad,
+    has_first,
     REVERSE: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    FULL: tl.constexpr,
     TP: tl.constexpr,
     NP: tl.constexpr,
     M: tl.constexpr,
     PRECISION: tl.constexpr,
     CARRY_PRECISION: tl.constexpr,
 ):
-    """One channel and M batch elements; grid (H, B / M)."""
+    """One channel and M rows; grid (H, B / M)."""
     h = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1) * M + tl.arange(0, M)
     b_in = b < B
@@ -102,21 +150,23 @@ def scan_kernel(
     width = N if DENSE else N // 2  # of a state's first, or only, part
     n_in = n < width
     low = x.dtype.element_ty
+    tokens = TP if FULL else T
 
     # the operators as right factors of row vectors; in reverse, transposed
     lag = t[:, None] - t[None, :] if REVERSE else t[None, :] - t[:, None]
-    within = tl.load(taps + h * T + lag, mask=(lag >= 0) & (lag < T), other=0.0).to(low)
-    tn_in = (t < T)[:, None] & n_in[None, :]
-    nt_in = n_in[:, None] & (t < T)[None, :]
-    tn_emit, nt_emit = emit + h * T * N + t[:, None] * N + n[None, :], emit + h * T * N + t[None, :] * N + n[:, None]
+    within = tl.load(taps + h * tokens + lag, mask=(lag >= 0) & (lag < tokens), other=0.0).to(low)
+    tn_in = (t < tokens)[:, None] & n_in[None, :]
+    nt_in = n_in[:, None] & (t < tokens)[None, :]
+    operator = h * tokens * N
+    tn_emit, nt_emit = emit + operator + t[:, None] * N + n[None, :], emit + operator + t[None, :] * N + n[:, None]
     tn_inject, nt_inject = (
-        inject + h * T * N + n[None, :] * T + t[:, None],
-        inject + h * T * N + n[:, None] * T + t[None, :],
+        inject + operator + n[None, :] * tokens + t[:, None],
+        inject + operator + n[:, None] * tokens + t[None, :],
     )
     if REVERSE:
-        into, out_of, half_into, half_out = tn_emit, nt_inject, width, width * T
+        into, out_of, half_into, half_out = tn_emit, nt_inject, width, width * tokens
     else:
-        into, out_of, half_into, half_out = tn_inject, nt_emit, width * T, width
+        into, out_of, half_into, half_out = tn_inject, nt_emit, width * tokens, width
     into0 = tl.load(into, mask=tn_in, other=0.0).to(low)
     out0 = tl.load(out_of, mask=nt_in, other=0.0).to(low)
     if DENSE:
@@ -132,24 +182,26 @@ def scan_kernel(
 
     state_in = b_in[:, None] & n_in[None, :]
     at_end = (b.to(tl.int64)[:, None] * H + h) * N + n[None, :]
-    s0 = tl.zeros((M, NP), tl.float32)
+    at_start = state_in & (has_first != 0)
+    s0 = tl.load(first + at_end, mask=at_start, other=0.0)
     s1 = tl.zeros((M, NP), tl.float32)
-    if first is not None:
-        s0 = tl.load(first + at_end, mask=state_in, other=0.0)
-        if not DENSE:
-            s1 = tl.load(first + at_end + width, mask=state_in, other=0.0)
+    if not DENSE:
+        s1 = tl.load(first + at_end + width, mask=at_start, other=0.0)
+    row_of_keep = b.to(tl.int64) * C
+    if keep is not None:
+        if not REVERSE:
+            stays = tl.load(keep + row_of_keep, mask=b_in, other=0)[:, None] != 0
+            s0 = tl.where(stays, s0, 0.0)
+            s1 = tl.where(stays, s1, 0.0)
 
     row = (h * B + b)[:, None]
+    x_in = b_in[:, None]
+    if not FULL:
+        x_in = x_in & (t < tokens)[None, :]
     for step in range(0, C):
         c = C - 1 - step if REVERSE else step
-        token = c * T - pad + t
-        x_in = b_in[:, None] & ((t < T) & (token >= 0) & (token < L))[None, :]
-        X = tl.load(x + row * L + token[None, :], mask=x_in, other=0.0)
-        if keep is not None:
-            stays = tl.load(keep + b.to(tl.int64) * C + c, mask=b_in, other=0)[:, None] != 0
-            if not REVERSE:
-                s0 = tl.where(stays, s0, 0.0)
-                s1 = tl.where(stays, s1, 0.0)
+        token = row * (C * tokens) + (c * tokens + t)[None, :]
+        X = tl.load(x + token, mask=x_in, other=0.0)
         low0, low1 = s0.to(low), s1.to(low)
         if states is not None:
             at = states + (row * C + c) * N + n[None, :]
@@ -162,8 +214,8 @@ def scan_kernel(
             if not DENSE:
                 out = tl.dot(low1, out1, out, input_precision=PRECISION)
             if before is not None:
-                tl.store(before + row * L + token[None, :], out.to(low), mask=x_in)
-            tl.store(y + row * L + token[None, :], activate(out, ACTIVATION).to(low), mask=x_in)
+                tl.store(before + token, out.to(low), mask=x_in)
+            tl.store(y + token, activate(out, ACTIVATION).to(low), mask=x_in)
         if DENSE:
             s0 = tl.dot(s0, power, input_precision=CARRY_PRECISION)
             s0 = tl.dot(X, into0, s0, input_precision=PRECISION)
@@ -172,34 +224,114 @@ def scan_kernel(
             s1 = tl.dot(X, into1, power_re * s1 + power_im * s0, input_precision=PRECISION)
             s0 = tl.dot(X, into0, turned, input_precision=PRECISION)
         if keep is not None:
-            if REVERSE:
-                s0 = tl.where(stays, s0, 0.0)
-                s1 = tl.where(stays, s1, 0.0)
+            # of the chunk that comes next; here, where the state has left the layout of a product's operand
+            c_next = c if REVERSE else c + 1
+            stays = tl.load(keep + row_of_keep + c_next, mask=b_in & (c_next < C), other=1)[:, None] != 0
+            s0 = tl.where(stays, s0, 0.0)
+            s1 = tl.where(stays, s1, 0.0)
     tl.store(last + at_end, s0, mask=state_in)
     if not DENSE:
         tl.store(last + at_end + width, s1, mask=state_in)
 
 
-@triton.jit
-def gram_kernel(
-    grad_y,  # (H, B, L)
-    driven,  # (H, B, C, N) the gradient that reaches the state after every chunk
-    u,  # (H, B, L)
-    starts,  # (H, B, C, N) the state before every chunk
-    gram,  # (H, T + N, T + N), float32
+@triton.jit(do_not_specialize=["B", "H", "G", "count", "squarings", "has_first", "reverse"])
+def link_kernel(
+    ends,  # (B, G, H, N) the state that a segment leaves when it starts from zero
+    first,  # (B, H, N) the state before the first segment that is run; zero where has_first is 0
+    carry,  # (H, N, N) or (H, N), of a chunk
+    kept,  # (B, G) bytes: 0 where a chunk of the segment starts from zero; or None
+    starts,  # (B, G, H, N) the state that a segment starts from
+    last,  # (B, H, N) the state after the last segment
     B,
-    L,
-    C,
+    H,
+    G,
+    N,
+    count,  # chunks of a segment
+    squarings,  # floor(log2(count))
+    has_first,
+    reverse,
+    DENSE: tl.constexpr,
+    NP: tl.constexpr,
+    M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """s_(g+1) = carry^count s_g + end_g; in reverse from the last segment on, with the transposed carry.
+    Grid (H, B / M).
+    """
+    h = tl.program_id(0).to(tl.int64)
+    b = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)
+    b_in = b < B
+    n = tl.arange(0, NP)
+    width = N if DENSE else N // 2
+    n_in = n < width
+    if DENSE:
+        square = tl.where(reverse != 0, n[:, None] * N + n[None, :], n[None, :] * N + n[:, None])
+        power = tl.load(carry + h * N * N + square, mask=n_in[:, None] & n_in[None, :], other=0.0)
+        total = power
+        for k in range(0, squarings):
+            total = tl.dot(total, total, input_precision=PRECISION)
+            if (count >> (squarings - 1 - k)) % 2 == 1:
+                total = tl.dot(total, power, input_precision=PRECISION)
+    else:
+        re = tl.load(carry + h * N + n, mask=n_in, other=0.0)
+        im = tl.load(carry + h * N + width + n, mask=n_in, other=0.0)
+        im = tl.where(reverse != 0, -im, im)
+        total_re, total_im = re, im
+        for k in range(0, squarings):
+            square_re, square_im = total_re * total_re - total_im * total_im, 2 * total_re * total_im
+            odd = (count >> (squarings - 1 - k)) % 2 == 1
+            total_re = tl.where(odd, square_re * re - square_im * im, square_re)
+            total_im = tl.where(odd, square_re * im + square_im * re, square_im)
+    state_in = b_in[:, None] & n_in[None, :]
+    at_end = (b[:, None] * H + h) * N + n[None, :]
+    at_start = state_in & (has_first != 0)
+    s0 = tl.load(first + at_end, mask=at_start, other=0.0)
+    s1 = tl.zeros((M, NP), tl.float32)
+    if not DENSE:
+        s1 = tl.load(first + at_end + width, mask=at_start, other=0.0)
+    for step in range(0, G):
+        g = tl.where(reverse != 0, G - 1 - step, step)
+        at = ((b * G + g)[:, None] * H + h) * N + n[None, :]
+        tl.store(starts + at, s0, mask=state_in)
+        e0 = tl.load(ends + at, mask=state_in, other=0.0)
+        if not DENSE:
+            tl.store(starts + at + width, s1, mask=state_in)
+            e1 = tl.load(ends + at + width, mask=state_in, other=0.0)
+        if kept is not None:
+            stays = tl.load(kept + b * G + g, mask=b_in, other=0)[:, None] != 0
+            s0 = tl.where(stays, s0, 0.0)
+            s1 = tl.where(stays, s1, 0.0)
+        if DENSE:
+            s0 = tl.dot(s0, total, e0, input_precision=PRECISION)
+        else:
+            turned = total_re[None, :] * s0 - total_im[None, :] * s1
+            s1 = total_re[None, :] * s1 + total_im[None, :] * s0 + e1
+            s0 = turned + e0
+    tl.store(last + at_end, s0, mask=state_in)
+    if not DENSE:
+        tl.store(last + at_end + width, s1, mask=state_in)
+
+
+@triton.jit(do_not_specialize=["chunks", "T"])
+def gram_kernel(
+    grad_y,  # (H, B C, T)
+    driven,  # (H, B C, N) the gradient that reaches the state after every chunk
+    u,  # (H, B C, T)
+    starts,  # (H, B C, N) the state before every chunk
+    gram,  # (H, T + N, T + N), float32
+    chunks,  # B C
     T,
     N,
-    pad,
+    FULL: tl.constexpr,
+    TP: tl.constexpr,
     P: tl.constexpr,
     R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Sums over the B C chunks of outer products, [grad_y | driven]^T [u | starts]; P x P of them a program, T at most
-    P. States are sequences too, cut into chunks of N. Grid ((1 + N / P)^2, H).
+    P. Grid ((1 + N / P)^2, H).
     """
+    tokens = TP if FULL else T
     blocks = 1 + tl.cdiv(N, P)
     left_block, right_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     h = tl.program_id(1).to(tl.int64)
@@ -211,28 +343,22 @@ def gram_kernel(
         right = u
     else:
         right = starts
-    left_width, left_length = tl.where(left_block == 0, T, N), tl.where(left_block == 0, L, C * N)
-    right_width, right_length = tl.where(right_block == 0, T, N), tl.where(right_block == 0, L, C * N)
-    left_pad, right_pad = tl.where(left_block == 0, pad, 0), tl.where(right_block == 0, pad, 0)
+    left_width, right_width = tl.where(left_block == 0, tokens, N), tl.where(right_block == 0, tokens, N)
     i = tl.maximum(left_block - 1, 0) * P + tl.arange(0, P)
     j = tl.maximum(right_block - 1, 0) * P + tl.arange(0, P)
 
     total = tl.zeros((P, P), tl.float32)
-    for start in range(0, B * C, R):
+    for start in range(0, chunks, R):
         r = start + tl.arange(0, R)
-        sequence, c = (h * B + r // C)[:, None], (r % C)[:, None]
-        r_in = (r < B * C)[:, None]
-        at = c * left_width - left_pad + i[None, :]
-        inside = r_in & (i < left_width)[None, :] & (at >= 0) & (at < left_length)
-        a = tl.load(left + sequence * left_length + at, mask=inside, other=0.0)
-        at = c * right_width - right_pad + j[None, :]
-        inside = r_in & (j < right_width)[None, :] & (at >= 0) & (at < right_length)
-        b = tl.load(right + sequence * right_length + at, mask=inside, other=0.0)
+        r_in = (r < chunks)[:, None]
+        chunk = (h * chunks + r)[:, None]
+        a = tl.load(left + chunk * left_width + i[None, :], mask=r_in & (i < left_width)[None, :], other=0.0)
+        b = tl.load(right + chunk * right_width + j[None, :], mask=r_in & (j < right_width)[None, :], other=0.0)
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
-    row = tl.where(left_block == 0, 0, T) + i[:, None]
-    column = tl.where(right_block == 0, 0, T) + j[None, :]
+    row = tl.where(left_block == 0, 0, tokens) + i[:, None]
+    column = tl.where(right_block == 0, 0, tokens) + j[None, :]
     inside = (i < left_width)[:, None] & (j < right_width)[None, :]
-    tl.store(gram + (h * (T + N) + row) * (T + N) + column, total, mask=inside)
+    tl.store(gram + (h * (tokens + N) + row) * (tokens + N) + column, total, mask=inside)
 
 
 # ---- launches
@@ -264,6 +390,18 @@ def scan_configurations(family: str, dtype: torch.dtype, N: int, dense: bool) ->
     return (Launch(16, 4, 1 if family == "interpreter" or (dense and N > 64) else 2),)
 
 
+def link_configuration(family: str) -> Launch:
+    """What `link_kernel` is launched with."""
+    return Launch(ROWS, 4, 1)
+
+
+def link_precision(family: str) -> str:
+    """Of its products: every squaring doubles the error of the one before. In three TF32 products a float32 number has
+    22 bits, in six bfloat16 ones all 24, but their operands spill.
+    """
+    return "tf32x3" if family == "cuda" else "ieee"
+
+
 def gram_configurations(family: str, dtype: torch.dtype) -> tuple[Launch, ...]:
     """What `gram_kernel` may be launched with."""
     low = dtype == torch.bfloat16
@@ -293,47 +431,45 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _chunks(L: int, T: int, from_zero: bool) -> tuple[int, int]:
-    """How many chunks, and how many zeros stand before the first token. From a zero state these change nothing, and
-    the last chunk is a whole one, with the true state after it.
-    """
-    chunks = -(-L // T)
-    return chunks, chunks * T - L if from_zero else 0
+def tile_of_chunk(dtype: torch.dtype, N: int, dense: bool, T: int, rest: bool) -> tuple[int, bool]:
+    """(TP, FULL) of a chunk of T tokens. What is left of a sequence, a chunk of any length, is one kernel for all."""
+    TP = longest_chunk(dtype, N, dense) if rest else power_of_two(T)
+    return (max(TP, power_of_two(T)), False) if rest else (TP, TP == T)
 
 
-def launch_scan(x, y, operators, first, last, states, keep, pad, reverse, activation="identity", before=None):
-    """Run `scan_kernel`. x, y (H, B, L), y None for no output; the rest as there. All contiguous, on one device."""
-    H, B, L = x.shape
+def launch_scan(x, y, operators, first, last, states, keep, reverse, activation="identity", before=None, rest=False):
+    """Run `scan_kernel`. x, y (H, B, C T), y None for no output; the rest as there. All contiguous, on one device."""
+    H, B, size = x.shape
     taps, _, inject, carry = operators
     T, N, dense = taps.shape[-1], inject.shape[1], carry.dim() == 3
     if H * B == 0:
         return
     kind = family(architecture(x.device))
     product, carried = precisions(kind, x.dtype)
-    TP, NP = power_of_two(T), power_of_two(N if dense else N // 2)
-    C = -(-(L + pad) // T)
+    TP, full = tile_of_chunk(x.dtype, N, dense, T, rest)
+    NP, C = power_of_two(N if dense else N // 2), size // T
 
     def run(launch):
         scan_kernel[(H, triton.cdiv(B, launch.rows))](
             x,
             x if y is None else y,
             *operators,
-            first,
+            last if first is None else first,
             last,
             states,
             before,
             keep,
             B,
             H,
-            L,
             C,
             T,
             N,
-            pad,
+            int(first is not None),
             REVERSE=reverse,
             DENSE=dense,
             HAS_OUTPUT=y is not None,
             ACTIVATION=activation,
+            FULL=full,
             TP=TP,
             NP=NP,
             M=launch.rows,
@@ -343,13 +479,48 @@ def launch_scan(x, y, operators, first, last, states, keep, pad, reverse, activa
         )
 
     with on_device(x.device):
+        choices = scan_configurations(kind, x.dtype, N, dense)
+        if reverse or y is None or rest:  # the others are worth their compilations forward alone
+            return run(choices[0])
         # programs and chunks to the next power of two: what fills a card, and what is waited for
-        size = f"{(H * triton.cdiv(B, 16)).bit_length()} {C.bit_length()}"
+        size = f"{(H * triton.cdiv(B, 16)).bit_length()} {C.bit_length()}{'' if states is None else ' saving'}"
         problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'} size {size}"
-        run(tuned("chunk_scan", problem, scan_configurations(kind, x.dtype, N, dense), run, x.device))
+        run(tuned("chunk_scan", problem, choices, run, x.device))
 
 
-def launch_gram(grad_y, driven, u, starts, gram, T, pad):
+def launch_link(ends, first, carry, kept, starts, last, count, reverse):
+    """Run `link_kernel`. ends, starts (B, G, H, N); the rest as there. All contiguous, on one device."""
+    B, G, H, N = ends.shape
+    dense = carry.dim() == 3
+    if H * B == 0:
+        return
+    kind = family(architecture(ends.device))
+    squarings = count.bit_length() - 1
+    with on_device(ends.device):
+        link_kernel[(H, triton.cdiv(B, ROWS))](
+            ends,
+            last if first is None else first,
+            carry,
+            kept,
+            starts,
+            last,
+            B,
+            H,
+            G,
+            N,
+            count,
+            squarings,
+            int(first is not None),
+            int(reverse),
+            DENSE=dense,
+            NP=power_of_two(N if dense else N // 2),
+            M=ROWS,
+            PRECISION=link_precision(kind),
+            **link_configuration(kind).options(kind),
+        )
+
+
+def launch_gram(grad_y, driven, u, starts, gram, T, rest=False):
     """Run `gram_kernel`."""
     H, B, C, N = starts.shape
     if H == 0:
@@ -357,11 +528,13 @@ def launch_gram(grad_y, driven, u, starts, gram, T, pad):
     kind = family(architecture(u.device))
     (launch,) = gram_configurations(kind, u.dtype)
     P = gram_block(kind, u.dtype, T, N)
-    arguments = (grad_y, driven, u, starts, gram, B, u.shape[2], C, T, N, pad)
+    TP = power_of_two(T)
     blocks = 1 + triton.cdiv(N, P)
     with on_device(u.device):
         gram_kernel[(blocks * blocks, H)](
-            *arguments,
+            *(grad_y, driven, u, starts, gram, B * C, T, N),
+            FULL=TP == T and not rest,
+            TP=P if rest else TP,
             P=P,
             R=launch.rows,
             PRECISION=precisions(kind, u.dtype)[0],
@@ -369,24 +542,83 @@ def launch_gram(grad_y, driven, u, starts, gram, T, pad):
         )
 
 
+def run_scan(x, y, operators, first, states, keep, reverse, activation="identity", before=None, rest=False):
+    """The scan in its segments -> the state after the last chunk that is run, (B, H, N). Arguments as `launch_scan`."""
+    (H, B, size), N, carry = x.shape, operators[2].shape[1], operators[3]
+    C = size // operators[0].shape[-1]
+    dense = carry.dim() == 3
+    # on Blackwell a square of 64 x 64 is tcgen05's, or spills
+    G = 1 if dense and family(architecture(x.device)) == "blackwell" else segments(B, C, N, dense)
+    last = torch.empty(B, H, N, dtype=torch.float32, device=x.device)
+    options = {"reverse": reverse, "rest": rest}
+    if G == 1:
+        launch_scan(x, y, operators, first, last, states, keep, activation=activation, before=before, **options)
+        return last
+
+    def cut(tensor):  # (H, B, ...) as (H, B G, ... / G), or (B, C) as (B G, C / G)
+        if tensor is None:
+            return None
+        return tensor.view(B * G, C // G) if tensor.dim() == 2 else tensor.view(H, B * G, -1, *tensor.shape[3:])
+
+    ends, starts = (torch.empty(B, G, H, N, dtype=torch.float32, device=x.device) for _ in range(2))
+    kept = None if keep is None else keep.view(B, G, C // G).amin(-1)
+    launch_scan(cut(x), None, operators, None, ends.flatten(0, 1), None, cut(keep), **options)
+    launch_link(ends, first, carry, kept, starts, last, C // G, reverse)
+    if y is not None or states is not None:
+        left = ends.flatten(0, 1)  # once more, and for nothing
+        launch_scan(
+            *(cut(x), cut(y), operators, starts.flatten(0, 1), left, cut(states), cut(keep)),
+            activation=activation,
+            before=cut(before),
+            **options,
+        )
+    return last
+
+
 # ---- operators of torch
 
 
-@torch.library.custom_op(qualified("transpose"), mutates_args=())
-def transpose(x: torch.Tensor) -> torch.Tensor:
-    """(rows, columns) -> (columns, rows), contiguous."""
-    rows, columns = x.shape
-    y = x.new_empty(columns, rows)
-    if x.numel():
-        grid = (triton.cdiv(rows, 64) * triton.cdiv(columns, 64),)
-        with on_device(x.device):
-            transpose_kernel[grid](x.contiguous(), y, rows, columns, ROWS=64, COLUMNS=64, num_warps=4, num_stages=1)
+def _unit(size: int) -> int:
+    """Rows of a multiple of 16 elements are moved in vectors."""
+    return 16 if size % 16 == 0 else 1
+
+
+def _launch_turn(kernel, x, y, B, L, H, size, pad):
+    if B * H * size == 0:
+        return
+    unit = _unit(size)
+    with on_device(x.device):
+        grid = triton.cdiv(size, 64) * triton.cdiv(H, 64), B
+        options = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
+        kernel[grid](x, y, L, H, size // unit, pad, B, UNIT=unit, **options)
+
+
+@torch.library.custom_op(qualified("to_rows"), mutates_args=())
+def turn_to_rows(x: torch.Tensor, size: int, pad: int) -> torch.Tensor:
+    """(B, L, H) -> (H, B, size): `pad` zeros, the L tokens, zeros."""
+    B, L, H = x.shape
+    y = x.new_empty(H, B, size)
+    _launch_turn(to_rows_kernel, x.contiguous(), y, B, L, H, size, pad)
     return y
 
 
-@transpose.register_fake
-def _(x):
-    return x.new_empty(x.shape[1], x.shape[0])
+@turn_to_rows.register_fake
+def _(x, size, pad):
+    return x.new_empty(x.shape[2], x.shape[0], size)
+
+
+@torch.library.custom_op(qualified("from_rows"), mutates_args=())
+def turn_from_rows(rows: torch.Tensor, length: int, pad: int) -> torch.Tensor:
+    """(H, B, size) -> (B, L, H): the L tokens after `pad`."""
+    H, B, size = rows.shape
+    y = rows.new_empty(B, length, H)
+    _launch_turn(from_rows_kernel, rows.contiguous(), y, B, length, H, size, pad)
+    return y
+
+
+@turn_from_rows.register_fake
+def _(rows, length, pad):
+    return rows.new_empty(rows.shape[1], length, rows.shape[0])
 
 
 @torch.library.custom_op(qualified("chunk_scan"), mutates_args=())
@@ -401,43 +633,40 @@ def scan(
     has_output: bool,
     save: bool,
     activation: str,
+    rest: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (H, B, L) -> y (H, B, L), the final state (B, H, N), and with `save`, for the backward, the states (H, B, C, N)
-    at the chunks' starts and y before its activation. What is not asked for, or the same as y, is empty. activation:
-    one of ACTIVATIONS, applied to y in float32.
+    """x (H, B, C T) -> y of its shape, the final state (B, H, N), and with `save`, for the backward, the states
+    (H, B, C, N) at the chunks' starts and y before its activation. What is not asked for, or the same as y, is empty.
+    activation: one of ACTIVATIONS, applied to y in float32. rest: see `chunked.Wanted`.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     operators = [operator.float().contiguous() for operator in (taps, emit, inject, carry)]
-    (H, B, L), N = x.shape, inject.shape[1]
-    chunks, pad = _chunks(L, taps.shape[-1], initial_state is None)
+    (H, B, size), N = x.shape, inject.shape[1]
     y = torch.empty(x.shape if has_output else 0, dtype=x.dtype, device=x.device)
-    final = torch.empty(B, H, N, dtype=torch.float32, device=x.device)
-    starts = torch.empty((H, B, chunks, N) if save else 0, dtype=x.dtype, device=x.device)
+    starts = torch.empty((H, B, size // taps.shape[-1], N) if save else 0, dtype=x.dtype, device=x.device)
     keep_before = save and has_output and activation != "identity"
     before = torch.empty(x.shape if keep_before else 0, dtype=x.dtype, device=x.device)
-    first = None if initial_state is None else initial_state.float().contiguous()
-    launch_scan(
+    final = run_scan(
         x.contiguous(),
         y if has_output else None,
         operators,
-        first,
-        final,
+        None if initial_state is None else initial_state.float().contiguous(),
         starts if save else None,
         _bytes(keep),
-        pad,
         reverse=False,
         activation=activation,
         before=before if keep_before else None,
+        rest=rest,
     )
     return y, final, starts, before
 
 
 @scan.register_fake
-def _(x, taps, emit, inject, carry, initial_state, keep, has_output, save, activation):
-    (H, B, L), N = x.shape, inject.shape[1]
+def _(x, taps, emit, inject, carry, initial_state, keep, has_output, save, activation, rest):
+    (H, B, size), N = x.shape, inject.shape[1]
     y = x.new_empty(x.shape if has_output else 0)
-    starts = x.new_empty((H, B, -(-L // taps.shape[-1]), N) if save else 0)
+    starts = x.new_empty((H, B, size // taps.shape[-1], N) if save else 0)
     before = x.new_empty(x.shape if save and has_output and activation != "identity" else 0)
     return y, x.new_empty(B, H, N, dtype=torch.float32), starts, before
 
@@ -457,27 +686,25 @@ def scan_backward(
     emit: torch.Tensor,
     inject: torch.Tensor,
     carry: torch.Tensor,
-    from_zero: bool,
+    rest: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of x (H, B, L), of the initial state (B, H, N), and the Gram matrix (H, T + N, T + N) that holds
+    """The gradients of x (H, B, C T), of the initial state (B, H, N), and the Gram matrix (H, T + N, T + N) that holds
     those of the operators; see `operator_gradients`.
     """
     operators = [operator.float().contiguous() for operator in (taps, emit, inject, carry)]
-    (H, B, L), N, T = x.shape, inject.shape[1], taps.shape[-1]
-    _, pad = _chunks(L, T, from_zero)
+    H, N, T = len(x), inject.shape[1], taps.shape[-1]
     x = x.contiguous()
     grad_y = torch.zeros_like(x) if grad_y is None else grad_y.contiguous()
     grad_x, driven = torch.empty_like(x), torch.empty_like(starts)
-    grad_initial = torch.empty(B, H, N, dtype=torch.float32, device=x.device)
     gram = torch.empty(H, T + N, T + N, dtype=torch.float32, device=x.device)
     first = None if grad_final is None else grad_final.float().contiguous()
-    launch_scan(grad_y, grad_x, operators, first, grad_initial, driven, _bytes(keep), pad, reverse=True)
-    launch_gram(grad_y, driven, x, starts, gram, T, pad)
+    grad_initial = run_scan(grad_y, grad_x, operators, first, driven, _bytes(keep), reverse=True, rest=rest)
+    launch_gram(grad_y, driven, x, starts, gram, T, rest)
     return grad_x, grad_initial, gram
 
 
 @scan_backward.register_fake
-def _(grad_y, grad_final, x, starts, keep, taps, emit, inject, carry, from_zero):
+def _(grad_y, grad_final, x, starts, keep, taps, emit, inject, carry, rest):
     (H, B, _), N, size = x.shape, inject.shape[1], taps.shape[-1] + inject.shape[1]
     like = dict(dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(B, H, N, **like), x.new_empty(H, size, size, **like)
@@ -486,16 +713,21 @@ def _(grad_y, grad_final, x, starts, keep, taps, emit, inject, carry, from_zero)
 # ---- from and to the model's layout
 
 
-def to_rows(sequence: torch.Tensor) -> torch.Tensor:
-    """(B, L, H) -> (H, B, L), contiguous; without a copy where `sequence` is a view of rows."""
-    rows = sequence.permute(2, 0, 1)
-    return rows if rows.is_contiguous() else transpose(sequence.flatten(0, 1)).view(rows.shape)
+def to_rows(sequence: torch.Tensor, size: int | None = None) -> torch.Tensor:
+    """(B, L, H) -> (H, B, size), contiguous, with zeros before the tokens; None: L. Without a copy where `sequence` is
+    a view of such rows.
+    """
+    size = sequence.shape[1] if size is None else size
+    rows, pad = sequence.permute(2, 0, 1), size - sequence.shape[1]
+    if rows.is_contiguous():
+        return F.pad(rows, (pad, 0)) if pad else rows
+    return turn_to_rows(sequence, size, pad)
 
 
-def from_rows(rows: torch.Tensor) -> torch.Tensor:
-    """(H, B, L) -> (B, L, H), contiguous."""
-    H, B, L = rows.shape
-    return transpose(rows.flatten(1)).view(B, L, H)
+def from_rows(rows: torch.Tensor, length: int | None = None) -> torch.Tensor:
+    """(H, B, size) -> the last `length` tokens of it, (B, L, H), contiguous; None: all."""
+    length = rows.shape[2] if length is None else length
+    return turn_from_rows(rows, length, rows.shape[2] - length)
 
 
 # ---- the implementation
@@ -503,19 +735,27 @@ def from_rows(rows: torch.Tensor) -> torch.Tensor:
 
 def forward(u, operators: ChunkOperators, initial_state, wanted: Wanted, save: bool):
     """See `chunked.Implementation`; y is a (B, L, H) view of rows, and what is saved lies in rows."""
-    rows = to_rows(u)
-    options = wanted.keep, wanted.has_output, save, wanted.activation
-    y, final, starts, before = scan(rows, *operators, initial_state, *options)
-    return y.permute(1, 2, 0) if wanted.has_output else None, final, Saved(rows, starts, before)
+    (B, L, _), T, N = u.shape, operators.taps.shape[-1], operators.inject.shape[1]
+    chunks = chunks_in_a_row(B, L, T, N, operators.carry.dim() == 3, from_zero=initial_state is None)
+    rows, keep = to_rows(u, chunks * T), wanted.keep
+    if keep is not None and keep.shape[1] < chunks:
+        keep = F.pad(keep, (chunks - keep.shape[1], 0), value=True)
+    options = wanted.has_output, save, wanted.activation, wanted.rest
+    y, final, starts, before = scan(rows, *operators, initial_state, keep, *options)
+    y = y[..., chunks * T - L :].permute(1, 2, 0) if wanted.has_output else None
+    return y, final, Saved(rows, starts, before)
 
 
-def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, grad_final, from_zero: bool):
+def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, grad_final, length: int):
     """See `chunked.Implementation`."""
     rows, starts, before = saved
+    keep, chunks = wanted.keep, starts.shape[2]
+    if keep is not None and keep.shape[1] < chunks:
+        keep = F.pad(keep, (chunks - keep.shape[1], 0), value=True)
     if grad_y is not None:
-        grad_y = ACTIVATIONS[wanted.activation].backward(to_rows(grad_y), before)
-    grad_u, grad_initial, gram = scan_backward(grad_y, grad_final, rows, starts, wanted.keep, *operators, from_zero)
-    return from_rows(grad_u), grad_initial, operator_gradients(gram, operators.taps, operators.carry)
+        grad_y = ACTIVATIONS[wanted.activation].backward(to_rows(grad_y, rows.shape[2]), before)
+    grad_u, grad_initial, gram = scan_backward(grad_y, grad_final, rows, starts, keep, *operators, wanted.rest)
+    return from_rows(grad_u, length), grad_initial, operator_gradients(gram, operators.taps, operators.carry)
 
 
 FUSED = Implementation(forward, backward, to_rows)
@@ -525,28 +765,70 @@ FUSED = Implementation(forward, backward, to_rows)
 
 
 def self_check_cases(
-    device: torch.device, dtype: torch.dtype | None = None, N: int = 64, dense: bool | None = None
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    N: int = 64,
+    dense: bool | None = None,
+    T: int | None = None,
+    gradient: bool = True,
+    documents: bool | None = None,
+    from_state: bool = False,
+    activation: str = "identity",
 ) -> list[Case]:
-    """Forward and backward, with an initial state and resets: of a scan in `dtype` of N states a channel, or of the
-    four kinds that models have, in every configuration. Each is machine code of its own: one may be right and another
-    wrong.
+    """Of a scan in `dtype` of N states a channel in chunks of T tokens, as it is about to be called: the very machine
+    code, for nothing else is specialised on; with gradients or without; over documents, from a state and with an
+    activation or not; in every configuration. Each is machine code of its own: one may be right and another wrong.
+
+    documents None: the four kinds that models have, each with and without all of that.
     """
     kind = family(architecture(device))
+    if documents is None:
+        ways = (True, True, "identity"), (False, False, "gelu")
+    else:
+        ways = ((documents, from_state, activation),)
     return [
-        _case(device, each, of_carry, N, tolerance, bare, number)
+        case
         for each, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 2e-5))
         if dtype in (None, each)
         for of_carry in ((False, True) if dense is None else (dense,))
         for number in range(len(scan_configurations(kind, each, N, of_carry)))
-        for bare in (False, True)
+        for way in ways
+        for case in _cases(device, each, of_carry, N, T or longest_chunk(each, N, of_carry), gradient, *way, tolerance)(
+            number
+        )
     ]
 
 
-def _case(device, dtype, dense, N, tolerance, bare, number, H=2, B=15, chunks=18):
-    """bare: without initial state and resets, and with an activation, as in a step of training. number: of the
-    configuration. The chunks of the batch are more than four of the Gram product's steps, which are pipelined.
+def _cases(device, dtype, dense, N, T, gradient, documents, from_state, activation, tolerance):
+    """number of the configuration -> the cases. The rows leave room for segments, and the chunks of the batch are more
+    than four of the Gram product's steps, which are pipelined.
     """
-    T = longest_chunk(dtype, N, dense)
+    B, chunks, H = 4, 68, 2 if family(architecture(device)) == "interpreter" else 16
+    label = (
+        f"{'dense' if dense else 'diagonal'} {str(dtype).removeprefix('torch.')} of {N} states in chunks of {T}"
+        f"{', over documents' if documents else ''}{', from a state' if from_state else ''}"
+        f"{'' if activation == 'identity' else f', {activation}'}{'' if gradient else ', without gradients'}"
+    )
+    options = {"gradient": gradient, "documents": documents, "activation": activation}
+
+    def cases(number):
+        def case(of, T, length, **more):
+            functions = _functions(device, dtype, dense, N, T, B, length, H, number=number, **options, **more)
+            return Case(f"{label}{of}{f', configuration {number}' if number else ''}", *functions, tolerance)
+
+        whole = documents or from_state
+        found = [case("", T, chunks * T - (0 if whole or T < 4 else 3), from_state=from_state)]
+        if from_state and not documents and not number:
+            found.append(case(", what is left", max(1, T - 1), max(1, T - 1), from_state=True, rest=True))
+        return found
+
+    return cases
+
+
+def _functions(
+    device, dtype, dense, N, T, B, length, H, number, gradient, documents, activation, from_state, rest=False
+):
+    """(the kernel's run, its twin's) on one random problem."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape, scale=1.0):
@@ -554,30 +836,27 @@ def _case(device, dtype, dense, N, tolerance, bare, number, H=2, B=15, chunks=18
 
     decay = random(H, N, N, scale=0.5 / N**0.5) if dense else random(H, N, scale=0.3)
     operators = ChunkOperators(random(H, T), random(H, T, N, scale=N**-0.5), random(H, N, T, scale=T**-0.5), decay)
-    u, grad_y = (random(B, chunks * T, H).to(dtype) for _ in range(2))
+    u, grad_y = (random(B, length, H).to(dtype) for _ in range(2))
     state, grad_state = random(B, H, N), random(B, H, N)
-    keep = torch.ones(B, chunks, dtype=torch.bool, device=device)
-    keep[1, 2] = keep[3, 0] = False
+    keep = torch.ones(B, -(-length // T), dtype=torch.bool, device=device) if documents else None
+    if documents:
+        keep[1, 2] = keep[3, 0] = False
+    wanted = Wanted(keep, activation=activation, rest=rest)
 
-    def run(implementation, cast):
-        inputs = [cast(x).requires_grad_() for x in (u, *operators, *([] if bare else [state]))]
-        rest = [None, Wanted(activation="gelu")] if bare else [inputs[5], Wanted(keep)]
-        y, final = differentiable(implementation, inputs[0], ChunkOperators(*inputs[1:5]), *rest)
+    def run(implementation, cast, pad=0):
+        inputs = [cast(x).requires_grad_(gradient) for x in (u, *operators, *([state] if from_state else []))]
+        first = F.pad(inputs[0], (0, 0, pad, 0))  # zeros, which the kernel puts there itself
+        with torch.set_grad_enabled(gradient):
+            start = inputs[5] if from_state else None
+            y, final = differentiable(implementation, first, ChunkOperators(*inputs[1:5]), start, wanted)
+            y = y[:, pad:]
+        if not gradient:
+            return [y, final]
         gradients = torch.autograd.grad([y, final], inputs, [cast(grad_y).to(y.dtype), cast(grad_state)])
         return [y.detach(), final.detach(), *gradients]
-
-    label = (
-        f"{'dense' if dense else 'diagonal'} {str(dtype).removeprefix('torch.')} of {N} states"
-        f"{' from zero, gelu' if bare else ''}{f', configuration {number}' if number else ''}"
-    )
 
     def run_kernel():
         with numbered_configuration(number):
             return run(FUSED, lambda x: x.detach().clone())
 
-    return Case(
-        label,
-        run_kernel,
-        lambda: run(PLAIN, lambda x: x.detach().double()),
-        tolerance,
-    )
+    return run_kernel, lambda: run(PLAIN, lambda x: x.detach().double(), -length % T)

@@ -61,6 +61,53 @@ def launched(monkeypatch):
     driver.set_active(None)  # the default one, which is looked for when it is needed
 
 
+# what the launches of a self-check and of the training shape compiled when sizes were specialised on
+COMPILED_BEFORE = 12 + 7
+
+
+def test_training_and_prompts_compile_what_the_self_check_has_seen(launched, monkeypatch):
+    """The recipe's scan on an H100, by the keys under which Triton keeps machine code; nothing is compiled here."""
+    from ssm_lm.modeling import triton_chunk_scan as scan
+
+    seen = set()
+    launched("sm_90")
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
+    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
+
+    def check(*problem):
+        for case in scan.self_check_cases(torch.device("cpu"), torch.bfloat16, 64, True, *problem):
+            case.kernel()
+        return len(seen)
+
+    def run(B, L, gradient, state=False, rest=False, activation="gelu", H=16, N=64):
+        T = L if rest else 64
+        u = torch.ones(B, L, H, dtype=torch.bfloat16, requires_grad=gradient)
+        operators = ChunkOperators(torch.ones(H, T), torch.ones(H, T, N), torch.ones(H, N, T), torch.ones(H, N, N))
+        first = torch.zeros(B, H, N) if state else None
+        with torch.set_grad_enabled(gradient):
+            y, _ = chunk_scan(u, operators, first, activation=activation, rest=rest, run_kernel=True)
+        if gradient:
+            y.sum().backward()
+
+    # chunks of 64, gradients, no documents, from zero
+    compiled = check(64, True, False, False, "gelu")
+    assert compiled <= COMPILED_BEFORE / 2, sorted(name for name, _ in seen)
+    for B, L in ((1, 8192), (1, 8191), (2, 1024), (8, 1000), (16, 128), (17, 70)):
+        run(B, L, True)
+    assert len(seen) == compiled
+    # decoding: a prompt, and more of it on what is cached, whole chunks and what is left
+    compiled = check(64, False, False, False, "gelu")
+    for B, L in ((1, 1), (1, 33), (1, 64), (1, 100), (1, 5000), (3, 77)):
+        run(B, L, False)
+    assert len(seen) == compiled
+    compiled = check(64, False, False, True, "gelu")
+    for B, L in ((1, 64), (1, 4096), (2, 192)):
+        run(B, L, False, state=True)
+    for L in (1, 2, 15, 16, 31, 32, 48, 63):
+        run(1, L, False, state=True, rest=True)
+    assert len(seen) == compiled
+
+
 def check(kernels: list, at_least: int) -> None:
     assert len(kernels) >= at_least
     for kernel in {kernel.hash: kernel for kernel in kernels}.values():

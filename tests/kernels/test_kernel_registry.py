@@ -78,7 +78,13 @@ def test_a_layer_names_its_problem(gpu, monkeypatch, ssm, dense):
     execution = layer.decide(torch.zeros(1, 8, 2))
     assert execution.kernel
     assert execution.mode == "chunk"
-    assert asked == [("chunk_scan", "cuda:0", torch.float32, 6, dense)]
+    # in chunks of 32; for training, without documents, from zero, without an activation
+    assert asked == [("chunk_scan", "cuda:0", torch.float32, 6, dense, 32, True, False, False, "identity")]
+    with torch.no_grad():
+        layer.decide(torch.zeros(1, 8, 2), initial_state=torch.zeros(1, 2, 6), activation=torch.nn.SiLU())
+        assert asked[1][6:] == (True, False, True, "silu")  # a module that trains asks for gradients at once
+        layer.eval().decide(torch.zeros(1, 8, 2), documents=True, activation=torch.nn.SiLU())
+        assert asked[2][6:] == (False, True, False, "identity")  # applied to the output, once it is put together
 
 
 def test_one_warning_names_operation_and_cause(gpu):
@@ -144,6 +150,43 @@ def test_triton_that_cannot_be_imported_is_a_cause(monkeypatch):
 def test_self_check_of(kernel, cause):
     found, _ = self_check(lambda device: [Case("half", kernel, lambda: [torch.ones(3)], 0.01)], torch.device("cpu"))
     assert found is None if cause is None else cause in found
+
+
+def test_no_memory_is_no_verdict(monkeypatch):
+    """Another rank, or the next forward, may have it."""
+    full = [True]
+
+    def find_cause(op, device, problem):
+        def kernel():
+            if full:
+                raise torch.OutOfMemoryError("tried to allocate")
+            return [torch.ones(3)]
+
+        return self_check(lambda device: [Case("x", kernel, lambda: [torch.ones(3)], 0.01)], torch.device("cpu"))[0]
+
+    monkeypatch.setattr(kernels_s4, "_find_cause", find_cause)
+    with pytest.warns(UserWarning, match="no memory left"):
+        assert not decide()
+    full.clear()
+    assert decide()
+
+
+def test_a_lost_device_ends_the_process(monkeypatch):
+    """After an illegal address every call fails, the twin's too: no verdict, but an end with the way out."""
+
+    def kernel():
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    cause, _ = self_check(lambda device: [Case("x", kernel, kernel, 0.01)], torch.device("cpu"))
+    assert "SSM_LM_KERNELS=torch" in cause
+    assert "illegal memory access" in cause
+    monkeypatch.setattr(kernels_s4, "self_check", lambda cases, device: (cause, 0.0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(kernels_s4, "architecture", lambda device: "sm_90")
+    pytest.importorskip("triton")
+    with pytest.raises(RuntimeError, match="the kernel chunk_scan: its self-check took down the device"):
+        decide()
 
 
 def test_self_check_sees_nothing_of_the_callers_modes():

@@ -3,23 +3,28 @@
 import torch
 
 from ...modeling.kernel_launch import family
-from ...modeling.kernel_limits import largest_state, longest_chunk
+from ...modeling.kernel_limits import ROWS, largest_state, longest_chunk, segments
 from ...modeling.triton_chunk_scan import (
+    from_rows_kernel,
     gram_block,
     gram_configurations,
     gram_kernel,
+    link_configuration,
+    link_kernel,
+    link_precision,
     power_of_two,
     precisions,
     scan_configurations,
     scan_kernel,
-    transpose_kernel,
+    to_rows_kernel,
 )
 
 
 def compile_cases(target: str) -> list[dict]:
     """The configurations that are shipped for `target`."""
     kind = family(target)
-    cases = [_transpose_case()]
+    cases = [_turn_case("to rows", to_rows_kernel), _turn_case("from rows", from_rows_kernel)]
+    cases += [_link_case(kind, dense) for dense in (False, True) if not (dense and kind == "blackwell")]
     for dtype in (torch.bfloat16, torch.float32):
         cases.append(_gram_case(kind, dtype))
         for dense in (False, True):
@@ -29,7 +34,7 @@ def compile_cases(target: str) -> list[dict]:
             cases += [_scan_case(kind, dtype, dense, 64, other, "training") for other in others]
             if largest_state(target, dense) > 64:
                 for large in scan_configurations(kind, dtype, 128, dense):
-                    for way, activation in _WAYS[-2:]:
+                    for way, activation in _WAYS[3:5]:
                         cases.append(_scan_case(kind, dtype, dense, 128, large, way, activation))
     return cases
 
@@ -40,6 +45,8 @@ _WAYS = (
     ("forward", "gelu"),
     ("training", "gelu"),
     ("reverse", "identity"),
+    ("ends", "identity"),
+    ("rest", "identity"),
 )
 
 # of the roofline: B rows of L tokens, H channels, and what a number takes in memory and on tensor cores
@@ -48,32 +55,37 @@ _TYPES = {torch.bfloat16: ("bf16", 2, 1), torch.float32: ("fp32", 4, 6)}
 
 
 def _scan_case(kind, dtype, dense, N, launch, way, activation="identity"):
-    """forward: no gradient needed; training: what the backward reads is saved; reverse: the backward's scan."""
+    """forward: no gradient needed; training: what the backward reads is saved; reverse: the backward's scan; ends: the
+    states of segments alone; rest: what is left of a sequence, a chunk of any length.
+    """
     name, size, products = _TYPES[dtype]
     T, elements, activates = longest_chunk(dtype, N, dense), _B * _L * _H, activation != "identity"
-    trains, keeps_before = way != "forward", way == "training" and activates
-    operators = 4 * _H * (T + 2 * T * N + (N * N if dense else N))
-    rows = -(-_B // launch.rows) * launch.rows / _B  # with the empty ones
+    trains, keeps_before = way in ("training", "reverse"), way == "training" and activates
+    has_output, full = way != "ends", way != "rest"
+    emitted = (T + T * N) * (way != "ends")
+    operators = 4 * _H * (emitted + T * N + (N * N if dense else N))
     carried = 2 * N * N / T * (3 if dtype == torch.bfloat16 else 6) if dense else 0
     product, carry = precisions(kind, dtype)
     pointers = dict.fromkeys(("x", "y"), f"*{name}:16") | dict.fromkeys(
-        ("taps", "emit", "inject", "carry", "last"), "*fp32:16"
+        ("taps", "emit", "inject", "carry", "first", "last"), "*fp32:16"
     )
-    pointers |= {"first": "*fp32:16", "states": f"*{name}:16", "keep": "*u8:16"} if trains else {}
+    pointers |= {"states": f"*{name}:16", "keep": "*u8:16"} if trains else {}
     pointers |= {"before": f"*{name}:16"} if keeps_before else {}
-    sizes = {"B": "i32", "H": "i32:16", "L": "i32:16", "C": "i32:16", "T": "i32:16", "N": "i32:16", "pad": "i32:16"}
+    sizes = dict.fromkeys(("B", "H", "C", "T", "has_first"), "i32") | {"N": "i32:16"}
+    read = size * (1 + has_output + N / T * trains + keeps_before)
     return {
         "name": f"chunk_scan {way} {f'{activation} ' if activates else ''}{'dense' if dense else 'diagonal'} {name} "
         f"N={N} w{launch.num_warps}s{launch.num_stages}",
         "kernel": scan_kernel,
         "arguments": pointers | sizes,
-        "constexprs": ({} if trains else {"first": None, "states": None, "keep": None})
+        "constexprs": ({} if trains else {"states": None, "keep": None})
         | ({} if keeps_before else {"before": None})
         | {
             "REVERSE": way == "reverse",
             "DENSE": dense,
-            "HAS_OUTPUT": True,
+            "HAS_OUTPUT": has_output,
             "ACTIVATION": activation,
+            "FULL": full,
             "TP": T,
             "NP": power_of_two(N if dense else N // 2),
             "M": launch.rows,
@@ -83,9 +95,9 @@ def _scan_case(kind, dtype, dense, N, launch, way, activation="identity"):
         "options": launch.options(kind),
         "tensor_cores": True,
         "work": {
-            "bytes": elements * size * (2 + N / T * trains + keeps_before) + operators,
+            "bytes": elements * read + operators,
             "flops": elements * ((0 if dense else 4 * N / T) + (30 if activates else 0)),  # 30 or so
-            "tensor_flops": elements * rows * ((2 * T + 4 * N) * products + carried),
+            "tensor_flops": elements * ((2 * T * has_output + 2 * N * (1 + has_output)) * products + carried),
             "tensor_dtype": "bf16",
         },
     }
@@ -101,8 +113,8 @@ def _gram_case(kind, dtype):
         "name": f"chunk_scan gradients of operators {name}",
         "kernel": gram_kernel,
         "arguments": dict.fromkeys(("grad_y", "driven", "u", "starts"), f"*{name}:16")
-        | {"gram": "*fp32:16", "B": "i32", "L": "i32:16", "C": "i32:16", "T": "i32:16", "N": "i32:16", "pad": "i32:16"},
-        "constexprs": {"P": P, "R": launch.rows, "PRECISION": precisions(kind, dtype)[0]},
+        | {"gram": "*fp32:16", "chunks": "i32", "T": "i32", "N": "i32:16"},
+        "constexprs": {"FULL": True, "TP": T, "P": P, "R": launch.rows, "PRECISION": precisions(kind, dtype)[0]},
         "options": launch.options(kind),
         "tensor_cores": True,
         # every operand is read by several programs of a channel, from the cache but for once: they run side by side
@@ -114,12 +126,39 @@ def _gram_case(kind, dtype):
     }
 
 
-def _transpose_case():
+def _link_case(kind, dense):
+    """Two segments a row, as at B = 8, of 64 chunks in bfloat16."""
+    launch, N, C = link_configuration(kind), 64, _L // longest_chunk(torch.bfloat16, 64, dense)
+    G, carry = segments(_B, C, N, dense), N * N if dense else N
+    squarings = (C // G).bit_length() - 1
     return {
-        "name": "chunk_scan transpose bf16",
-        "kernel": transpose_kernel,
-        "arguments": {"x": "*bf16:16", "y": "*bf16:16", "rows": "i32:16", "columns": "i32:16"},
-        "constexprs": {"ROWS": 64, "COLUMNS": 64},
+        "name": f"chunk_scan link {'dense' if dense else 'diagonal'}",
+        "kernel": link_kernel,
+        "arguments": dict.fromkeys(("ends", "first", "carry", "starts", "last"), "*fp32:16")
+        | {"kept": "*u8:16", "N": "i32:16"}
+        | dict.fromkeys(("B", "H", "G", "count", "squarings", "has_first", "reverse"), "i32"),
+        "constexprs": {
+            "DENSE": dense,
+            "NP": power_of_two(N if dense else N // 2),
+            "M": ROWS,
+            "PRECISION": link_precision(kind),
+        },
+        "options": launch.options(kind),
+        "tensor_cores": dense,
+        "work": {
+            "bytes": 4 * _H * (carry + _B * N * (2 * G + 1)),
+            "tensor_flops": 6 * 2 * _H * (squarings * N**3 + G * ROWS * N**2) if dense else 0,
+            "tensor_dtype": "bf16",
+        },
+    }
+
+
+def _turn_case(name, kernel):
+    return {
+        "name": f"chunk_scan {name} bf16",
+        "kernel": kernel,
+        "arguments": {"x": "*bf16:16", "y": "*bf16:16", "H": "i32:16"} | dict.fromkeys(("L", "S", "pad", "B"), "i32"),
+        "constexprs": {"UNIT": 16, "ROWS": 64, "COLUMNS": 64},
         "options": {"num_warps": 4, "num_stages": 1},
         "work": {"bytes": 4 * _B * _L * _H},
     }

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_close, compare_with_twin, gapped
 
-from ssm_lm.modeling import kernels_s4, triton_chunk_scan
+from ssm_lm.modeling import kernel_limits, kernels_s4, triton_chunk_scan
 from ssm_lm.modeling.activations import ACTIVATIONS
 from ssm_lm.modeling.ops import ChunkOperators, chunk_scan
 
@@ -148,6 +148,67 @@ def test_output_is_a_view_of_rows_and_rows_are_not_copied():
     torch.testing.assert_close(triton_chunk_scan.from_rows(rows), y.contiguous(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("size", [21, 32, 80])
+def test_rows_hold_zeros_before_the_first_token(size):
+    u = torch.randn(2, 21, 70)
+    rows = triton_chunk_scan.to_rows(u, size)
+    assert torch.equal(rows, F.pad(u.permute(2, 0, 1), (size - 21, 0)))
+    assert torch.equal(triton_chunk_scan.from_rows(rows, 21), u)
+
+
+# ---- segments: the rows of a tile that a small batch leaves empty are filled with time
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(B=1, L=256, H=2, N=6, T=4),  # 16 of 4 chunks
+        dict(B=1, L=157, H=1, N=16, T=4),  # 40 chunks: 8 of 5, an odd number of them
+        dict(B=3, L=191, H=1, N=10, T=4, state=False),  # 4 of 12
+        dict(B=2, L=160, H=1, N=6, T=4, state=True, resets=True),
+        dict(B=5, L=56, H=1, N=6, T=4, state=True),
+    ],
+    ids=["plain", "odd", "three-rows", "state-and-resets", "two-segments"],
+)
+def test_segments(case, dense, monkeypatch):
+    linked, right = [], triton_chunk_scan.launch_link
+    monkeypatch.setattr(triton_chunk_scan, "launch_link", lambda *args: (linked.append(args[6:]), right(*args)))
+    inputs = problem(**case, dense=dense)
+    compare_with_twin(kernel, twin, inputs, 1e-5)
+    assert [reverse for _, reverse in linked] == [False, True]
+    compare_with_twin(
+        lambda *x: kernel(*x, has_output=False)[1], lambda *x: twin(*x, has_output=False)[1], inputs, 1e-5
+    )
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+def test_segments_in_bfloat16(dense):
+    compare_with_twin(kernel, twin, problem(1, 99, 2, 6, 4, dense, torch.bfloat16), TOLERANCE[torch.bfloat16])
+
+
+def test_segments_fill_a_tile():
+    """At the recipe's length in bfloat16, chunks of 64; the chain of chunks is a segment's."""
+    found = {B: kernel_limits.segments(B, 128, 64, True) for B in range(1, 34)}
+    assert [found[B] for B in (1, 2, 3, 4, 5, 8, 9, 16, 33)] == [16, 8, 4, 4, 2, 2, 1, 1, 1]
+    assert 128 // found[1] <= 16
+    assert kernel_limits.segments(1, 127, 64, True) == 1
+    assert kernel_limits.chunks_in_a_row(1, 127 * 64, 64, 64, True, from_zero=True) == 128
+    assert kernel_limits.chunks_in_a_row(1, 127 * 64, 64, 64, True, from_zero=False) == 127
+
+
+@pytest.mark.parametrize("length", [1, 5, 16])
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+def test_what_is_left_of_a_sequence(dense, length):
+    """A chunk of any length, from a state, in a kernel that is compiled once for all lengths."""
+    inputs = problem(2, length, 2, 6, length, dense, state=True)
+
+    def left(u, taps, emit, inject, carry, state, keep):
+        return chunk_scan(u, ChunkOperators(taps, emit, inject, carry), state, keep, rest=True, run_kernel=True)
+
+    compare_with_twin(left, twin, inputs, 1e-5)
+
+
 def test_operators_made_again_in_the_backward():
     u, *operators, state, _ = problem(2, 32, 2, 6, 16, True, state=True)
 
@@ -171,12 +232,14 @@ def test_opcheck(dense):
     inputs = [x.detach() for x in problem(2, 32, 2, 6, 16, dense, state=True, resets=True)]
     u, *operators, state, keep = inputs
     rows = u.permute(2, 0, 1).contiguous()
-    torch.library.opcheck(triton_chunk_scan.scan, (rows, *operators, state, keep, True, True, "gelu"))
-    ragged = rows[..., 5:].clone()
-    torch.library.opcheck(triton_chunk_scan.scan, (ragged, *operators, None, None, True, True, "identity"))
-    torch.library.opcheck(triton_chunk_scan.transpose, (rows[0].clone(),))
-    _, final, starts, _ = triton_chunk_scan.scan(rows, *operators, state, keep, True, True, "identity")
+    torch.library.opcheck(triton_chunk_scan.scan, (rows, *operators, state, keep, True, True, "gelu", False))
+    torch.library.opcheck(triton_chunk_scan.scan, (rows, *operators, None, None, True, True, "identity", True))
+    torch.library.opcheck(triton_chunk_scan.turn_to_rows, (u, 40, 3))
+    torch.library.opcheck(triton_chunk_scan.turn_from_rows, (rows, 20, 3))
+    _, final, starts, _ = triton_chunk_scan.scan(rows, *operators, state, keep, True, True, "identity", False)
     torch.library.opcheck(triton_chunk_scan.scan_backward, (rows, final, rows, starts, keep, *operators, False))
+    long = torch.cat([rows] * 4, -1)  # in segments
+    torch.library.opcheck(triton_chunk_scan.scan, (long, *operators, state, None, True, True, "identity", False))
 
 
 # ---- the self-check, in the interpreter instead of on a GPU
@@ -186,9 +249,9 @@ def test_opcheck(dense):
 @pytest.mark.parametrize(
     ("N", "problem"),
     [
-        (64, {}),  # of every kind, as on a GPU
-        (2, {"dtype": torch.float32, "dense": False}),
-        (24, {"dtype": torch.bfloat16, "dense": True}),
+        (64, {"T": 16}),  # of every kind, as on a GPU
+        (2, {"dtype": torch.float32, "dense": False, "T": 16}),
+        (24, {"dtype": torch.bfloat16, "dense": True, "T": 24}),
         (128, {"dtype": torch.float32, "dense": True}),
     ],
 )
@@ -199,9 +262,27 @@ def test_self_check_passes(N, problem):
     assert 0 < worst < 1
 
 
+SMALL_CASES = partial(triton_chunk_scan.self_check_cases, dtype=torch.bfloat16, N=4, dense=False, T=4, documents=False)
+
+
 def test_self_check_of_one_problem():
-    labels = [case.label for case in triton_chunk_scan.self_check_cases(torch.device("cpu"), torch.float32, 6, True)]
-    assert labels == ["dense float32 of 6 states", "dense float32 of 6 states from zero, gelu"]
+    cases = partial(triton_chunk_scan.self_check_cases, torch.device("cpu"), torch.float32, 6, True)
+    both = ["dense float32 of 6 states in chunks of 32, over documents, from a state"]
+    both.append("dense float32 of 6 states in chunks of 32, gelu")
+    assert [case.label for case in cases()] == both
+    named = "dense float32 of 6 states in chunks of 16, from a state, silu, without gradients"
+    assert [case.label for case in cases(16, False, False, True, "silu")] == [named, f"{named}, what is left"]
+
+
+@pytest.mark.parametrize(("gradient", "from_state"), [(True, False), (False, True)], ids=["training", "inference"])
+def test_self_check_of_what_a_model_asks(gradient, from_state):
+    """The problems that `execution.decide` names."""
+    problem = torch.bfloat16, 4, False, 4, gradient, False, from_state, "silu"
+    cause, worst = kernels_s4.self_check(
+        lambda device: triton_chunk_scan.self_check_cases(device, *problem), torch.device("cpu")
+    )
+    assert cause is None
+    assert 0 < worst < 1
 
 
 @pytest.mark.parametrize(("fault", "word"), [(3, "differs by 2, more than 0.02"), (None, "not the same")])
@@ -210,13 +291,15 @@ def test_self_check_refuses_a_broken_kernel(monkeypatch, fault, word):
 
     def wrong(x, y, *rest, **kwargs):
         right(x, y, *rest, **kwargs)
+        if y is None:  # a pass that finds the states of segments
+            return
         if fault is None:
             y[..., 0] += torch.rand(()).to(y.dtype)  # another number every time
         else:
             y *= fault
 
     monkeypatch.setattr(triton_chunk_scan, "launch_scan", wrong)
-    cause, worst = kernels_s4.self_check(triton_chunk_scan.self_check_cases, torch.device("cpu"))
+    cause, worst = kernels_s4.self_check(SMALL_CASES, torch.device("cpu"))
     assert word in cause
     assert worst == float("inf")
 
@@ -226,5 +309,5 @@ def test_self_check_reports_a_kernel_that_raises(monkeypatch):
         raise RuntimeError("PassManager::run\nfailed")
 
     monkeypatch.setattr(triton_chunk_scan, "launch_gram", raises)
-    cause, _ = kernels_s4.self_check(triton_chunk_scan.self_check_cases, torch.device("cpu"))
+    cause, _ = kernels_s4.self_check(SMALL_CASES, torch.device("cpu"))
     assert cause == "its self-check failed (RuntimeError: PassManager::run failed)"
