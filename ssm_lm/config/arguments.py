@@ -93,6 +93,11 @@ class S4TrainingArguments(TrainingArguments):
         return self.fp16 or autocast.get("dtype") == "float16"
 
     @property
+    def zero_stage(self) -> int | None:
+        """Of DeepSpeed's ZeRO; None without DeepSpeed."""
+        return self.deepspeed["zero_optimization"]["stage"] if self.deepspeed else None
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step sees, over all ranks and accumulated batches."""
         return self.sequence_length * self.global_batch_size

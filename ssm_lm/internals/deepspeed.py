@@ -6,6 +6,8 @@ runs without it are to do without that.
 
 import ast
 import contextlib
+import ctypes
+import gc
 import importlib.util
 import os
 import pickle
@@ -100,6 +102,89 @@ def keep_clipping(engine) -> None:
     zero = getattr(engine, "optimizer", None)
     if hasattr(zero, "clip_grad"):
         zero.clip_grad = engine.gradient_clipping()
+
+
+# ---- ZeRO 3: a model of which no rank holds all
+
+
+@contextlib.contextmanager
+def built_in_parts(config: dict) -> Iterator[None]:
+    """Within the block a model of transformers is made with a rank's part of each parameter alone, as ZeRO 3 holds it.
+
+    config: DeepSpeed's. One module at a time is whole: made and drawn on the CPU by every rank alike, then cut. So the
+    values, and the random numbers that are drawn, are those of a model that is made whole.
+    """
+    import deepspeed
+    from transformers import PreTrainedModel
+
+    draw = PreTrainedModel._initialize_weights
+
+    def draw_whole(self, module, *args, **kwargs):
+        # a model's own method may name parameters of a module's children
+        held = [p for one in (module, *module.children()) for p in one.parameters(recurse=False)]
+        with deepspeed.zero.GatheredParameters(held, modifier_rank=0):
+            places = [p.data for p in held]
+            for parameter in held:
+                parameter.data = parameter.data.cpu()  # whose random numbers are those of every engine
+            draw(self, module, *args, **kwargs)
+            for parameter, place in zip(held, places, strict=True):
+                parameter.data = place.copy_(parameter.data)
+
+    deepspeed.init_distributed(auto_mpi_discovery=False)  # else the config is checked as if there were one rank
+    PreTrainedModel._initialize_weights = draw_whole
+    try:
+        with freed_memory_returned(), deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=[]):
+            yield
+    finally:
+        PreTrainedModel._initialize_weights = draw
+        gc.collect()  # a parameter that was replaced, as a tied one, hangs in a circle
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+@contextlib.contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Within the block, what is freed of 128 KB and more is the system's again at once, where malloc is glibc's.
+
+    Left to itself it keeps such blocks for the next ones, and modules that are whole one after the other hold two to
+    four times what is left of them. Afterwards it keeps blocks of up to 32 MB, as it comes to do by itself.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: None)
+    mallopt(M_MMAP_THRESHOLD, 1 << 17)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(M_TRIM_THRESHOLD, 1 << 26)
+
+
+def own_part(parameter: torch.nn.Parameter) -> slice:
+    """Which of a parameter's numbers, flattened, are this rank's under ZeRO 3; the last rank's may be fewer."""
+    size = parameter.ds_tensor.ds_numel
+    first = size * parameter.ds_zero_partition_rank
+    return slice(min(first, parameter.ds_numel), min(first + size, parameter.ds_numel))
+
+
+def put_values(parameter: torch.nn.Parameter, read: Callable[[slice], torch.Tensor]) -> None:
+    """Give a parameter other numbers. Every rank calls it; under ZeRO 3 it asks for its own part of them alone.
+
+    read: what gives the numbers of a slice, of all of them flattened.
+    """
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        parameter.data.copy_(read(slice(None)).view_as(parameter))
+    elif part.numel() < part.ds_numel:  # it lies on NVMe
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(read(slice(None)).view_as(parameter))
+    else:
+        own = read(own_part(parameter))
+        part.data.zero_()  # what follows the last number is padding
+        part.data[: len(own)].copy_(own)
+        if parameter.numel() == parameter.ds_numel:  # it lies here whole as well, and would be read as it was
+            parameter.partition()
 
 
 # ---- checkpoints
@@ -217,15 +302,11 @@ class PlaceZero3:
             self.buffers.append({"fp32": flat.data, **{key: state[key] for key in ADAM}})
 
     def __call__(self, parameter, values):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if torch.distributed.get_rank() == 0:
-                parameter.data.copy_(values["fp32"].view_as(parameter))
+        put_values(parameter, values["fp32"].__getitem__)
+        here = own_part(parameter)
         group, start, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
-        first = length * self.zero._get_param_partition_rank(parameter)
         for key, buffer in self.buffers[group].items():
-            part = values[key][first : first + length]  # the last rank's is shorter: what follows is padding
+            part = values[key][here]  # the last rank's is shorter: what follows is padding
             buffer.narrow(0, start, length).zero_()
             buffer.narrow(0, start, len(part)).copy_(part)
 
@@ -271,7 +352,18 @@ PARTS = (
     Part(f"{STAGE_3}.fp32_partitioned_groups_flat", "written, by a checkpoint", RESHARDING, UNTIL_UNIVERSAL),
     Part(f"{STAGE_3}.grad_position", "read, for a parameter's place in the buffers", RESHARDING, UNTIL_UNIVERSAL),
     Part(f"{STAGE_3}.get_param_id", "called, likewise", RESHARDING, UNTIL_UNIVERSAL),
-    Part(f"{STAGE_3}._get_param_partition_rank", "called, likewise", RESHARDING, UNTIL_UNIVERSAL),
+    Part(
+        "deepspeed.runtime.zero.partition_parameters.Init.ds_tensor",
+        "read and written, a rank's part of a parameter; ds_numel, ds_zero_partition_rank, partition() with it",
+        "to gather a parameter and cut it again, a rank would read and hold all of it",
+        "a parameter under ZeRO 3 has a public method that takes a rank's part",
+    ),
+    Part(
+        "transformers.PreTrainedModel._initialize_weights",
+        "replaced while a model is made for ZeRO 3: a module's parameters are whole while they are drawn",
+        "transformers' own way draws on the first rank, on the GPU: other values than those of the other engines",
+        "a seed gives the same weights under zero.Init as without",
+    ),
     Part(f"{STAGE_3}.swap_optimizer", "read: states on NVMe are refused", RESHARDING, UNTIL_UNIVERSAL),
     Part(f"{STAGE_12}.single_partition_of_fp32_groups", "written, by a checkpoint", RESHARDING, UNTIL_UNIVERSAL),
     Part(f"{STAGE_12}.bit16_groups", "read, for the parameters of a buffer", RESHARDING, UNTIL_UNIVERSAL),

@@ -15,10 +15,12 @@ from huggingface_hub.errors import StrictDataclassError
 from ..baselines import BASELINES, baseline_classes
 from ..errors import UserError, one_line
 from ..hub_access import asking_the_hub
+from ..internals.deepspeed import put_values
 from .folder import CONFIG, INDEX, quiet, read_json, resolve
-from .weights import check_counts, check_fit, check_loaded, read_headers
+from .weights import check_counts, check_fit, check_loaded, flat_weights, read_headers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GENERATION = "generation_config.json"
 CAUSAL_LM, CLASSIFIER = "S4ForCausalLM", "S4ForSequenceClassification"
 # keys of config.json that would have transformers read other files or other classes, and switches of a single forward
 IGNORED = (
@@ -37,11 +39,8 @@ def load_model(path: str | Path, dtype: str | torch.dtype | None = None, kinds: 
     weights that are not those that config.json describes.
     """
     dtype = _dtype(dtype)
-    folder = resolve(path)
-    if isinstance(folder, str):
-        folder = _download(folder, (CONFIG, "generation_config.json", "*.safetensors", INDEX))
+    folder, cls, config = find_model(path, kinds)
     with quiet():
-        cls, config = check_folder(folder, kinds)
         try:
             model, found = cls.from_pretrained(
                 folder,
@@ -55,6 +54,31 @@ def load_model(path: str | Path, dtype: str | torch.dtype | None = None, kinds: 
             raise UserError(f"{path}: the model cannot be loaded ({one_line(error)})") from error
     check_loaded(folder, found)
     return model.eval()
+
+
+def find_model(path: str | Path, kinds: tuple[str, ...] = (CAUSAL_LM,)) -> tuple[Path, type, object]:
+    """(folder, class, config) of what `load_model` loads; no tensor is read. Raises UserError as that does."""
+    folder = resolve(path)
+    if isinstance(folder, str):
+        folder = _download(folder, (CONFIG, GENERATION, "*.safetensors", INDEX))
+    with quiet():
+        return folder, *check_folder(folder, kinds)
+
+
+def fill_parts(model, folder: Path) -> None:
+    """Give a model that `built_in_parts` made the weights of a folder, float32; a rank reads its own part of each.
+
+    The folder is one that `find_model` has found to fit.
+    """
+    from transformers import GenerationConfig
+
+    values = dict(model.named_buffers()) | dict(model.named_parameters(remove_duplicate=False))
+    prefix = f"{model.base_model_prefix}."
+    with torch.no_grad(), quiet():
+        for key, read in flat_weights(folder).items():
+            put_values(values[key if key in values else prefix + key], read)
+        if (folder / GENERATION).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def check_folder(folder: Path, kinds: tuple[str, ...] = (CAUSAL_LM, CLASSIFIER)) -> tuple[type, object]:

@@ -4,14 +4,18 @@ No tensor is read and nothing is allocated, so no number in a file can ask for m
 worth.
 """
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, one_line
 from .folder import CONFIG, INDEX, WEIGHTS, read_json
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # as headers of safetensors call what a model's weights are
+# as headers of safetensors call what a model's weights are
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -51,6 +55,43 @@ def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         key = min(named.keys() ^ headers.keys())
         raise UserError(f"{folder / INDEX}: {key!r} is not in both the index and the files; copy the folder again")
     return headers
+
+
+@dataclass(frozen=True)
+class FlatTensor:
+    """A tensor of a safetensors file, flattened, that is read in slices: what is not asked for is not read.
+
+    first: the byte in the file where its numbers begin; count: how many there are.
+    """
+
+    file: Path
+    dtype: torch.dtype
+    first: int
+    count: int
+
+    def __call__(self, part: slice) -> torch.Tensor:
+        """The numbers of a slice of step 1, (n,)."""
+        start, stop, _ = part.indices(self.count)
+        size = self.dtype.itemsize
+        with open(self.file, "rb") as file:
+            file.seek(self.first + start * size)
+            read = bytearray(file.read((stop - start) * size))
+        return torch.frombuffer(read, dtype=self.dtype) if read else torch.empty(0, dtype=self.dtype)
+
+
+def flat_weights(folder: Path) -> dict[str, FlatTensor]:
+    """{name: what reads it} of all weights of a folder whose headers `read_headers` has checked."""
+    found = {}
+    index = {} if (folder / WEIGHTS).is_file() else read_json(folder / INDEX)["weight_map"]
+    for name in sorted(set(index.values())) or [WEIGHTS]:
+        with open(folder / name, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for key, said in header.items():
+            dtype, (begin, end) = FLOATS[said["dtype"]], said["data_offsets"]
+            found[key] = FlatTensor(folder / name, dtype, 8 + length + begin, (end - begin) // dtype.itemsize)
+    return found
 
 
 LONGEST_CHUNK = 512  # a chunk's products are quadratic in it: 4096 tokens ask for gigabytes a layer

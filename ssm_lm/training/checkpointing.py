@@ -57,7 +57,7 @@ class CheckpointedTrainer(OpenTrainer):
                 facts = self.checkpoint_facts | {
                     "step": self.state.global_step,
                     "world_size": self.args.world_size,
-                    "engine": engine_name(self._zero_stage()),
+                    "engine": engine_name(self.args.zero_stage),
                     "optimizer_steps": adam_steps(self.engine_optimizer()),
                 }
                 publish(self.writing_into / name, output_dir / name, facts)
@@ -121,9 +121,6 @@ class CheckpointedTrainer(OpenTrainer):
         left = "there is no checkpoint" if last is None else f"{last} is whole, and the same command goes on from it"
         return UserError(f"{what} could not be written to {self.args.output_dir} ({one_line(error)}); {left}")
 
-    def _zero_stage(self) -> int | None:
-        return self.args.deepspeed["zero_optimization"]["stage"] if self.args.deepspeed else None
-
     def engine_optimizer(self):
         """torch's optimizer or the ZeRO one, without accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
@@ -145,7 +142,7 @@ class CheckpointedTrainer(OpenTrainer):
             raise self._not_written("the log", error) from error  # of metrics.jsonl, or of what report_to names
 
     def _is_native(self, checkpoint: Path, mark: dict) -> bool:
-        return is_native(checkpoint, mark, engine_name(self._zero_stage()), self.args.world_size)
+        return is_native(checkpoint, mark, engine_name(self.args.zero_stage), self.args.world_size)
 
     def _convert(self, checkpoint: Path, mark: dict) -> None:
         problem, what = None, f"converts  {checkpoint}, which other ranks or another engine wrote, in one process"

@@ -40,8 +40,9 @@ def prepare_process(uses_deepspeed: bool) -> None:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
-    # DeepSpeed calls it every step, and nothing that a user does can change that
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    # DeepSpeed calls them every step, and nothing that a user does can change that
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}", category=FutureWarning)
     if on_cpu():
         from ..internals.deepspeed import leave_out_shared_memory_all_reduce
 

@@ -257,18 +257,19 @@ def choose_checkpoint(output_dir: Path, given: str | None, recorded: dict) -> Pa
     return place
 
 
-def print_plan(plan: Plan, model) -> None:
+def print_plan(plan: Plan) -> None:
     """What is about to run, resolved."""
+    from .tasks import number_of_parameters
+
     args, task, checkpoint = plan.args, plan.task, plan.checkpoint
-    parameters = sum(p.numel() for p in model.parameters())
-    stage = args.deepspeed["zero_optimization"]["stage"] if args.deepspeed else None
-    engine = "torch" if stage is None else f"DeepSpeed ZeRO {stage}"
+    parameters = number_of_parameters(task)
+    engine = "torch" if args.zero_stage is None else f"DeepSpeed ZeRO {args.zero_stage}"
     shared = f", {args.sequence_parallel_size} ranks a sequence" if args.sequence_parallel_size > 1 else ""
     half = (args.deepspeed or {}).get("torch_autocast", {}).get("dtype")
     half = half or ("bfloat16" if args.bf16 else "float16" if args.fp16 else None)
     precision = "float32" if half is None else f"{half} (autocast), float32 weights"
     print(
-        f"model     {parameters:,} parameters: {describe(model.config)}\n"
+        f"model     {parameters:,} parameters: {describe(task.config)}\n"
         f"{task.describe(args)} "
         f"({args.world_size} ranks x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
         f"accumulated{shared}), {args.max_steps} steps = {task.epochs(args):.2f} epochs\n"

@@ -5,7 +5,10 @@ Making one reads and checks everything and writes nothing.
 """
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
+
+import torch
 
 from ..config.arguments import S4TrainingArguments
 from ..config.model import check_baseline, model_config, new_language_model
@@ -16,8 +19,16 @@ from ..data.tokenizer import load_tokenizer
 from ..data.windows import TokenWindows, WindowSampler
 from ..errors import UserError
 from ..files import write_json
+from ..internals.deepspeed import built_in_parts
+from ..loading.model import fill_parts, find_model, load_model
 from .identity import KEYED, TABLES
 from .trainer import ClassificationTrainer, LanguageModelTrainer, RecallTrainer
+
+
+def number_of_parameters(task) -> int:
+    """Of the model that a task brings; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in task.make_model().parameters())
 
 
 def make_task(values: dict, where: str):
@@ -44,10 +55,10 @@ class LanguageModelling:
         self.stream = self.streams[0]
         self.tokenizer = load_tokenizer(str(Path(folders[0]) / "tokenizer"))
         self.can_pass_over = not values.get("carry_state")  # which chains all batches
-        self.init_from, self._loaded = values.get("init_from"), None
+        self.init_from = values.get("init_from")
         if self.init_from:
-            self._loaded = self._load()
-            self.config = self._loaded.config
+            self._folder, self._class, self.config = find_model(self.init_from)
+            self.config.dtype = torch.float32  # which it is loaded in
             self._check_tokenizer(folders[0])
         else:
             eos = self.stream.eos_token_id
@@ -79,18 +90,25 @@ class LanguageModelling:
         """How often args.max_steps see the whole text; of several, as many windows as all of them have."""
         return args.max_steps * args.global_batch_size / self.samples_per_epoch
 
-    def new_model(self):
-        """The model of `init_from`, or a fresh one."""
+    def new_model(self, deepspeed: dict | None = None):
+        """The model of `init_from`, or a fresh one. deepspeed: the config of an engine of ZeRO 3, under which a rank
+        never holds all of it.
+        """
+        if deepspeed is not None:
+            with built_in_parts(deepspeed):
+                model = self.make_model()
+            if self.init_from:
+                fill_parts(model, self._folder)
+            return model
         if not self.init_from:
-            return new_language_model(self.config)
-        model, self._loaded = self._loaded or self._load(), None
-        return model
+            return self.make_model()
+        with torch.random.fork_rng(devices=[]):  # how weights are read is to change no random number that follows
+            # a step of training is smaller than the digits of half precision: the weights are held in float32
+            return load_model(self.init_from, dtype="float32")
 
-    def _load(self):
-        from ..loading.model import load_model
-
-        # a step of training is smaller than the digits of half precision: the weights are held in float32
-        return load_model(self.init_from, dtype="float32")
+    def make_model(self):
+        """A fresh model of the config."""
+        return self._class(self.config) if self.init_from else new_language_model(self.config)
 
     def _check_tokenizer(self, data: str) -> None:
         from ..loading.tokenizer import is_tokenizer_of
@@ -176,7 +194,11 @@ class Classification:
         of_one = self.steps(1, args.per_device_train_batch_size, replicas, args.gradient_accumulation_steps)
         return args.max_steps / of_one
 
-    def new_model(self):
+    def new_model(self, deepspeed: dict | None = None):
+        with nullcontext() if deepspeed is None else built_in_parts(deepspeed):
+            return self.make_model()
+
+    def make_model(self):
         from ..modeling.modeling_s4 import S4ForSequenceClassification
 
         return S4ForSequenceClassification(self.config)
@@ -215,5 +237,5 @@ class Recalling(Classification):
         check_baseline(config, values, self.task.length, where)
         return config
 
-    def new_model(self):
+    def make_model(self):
         return new_language_model(self.config)

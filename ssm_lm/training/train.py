@@ -74,7 +74,7 @@ def train(
             print(f"{plan.output_dir}: this run is finished ({plan.finished_step} steps); nothing to do")
     elif plan_only:
         print(config_text(resolved_settings(values, plan, given), where))
-        print_plan(plan, plan.task.new_model())
+        print_plan(plan)
         print(schedule_text(plan.identity))
         if plan.checkpoint is None:
             print(f"begins    a new run in {plan.output_dir}")
@@ -152,9 +152,9 @@ def train_once(plan: Plan, signals, rollbacks: int):
     from transformers import set_seed
 
     set_seed(plan.args.seed)
-    model = plan.task.new_model()
     if rollbacks == 0 and is_main_process():
-        print_plan(plan, model)
+        print_plan(plan)
+    model = plan.task.new_model(plan.args.hf_deepspeed_config.config if plan.args.zero_stage == 3 else None)
     # transformers' own default is a new folder at every start, which would cut a resumed curve in two
     with default_environment("TENSORBOARD_LOGGING_DIR", str(plan.output_dir / "runs")) as plan.tensorboard_folder:
         trainer = plan.task.trainer(model, plan.args, signals, tuple(plan.passed_over))

@@ -117,4 +117,5 @@ def adam_steps(optimizer) -> int:
 
 
 def _load(path: Path):
-    return torch.load(path, map_location="cpu", weights_only=True)
+    # mapped: of a tensor of which a rank takes a part, no more than that part is read
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from harness import losses
 
 from ssm_lm.cli import main
@@ -17,6 +18,7 @@ from ssm_lm.data.manifest import Manifest, ShardInfo
 from ssm_lm.data.sources import check_sources, open_sources
 from ssm_lm.errors import UserError
 from ssm_lm.training.trainer import S4Trainer
+from ssm_lm.training.universal import UNIVERSAL, open_reader
 
 MANY = 20_000_000_000
 
@@ -88,12 +90,12 @@ def watch(tmp_path, monkeypatch):
     return start
 
 
-def resident(folder: str) -> int:
-    """Bytes of the token files below a folder that this process has touched through its maps."""
+def resident(folder: str, ending: str = ".bin") -> int:
+    """Bytes of the files below a folder, of token ids or others, that this process has touched through its maps."""
     found, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = folder in line and line.endswith(".bin")
+            inside = folder in line and line.endswith(ending)
         elif inside and line.startswith("Rss:"):
             found += int(line.split()[1]) * 1024
     return found
@@ -131,6 +133,18 @@ def test_files_are_looked_at_by_one_rank_alone(folder_of, monkeypatch):
     (folder / "train/7.bin").write_bytes(b"short")
     with pytest.raises(UserError, match=r"train/7\.bin: 5 bytes, where"):
         check_sources(streams, 100)
+
+
+def test_a_rank_reads_its_own_part_of_the_states_that_another_engine_wrote(tmp_path):
+    """Of three files of 16 MB it takes a quarter; the kernel maps a little around it."""
+    numbers = torch.arange(4_000_000.0)
+    (tmp_path / UNIVERSAL / "zero" / "weight").mkdir(parents=True)
+    for key in ("fp32", "exp_avg", "exp_avg_sq"):
+        torch.save({"param": numbers}, tmp_path / UNIVERSAL / "zero" / "weight" / f"{key}.pt")
+    read = open_reader(tmp_path, {"engine": "zero2", "world_size": 4}, ["weight"])("weight")
+    own = {key: value.flatten()[2_000_000:3_000_000].clone() for key, value in read.items()}
+    assert all(torch.equal(part, numbers[2_000_000:3_000_000]) for part in own.values())
+    assert 12e6 <= resident(str(tmp_path), ".pt") < 24e6
 
 
 def test_a_run_goes_on_at_its_billionth_step_at_once(folder_of, write_config, tmp_path, killed_after):
