@@ -5,8 +5,10 @@ training. The folder is written beside its place under another name and renamed 
 """
 
 import argparse
+import contextlib
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -14,6 +16,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .. import modeling
 from ..baselines import is_baseline
 from ..errors import UserError, one_line
+from ..extras import need
 from ..files import new_folder
 from ..loading.folder import CHECKPOINT, check_links, quiet, resolve
 from ..loading.model import CAUSAL_LM, CLASSIFIER, DTYPES, load_model
@@ -21,12 +24,19 @@ from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, load_token
 from . import card, own_layer
 from .making import curve_of, making
 
+FORMATS = ("transformers", "onnx")
 SHARD_SIZE = "5GB"  # what an interrupted upload over LFS sends a second time at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a training run's output, a checkpoint or a model")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="transformers (default); onnx: a graph that reads a prompt and one for a token, states in and out",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the folder to write; must be new")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the weights; state spaces stay float32 (default: as they are)"
@@ -48,6 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export as the arguments say."""
+    if args.format == "onnx":
+        for key, default in (
+            ("results", None),
+            ("license", None),
+            ("trained_on", None),
+            ("max_shard_size", SHARD_SIZE),
+        ):
+            if getattr(args, key) != default:
+                raise UserError(f"--{key.replace('_', '-')}: belongs to --format transformers; leave it out")
+        export_graphs(args.checkpoint, args.output, dtype=args.dtype, tokenizer=args.tokenizer)
+        print(f"{args.output}: done; its {card.CARD} says how to run it")
+        return
     export(
         args.checkpoint,
         args.output,
@@ -79,9 +101,7 @@ def export(
     the card says about the weights and their data. max_shard_size: of a file of weights, such as "5GB".
     Raises UserError for a bad source and for an output that holds something, which is left as it is.
     """
-    output = Path(output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: exists and is not an empty folder; choose another")
+    output = checked_output(output)
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise UserError(f"--license {license}: give an identifier of the Hub, such as apache-2.0 or cc-by-4.0")
     if not re.fullmatch(r"[1-9]\d*[KMG]I?B", max_shard_size.upper()):
@@ -105,12 +125,50 @@ def export(
         curve=curve_of(checkpoint),
     )
 
+    with writing(output) as partial:
+        write(model, tokenizer, partial, readme, max_shard_size)
+    return output
+
+
+def export_graphs(checkpoint, output, *, dtype=None, tokenizer=None) -> Path:
+    """Write the language model in `checkpoint` as ONNX graphs, with its tokenizer, to the new folder `output`.
+
+    The arguments are those of `export`. Raises UserError as it does, and for a model of transformers.
+    """
+    from . import onnx
+
+    output = checked_output(output)
+    need("--format onnx", "onnx", "onnx", "onnxscript")
+    check_sources(checkpoint, tokenizer)
+    model = load_model(checkpoint, dtype)
+    if is_baseline(model.config):
+        raise UserError(f"{checkpoint}: is a model of transformers; its own exporters write it as ONNX")
+    vocabulary = tokenizer or checkpoint
+    tokenizer = load_tokenizer(vocabulary, needs_model=tokenizer is None)
+    check_vocabulary_fits(tokenizer, model, vocabulary)
+    with writing(output) as partial:
+        onnx.write_graphs(model, partial)
+        save_tokenizer(tokenizer, partial)
+        (partial / card.CARD).write_text(onnx.readme(model, output.resolve().name), encoding="utf-8")
+    return output
+
+
+def checked_output(output) -> Path:
+    """The folder to be written; UserError where it holds something."""
+    output = Path(output).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: exists and is not an empty folder; choose another")
+    return output
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[Path]:
+    """The folder beside its place, renamed when complete; UserError where the disk says no."""
     try:
         with new_folder(output) as partial:
-            write(model, tokenizer, partial, readme, max_shard_size)
+            yield partial
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({one_line(error)}); choose another place") from error
-    return output
 
 
 def check_sources(checkpoint, tokenizer) -> None:
@@ -139,9 +197,7 @@ def write(model, tokenizer, folder: Path, readme: str, max_shard_size: str = SHA
     with quiet():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
-            for key in ("is_local", "local_files_only"):  # how it was loaded here
-                tokenizer.init_kwargs.pop(key, None)
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
     if ours:
         write_code(model.config.ssm, folder)
     (folder / card.CARD).write_text(readme, encoding="utf-8")
@@ -159,6 +215,13 @@ def write_code(ssm: str, folder: Path) -> None:
         for name, added in (("checks.py", own_layer.names_of(ssm)), ("ssm.py", own_layer.import_of(ssm, path))):
             with open(folder / name, "a", encoding="utf-8") as file:
                 file.write(added)
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Without how it was loaded here."""
+    for key in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(key, None)
+    tokenizer.save_pretrained(folder)
 
 
 def code_files() -> list[Path]:

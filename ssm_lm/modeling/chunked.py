@@ -122,6 +122,8 @@ def _turns_by_batch(sequence: torch.Tensor) -> bool:
 def _layout(u: torch.Tensor, taps: torch.Tensor) -> _Layout:
     B, L, channels = u.shape
     T, parts = taps.shape[-1], taps.dim() - 1
+    if torch.compiler.is_exporting():  # for any batch, which may not be asked for: all at a time
+        return _Layout(B, L // T, T, parts, channels // parts, L // T)
     chunk_elements = max(1, B * T * channels)
     segment = max(1, SEGMENT_ELEMENTS.get(device_kind(u.device), SEGMENT_ELEMENTS["cuda"]) // chunk_elements)
     return _Layout(B, L // T, T, parts, channels // parts, segment)

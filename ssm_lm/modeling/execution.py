@@ -80,6 +80,7 @@ Rule = Callable[[str, str | None, tuple], bool]
 def decide(layer: nn.Module, problem: Problem, runs: Rule) -> Execution:
     """The execution of a forward of `layer`, a StateSpace: the first of these that fits.
 
+    exported for sequences of any length     recurrent
     few tokens on a cache, or one token      recurrent
     the scan's kernel runs                   chunk
     what was asked for                       that
@@ -87,6 +88,8 @@ def decide(layer: nn.Module, problem: Problem, runs: Rule) -> Execution:
                                              else chunk
     """
     mode, length = problem.mode, problem.length
+    if is_any(length):
+        return _by_steps(layer, problem, runs)
     few = 1 if problem.gradient or torch.compiler.is_compiling() else FEW_TOKENS
     if (problem.cached and length <= few) or (mode == "auto" and length == 1):
         mode = "recurrent"
@@ -109,6 +112,11 @@ def decide(layer: nn.Module, problem: Problem, runs: Rule) -> Execution:
     fused = FUSED_ACTIVATIONS.get(type(problem.activation)) if in_chunk_kernel else None
     whole = not problem.from_state or length % min(chunk_size, length) == 0  # a rest is put behind, by a copy
     return Execution(mode, kernel, chunk_size, dtype, fused, in_chunk_kernel and whole)
+
+
+def is_any(length: int) -> bool:
+    """Whether a sequence that is being exported stands for those of every length."""
+    return torch.compiler.is_exporting() and isinstance(length, torch.SymInt)
 
 
 def _by_steps(layer, problem, runs) -> Execution:

@@ -151,7 +151,7 @@ class S5(StateSpace):
         return operators  # D does not belong to a state
 
     def to_scan_state(self, state):
-        return state.view(len(state), 2, -1).transpose(1, 2)  # (B, P/2, 2)
+        return state.view(state.shape[0], 2, -1).transpose(1, 2)  # (B, P/2, 2)
 
     def from_scan_state(self, state):
         return state.transpose(1, 2).flatten(1)[:, None]

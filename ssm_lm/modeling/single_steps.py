@@ -4,7 +4,7 @@ import torch
 
 from .discrete import Discrete
 from .documents import Documents
-from .execution import Execution, Problem, decide, rule_of
+from .execution import Execution, Problem, decide, is_any, rule_of
 
 
 class Memo:
@@ -70,7 +70,9 @@ def prepare_steps(layer, memo: Memo, u: torch.Tensor, execution: Execution) -> N
 def run_steps(layer, x, state, documents: Documents | None, memo: Memo | None, reverse: bool = False):
     """x (B, L, H) in the dtype of the parameters -> y (B, L, H) without D x, the final state."""
     discrete = discrete_from(layer, memo, reverse)
-    state = layer.zero_state(len(x), x.device) if state is None else state
+    state = layer.zero_state(x.shape[0], x.device) if state is None else state
+    if is_any(x.shape[1]):
+        return _run_any_number(discrete, x, state)
     outputs = []
     for t, u in enumerate(x.unbind(1)):
         if documents is not None:
@@ -78,6 +80,17 @@ def run_steps(layer, x, state, documents: Documents | None, memo: Memo | None, r
         y, state = discrete.step(u, state)
         outputs.append(y)
     return torch.stack(outputs, 1), state
+
+
+def _run_any_number(discrete: Discrete, x, state):
+    """As `run_steps`, by an operation that stands for as many steps as there will be."""
+
+    def step(state, u):
+        y, state = discrete.step(u, state)
+        return state.clone(), y.clone()  # none of them may be a view
+
+    state, outputs = torch._higher_order_ops.scan(step, state, x.transpose(0, 1))
+    return outputs.transpose(0, 1), state
 
 
 def run_steps_on_kernel(layer, u, state, documents: Documents | None, memo: Memo | None, activation: str, in_place):

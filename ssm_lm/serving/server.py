@@ -258,7 +258,7 @@ class Work:
             self.service.conversations.remember(self.prompts[index], text, event.ids)
 
     def usage(self) -> dict:
-        prompt = sum(map(len, self.prompts))
+        prompt = sum(map(len, self.prompts[:: self.wanted.n]))  # which n choices share
         return usage(prompt, max(0, prompt - self.read), self.written)
 
     async def whole(self) -> dict:

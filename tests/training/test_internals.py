@@ -31,6 +31,8 @@ MODELING = (
     "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "transformers.models.auto.modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "torch._dynamo",
+    "torch._higher_order_ops",
+    "torch._higher_order_ops.scan",
     "torch.nn.Module._apply",
     "torch.nn.Module._parameters",
     "torch.nn.Module._modules",
