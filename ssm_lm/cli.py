@@ -35,6 +35,7 @@ VERBS = {
     "push": ("ssm_lm.hub.push", "publish an exported folder on the Hub, private by default"),
     "convert": ("ssm_lm.hub.convert", "turn a checkpoint of state-spaces/s4 into a folder that loads here"),
     "compare": ("ssm_lm.comparison.compare", "train contenders that one file names, and put them into a table"),
+    "sweep": ("ssm_lm.comparison.sweep", "train a config at every combination of values, and put them into a table"),
     "estimate": ("ssm_lm.estimate.report", "parameters, FLOPs, memory and days of a run, before it takes a GPU"),
     "runs": ("ssm_lm.runs.listing", "list the runs of a folder: how far they came, their best, what may go on"),
     "plot": ("ssm_lm.runs.curves", "draw the curves of one run or of several into one picture"),

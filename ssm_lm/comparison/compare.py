@@ -48,7 +48,11 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None:
         raise UserError("--output: belongs to folders of runs; a comparison writes into its output_dir")
     overrides = parse_overrides([f"--{item}" for item in args.set])
-    failed = compare(args.what[0], overrides, args.jobs, only_table=args.no_run)
+    report(compare(args.what[0], overrides, args.jobs, only_table=args.no_run))
+
+
+def report(failed: list[str]) -> None:
+    """Say which runs failed, if any did, and leave with exit code 1."""
     if failed:
         print(f"\n{len(failed)} runs failed: {', '.join(failed)}; their logs say why, and the same command tries again")
         raise SystemExit(1)
@@ -60,19 +64,29 @@ def compare(path: str, overrides: dict, jobs: int = 1, only_table: bool = False)
     Into its output_dir: table.md (which is printed too), comparison.json, curves.png and curves.svg.
     Raises UserError for whatever the file has wrong, before the first run.
     """
-    from .contest import check_contest, read_contest
+    from .contest import read_contest
+
+    return carry_out(read_contest(path, overrides), jobs, only_table)
+
+
+def carry_out(contest, jobs: int = 1, only_table: bool = False, every_curve: bool = False) -> list[str]:
+    """`compare` for a contest that is read already. every_curve: of all learning rates, not of the best alone."""
+    from .contest import check_contest
     from .pictures import draw
-    from .schedule import best_run, missing, run_missing
+    from .schedule import best_run, missing, read_result, run_missing
     from .summary import markdown, summarize
 
-    contest = read_contest(path, overrides)
     failed = []
     if not only_table and missing(contest, set()):
         check_contest(contest)
         failed = run_missing(contest, jobs)
     summary = summarize(contest)
-    best = [best_run(contest, row["contender"])[0] for row in summary["contenders"]]
-    curves = {f"{run.contender}, {run.rate:g}": contest.folder / "runs" / run.name for run in best}
+    ranked = [row["contender"] for row in summary["contenders"]]
+    drawn = [best_run(contest, contender)[0] for contender in ranked]
+    if every_curve:
+        runs = [run for contender in ranked for run in contest.first_runs(contender)]
+        drawn = [run for run in runs if read_result(contest, run) is not None]
+    curves = {f"{run.contender}, {run.rate:g}": contest.folder / "runs" / run.name for run in drawn}
     write(contest.folder, markdown(summary), summary, lambda files: draw(curves, files))
     return failed
 
