@@ -26,6 +26,7 @@ SMALLER = {
     "make quickstart": f"make -o {VENV}/.installed VENV={VENV} quickstart "
     'QUICKSTART="--max_steps 4 --eval_steps 2 --save_steps 2"',
     "--max_steps 200": "--max_steps 2 --eval_strategy no",
+    "make test": "true",  # is what runs this
     "train configs/train/digits.yaml": "train configs/train/digits.yaml --max_steps 3 --eval_strategy no",
     "train configs/train/finetune.yaml": "train configs/train/finetune.yaml --sequence_length 64 --num_train_epochs 2 "
     "--per_device_train_batch_size 4 --learning_rate 4e-3",  # of a model that has hardly been trained
