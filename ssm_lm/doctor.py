@@ -28,7 +28,16 @@ from .network import HOW_TO_RUN, test_job
 
 TOLERANCE = 1e-4  # between the modes of a layer, in float32, relative to the largest output
 GIB = 1 << 30
-EXTRAS = ("", "train", "gpu", "eval", "tasks", "plot", "serve")  # of pyproject.toml; "" for what nothing runs without
+EXTRAS = (
+    "",
+    "train",
+    "gpu",
+    "eval",
+    "tasks",
+    "plot",
+    "onnx",
+    "serve",
+)  # of pyproject.toml; "" for what nothing runs without
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -277,15 +286,17 @@ def _memory_gib() -> float | None:
 
 def _triton() -> str | None:
     """Triton's version and whether it finds a GPU driver; None where it is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return None
     version = "Triton"
     try:
         import triton
-
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:
+        return f"{version}, cannot be imported ({one_line(error)})"
+    try:
         version = triton.__version__  # its distribution has another name beside a torch of ROCm
         from triton.runtime import driver
 
         return f"{version}, driver {driver.active.get_current_target().backend}"
-    except Exception as error:  # of the import, of the driver's library, of a missing GPU
+    except Exception as error:  # of the driver's library, of a missing GPU
         return f"{version}, no driver ({one_line(error)})"

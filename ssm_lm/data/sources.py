@@ -19,10 +19,9 @@ from torch.utils.data import ConcatDataset, Dataset
 from ..errors import UserError
 from .manifest import Manifest
 from .mixture import Mixture, parts_of
+from .phases import Phases, without_repeats
 from .stream import TokenStream
 from .windows import TokenWindows, WindowSampler
-
-Phases = list[list]  # [step, [parts]], in order, the first at step 0: from there on so many windows of each source
 
 
 @dataclass(frozen=True)
@@ -80,22 +79,6 @@ def _names(folders: list[str]) -> list[str]:
 
 
 # ---- weights over the steps
-
-
-def without_repeats(phases: Phases) -> Phases:
-    """The same shares at every step, and no phase with those of the one before it."""
-    return [phase for number, phase in enumerate(phases) if number == 0 or phase[1] != phases[number - 1][1]]
-
-
-def until(phases: Phases, step: int) -> Phases:
-    """What of them holds before `step`."""
-    return [phase for phase in phases if phase[0] < step]
-
-
-def gone_on(begun: Phases, given: Phases, step: int) -> Phases:
-    """The shares of a run that began with some and goes on from `step` with others."""
-    now = next(parts for first, parts in reversed(given) if first <= step)
-    return without_repeats([*until(begun, step), [step, now], *(phase for phase in given if phase[0] > step)])
 
 
 # ---- what is read

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..data.sources import gone_on, until
+from ..data.phases import gone_on, until
 from ..errors import UserError
 from .identity import CHANGEABLE
 from .schedule import curve

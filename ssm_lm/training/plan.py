@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..config.batch import accumulation_steps
 from ..config.model import describe
-from ..data.sources import gone_on
+from ..data.phases import gone_on
 from ..errors import UserError, first_line
 from ..extras import need
 from .changes import Change, allowed_names, changes, check_allowed
@@ -14,7 +14,6 @@ from .checkpoints import check_resumable, claim, last_complete_checkpoint
 from .checks import check_values
 from .environment import agree, on_cpu, prepare_process, told, world_size
 from .schedule import curve
-from .waiting import first_rank_works
 
 
 @dataclass
@@ -117,6 +116,8 @@ def look(output_dir: Path, given: str | None, identity: dict) -> Found:
 
 def check_data(task, device) -> None:
     """Let one rank read what must be read of the data, however long it takes. Raises UserError on every rank."""
+    from .waiting import first_rank_works
+
     problem = None
     try:
         first_rank_works(task.check_data, "reads     token ids that no manifest vouches for", device)

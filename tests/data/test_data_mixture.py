@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_lm.data.mixture import FINEST, Mixture, parts_of, pattern
-from ssm_lm.data.sources import gone_on, read_sources
+from ssm_lm.data.phases import gone_on
+from ssm_lm.data.sources import read_sources
 from ssm_lm.errors import UserError
 
 
