@@ -111,8 +111,8 @@ class DiscreteSSD(NamedTuple):
         N, raw = self.scale.shape[-1], 0 if self.inverse is None else len(self.dt)
         v, b, c, raw = x.split([x.shape[-1] - 2 * N - raw, N, N, raw], -1)
         b, c = (
-            F.rms_norm(part, (N,), scale, NORM_EPSILON) + bias
-            for part, scale, bias in zip((b, c), self.scale, self.bias, strict=True)
+            F.rms_norm(part, (N,), self.scale[i], NORM_EPSILON) + self.bias[i]  # a loop over them is no part of a scan
+            for i, part in enumerate((b, c))
         )
         return v, b, c, self.dt if self.inverse is None else F.softplus(raw.double() + self.inverse)
 

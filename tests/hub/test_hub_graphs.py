@@ -75,6 +75,7 @@ def test_torch_export_without_a_cache():
             torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_onnx_is_the_model(tmp_path):
     check_onnx(tiny_model(**EVERY_BLOCK), tmp_path)
 
@@ -99,7 +100,9 @@ def test_the_verb_writes_a_folder_whose_page_runs(tmp_path, capsys, monkeypatch)
     exec(code, {})
     ids = torch.tensor([tokenizer("The function returns")["input_ids"]])
     assert ids.shape[1] % 3  # chunks, and steps
-    assert capsys.readouterr().out.startswith("The function returns")
+    mask = torch.ones_like(ids)
+    text = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
+    assert capsys.readouterr().out == tokenizer.decode(text, skip_special_tokens=True) + "\n"
     assert not json.loads((tmp_path / "graphs" / "tokenizer_config.json").read_text()).get("auto_map")
 
 

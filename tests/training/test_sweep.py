@@ -48,11 +48,16 @@ def test_a_combination_is_its_own_config(config, tmp_path):
     assert run.rate == yaml.safe_load(open(config))["learning_rate"]
 
 
-def test_the_runs_of_an_array_are_numbered(config, tmp_path, capsys):
+def test_a_job_of_an_array_is_one_run(config, tmp_path, capsys):
     folder, words = tmp_path / "swept", ["--key", "learning_rate=0.01,0.02", "--set", "max_steps=2"]
     words += ["--set", "eval_strategy=no"]
     assert sweep(config, folder, *words, "--list") == 0
     assert capsys.readouterr().out.splitlines() == ["0\tconfig-lr0.01-seed1", "1\tconfig-lr0.02-seed1"]
+    assert sweep(config, folder, *words, "--only", "1") == 0
+    assert [path.stem for path in (folder / "results").glob("*.json")] == ["config-lr0.02-seed1"]
+    capsys.readouterr()
+    assert sweep(config, folder, *words, "--only", "1") == 0  # is done already
+    assert capsys.readouterr().out == "done      config-lr0.02-seed1\n"
 
 
 @pytest.mark.parametrize(
