@@ -22,5 +22,5 @@ def test_a_model_is_made_and_loaded_in_parts(tmp_path):
 def test_no_rank_makes_all_of_a_model_of_300_million(tmp_path):
     found = json.loads(forked.run([WORKER, str(tmp_path), "1024", "44"], ranks=2).stdout.splitlines()[-1])
     print(found)
-    assert found["bytes"] > 1.2e9
+    assert found["bytes"] > 1.1e9
     assert found["built"] < 0.65
