@@ -25,19 +25,12 @@ from rich.table import Table
 from .errors import one_line
 from .lacking import gpus_of_the_machine, lacking
 from .network import HOW_TO_RUN, test_job
+from .processors import usable
 
 TOLERANCE = 1e-4  # between the modes of a layer, in float32, relative to the largest output
 GIB = 1 << 30
-EXTRAS = (
-    "",
-    "train",
-    "gpu",
-    "eval",
-    "tasks",
-    "plot",
-    "onnx",
-    "serve",
-)  # of pyproject.toml; "" for what nothing runs without
+# of pyproject.toml; "" for what nothing runs without
+EXTRAS = ("", "train", "gpu", "eval", "tasks", "plot", "onnx", "serve")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,11 +76,10 @@ def examine(network: bool = False) -> dict[str, dict]:
 
 def machine() -> dict:
     """Python, system, processors, memory and disk, as this process may use them."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpus": f"{usable} of {os.cpu_count()}",
+        "cpus": f"{usable()} of {os.cpu_count()}",
         "memory_gib": _memory_gib(),
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
         "g++": shutil.which("g++"),

@@ -16,10 +16,20 @@ def write_json(path: Path, value: dict) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under another name and rename it. Raises OSError; nothing is left behind then."""
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
+    with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def new_file(place: Path) -> Iterator[Path]:
+    """A name beside `place` to write a file at, which takes its place when the block ends and is removed when it fails.
+
+    Raises OSError.
+    """
+    partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
+    try:
+        yield partial
+        os.replace(partial, place)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..files import write_text
+from ..runs.curves import check_picture, save
 from .kernels import KERNEL_TASK, kernel_rows
 
 MODEL_TASKS = {
@@ -77,8 +78,8 @@ def model_rows(args: argparse.Namespace) -> list[dict]:
     for flag, value in (("--batch", args.batch), ("--turns", args.turns)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: give a number of at least 1")
-    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
-        raise UserError(f"--plot {args.plot}: give a name that ends in .png or .svg")
+    if args.plot is not None:
+        check_picture("--plot", args.plot)
     names = list(dict.fromkeys((args.models or DEFAULT_MODELS).split(",")))
     from .peers import SIZES, check_names
 
@@ -134,8 +135,6 @@ def _table(task: str, length: int, rows: list[dict]) -> Table:
 
 
 def _draw(task: str, rows: list[dict], file: Path) -> None:
-    from ..runs.curves import save
-
     def draw(axes):
         for name in dict.fromkeys(row["model"] for row in rows if "error" not in row):
             points = [(row["length"], row["tokens_per_second"]) for row in rows

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -12,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..files import write_json
+from ..files import new_file, write_json
 from .duplicates import first_of_each
 from .encoding import COUNTS, ROW, part_path
 from .manifest import DTYPES, FORMAT_VERSION, Manifest, ShardInfo, SplitInfo
+from .shards import hash_file
 from .work_folder import Plan, WorkFolder
 
 _BLOCK = 1 << 22  # ids
@@ -90,7 +90,7 @@ def _split(work: WorkFolder, plan: Plan, split: str, parts: list[dict], shard_to
             unigram += counts
             infos.append(info)
             if len(names) > 1:
-                _update(digest, work.folder / info.file)
+                hash_file(digest, work.folder / info.file)
     name = f"{split}.unigram"
     _write_bytes(work.folder / name, unigram.tobytes())
     sha256 = infos[0].sha256 if len(infos) == 1 else digest.hexdigest()
@@ -178,19 +178,8 @@ def _write_shard(work: WorkFolder, plan: Plan, name: str, runs: list[Run]) -> tu
 
 def _write_bytes(path: Path, blocks: bytes | Iterator[bytes]) -> None:
     """Write a file under another name, bring it to the disk, and rename it."""
-    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        with open(partial, "wb") as file:
-            for block in [blocks] if isinstance(blocks, bytes) else blocks:
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _update(digest, path: Path) -> None:
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
+    with new_file(path) as partial, open(partial, "wb") as file:
+        for block in [blocks] if isinstance(blocks, bytes) else blocks:
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())

@@ -23,6 +23,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..errors import UserError, one_line
+from ..processors import usable
 from .assembly import NoText, assemble
 from .corpora import HOLD_OUT, LEVELS, NAMES, Corpus, load_corpus
 from .documents import first_bytes, sample
@@ -227,7 +228,7 @@ def prepare(
             units = _not_done(work, plan, corpus, share, report)
             try:
                 with one_line_errors():
-                    run_units(units, encoding, workers or len(os.sched_getaffinity(0)), report)
+                    run_units(units, encoding, workers or usable(), report)
             except UserError as error:
                 if not work.has_parts():
                     raise
@@ -235,7 +236,7 @@ def prepare(
             if shard is not None:
                 return None
             report.say("putting the token files together")
-            assemble(work, plan, shard_tokens, workers or len(os.sched_getaffinity(0)))
+            assemble(work, plan, shard_tokens, workers or usable())
         manifest = Manifest.read(work.folder)
         work.publish()
     for name in corpus.left_out:
@@ -260,7 +261,7 @@ def merge(output: str | Path, *, workers: int | None = None) -> Manifest:
             raise UserError(f"--merge: {work.folder} holds no plan; prepare its shares first, by --shard I/N")
         if not (work.folder / MANIFEST_FILE).exists():
             shard_tokens = plan.request.get("shard_tokens", SHARD_TOKENS)
-            assemble(work, plan, shard_tokens, workers or len(os.sched_getaffinity(0)))
+            assemble(work, plan, shard_tokens, workers or usable())
         manifest = Manifest.read(work.folder)
         work.publish()
     return manifest

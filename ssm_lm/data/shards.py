@@ -85,3 +85,10 @@ def check_size(path: Path, count: int, dtype: np.dtype) -> None:
         raise UserError(
             f"{path}: {size} bytes, where the manifest's {count} tokens are {expected}; make the folder again"
         )
+
+
+def hash_file(digest, path: Path) -> None:
+    """Add the bytes of a file to a hash of hashlib, some at a time."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)

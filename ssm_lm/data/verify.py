@@ -2,15 +2,15 @@
 
 import argparse
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import UserError
+from ..processors import usable
 from .manifest import DTYPES, Manifest, ShardInfo
-from .shards import check_size, map_file
+from .shards import check_size, hash_file, map_file
 
 _BLOCK = 1 << 22  # ids
 
@@ -46,7 +46,7 @@ def verify(folder: str | Path, *, workers: int | None = None) -> Manifest:
     for split in manifest.splits:  # all sizes before any file is read
         for file in manifest.files(split):
             check_size(folder / file.file, file.tokens, dtype)
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(workers or usable()) as pool:
         for split in manifest.splits:
             _verify_split(folder, manifest, split, pool)
     return manifest
@@ -58,9 +58,7 @@ def _verify_split(folder: Path, manifest: Manifest, split: str, pool: ThreadPool
     for file, found in zip(files, pool.map(lambda file: _counts(folder, manifest, file), files), strict=True):
         counts += found
         if len(files) > 1:
-            with open(folder / file.file, "rb") as opened:
-                while block := opened.read(1 << 24):
-                    whole.update(block)
+            hash_file(whole, folder / file.file)
     if len(files) > 1 and whole.hexdigest() != info.sha256:
         raise UserError(f"{folder}: the files of {split} are not those of its sha256, or in another order")
     if info.unigram:

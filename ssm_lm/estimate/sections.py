@@ -25,7 +25,8 @@ class OnPaper:
         self.network = Network(args.intra * 1e9, args.inter * 1e9, gpus_per_node=args.gpus)
         config = subject.config
         architecture = self.device.architecture
-        signal = torch.bfloat16 if subject.bf16 else torch.float32
+        # state spaces take their signals in bfloat16, not in float16
+        signal = torch.bfloat16 if subject.autocast == torch.bfloat16 else torch.float32
         rule = {"runs": on_paper(config, architecture), "architecture": architecture, "dtype": signal}
         self.pieces = self._count(subject.batch)
         self.parts = training_flops(

@@ -26,8 +26,7 @@ class Subject(NamedTuple):
     epochs: float
     checkpointing: bool
     needs_state: bool  # carry_state
-    half: bool  # autocast
-    bf16: bool  # and to bfloat16, which state spaces take their signals in
+    autocast: torch.dtype | None  # of the matrix products outside the state spaces; None: as the parameters are
     tf32: bool
     stage: int | None  # of ZeRO; None: without DeepSpeed
     zero: dict  # DeepSpeed's zero_optimization
@@ -38,14 +37,9 @@ class Subject(NamedTuple):
         return self.length // self.sequence_ranks
 
     @property
-    def autocast(self) -> torch.dtype | None:
-        """Of the matrix products outside the state spaces; None: as the parameters are."""
-        return (torch.bfloat16 if self.bf16 else torch.float16) if self.half else None
-
-    @property
     def precision(self) -> str:
         """Of the matrix products outside the state spaces."""
-        return "bf16" if self.half else self.ssm_precision
+        return self.ssm_precision if self.autocast is None else "bf16"
 
     @property
     def ssm_precision(self) -> str:
@@ -98,8 +92,7 @@ def read_subject(values: dict, ranks: int, sequence_ranks: int, where: str) -> S
         epochs=values.get("num_train_epochs", 3),
         checkpointing=bool(values.get("activation_checkpointing") or values.get("gradient_checkpointing")),
         needs_state=bool(values.get("carry_state")),
-        half=bool(values.get("bf16") or values.get("fp16")),
-        bf16=bool(values.get("bf16")),
+        autocast=torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None,
         tf32=bool(values.get("tf32")),
         stage=zero.get("stage", 0) if engine else None,
         zero=zero,

@@ -28,6 +28,7 @@ from ..files import write_json
 from ..loading.folder import quiet
 from ..loading.model import DTYPES, load_model
 from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, is_tokenizer_of, load_tokenizer
+from ..runs.curves import check_picture, draw_contexts, save
 
 SPLITS = ("train", "validation", "test")
 BY_CONTEXT = ("nll", "token_perplexity", "word_perplexity", "bits_per_byte")  # what is kept of every context
@@ -94,9 +95,8 @@ def run(args: argparse.Namespace) -> None:
     contexts = parse_contexts(args.context)
     _positive("--window", args.window)
     _positive("--batch-size", args.batch_size)
-    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
-        raise UserError(f"--plot {args.plot}: give a name that ends in .png or .svg")
     if args.plot is not None:
+        check_picture("--plot", args.plot)
         need("--plot", "plot", "matplotlib")
         check_place(args.plot, "--plot")
     if args.json is not None:
@@ -134,8 +134,6 @@ def run(args: argparse.Namespace) -> None:
 
 def plot_contexts(file: Path, name: str, rows: list[dict]) -> None:
     """Draw the token perplexity of `name` by context, windows beside the state that is carried."""
-    from ..runs.curves import draw_contexts, save
-
     points = [(row["context"], row["token_perplexity"]) for row in rows if row["token_perplexity"]]
     save([lambda axes: draw_contexts(axes, {name: points})], file)
     print(f"{file}: done")

@@ -47,8 +47,7 @@ def plot(runs: list[Path], output: Path) -> None:
 
     Raises UserError for a folder without a log, a suffix that is no picture's, a place that cannot be written to.
     """
-    if output.suffix not in (".png", ".svg"):
-        raise UserError(f"--output {output}: give a name that ends in .png or .svg")
+    check_picture("--output", output)
     logs = {}
     for name, folder in zip(names(runs), runs, strict=True):
         logs[name] = read_metrics(folder.expanduser())
@@ -91,6 +90,12 @@ def read_contexts(folder: Path) -> list[tuple[float | None, float]]:
         found.setdefault(split, {}).update(points)
     points = found.get("validation") or next(iter(found.values()), {})
     return sorted(points.items(), key=lambda point: (point[0] is None, point[0]))
+
+
+def check_picture(flag: str, path: Path) -> None:
+    """UserError unless `path`, which `flag` has given, has the name of a picture that `save` can write."""
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"{flag} {path}: give a name that ends in .png or .svg")
 
 
 def save(drawings: list[Callable], output: Path) -> None:

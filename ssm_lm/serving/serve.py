@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib.util
 import math
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..evaluation.evaluate import add_model_arguments
+from ..extras import need
 from .chat import add_words, load, words_of
 
 TOKEN = "SSM_LM_TOKEN"  # of the environment
@@ -48,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve until a signal."""
-    for name in ("starlette", "uvicorn"):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"serve needs {name}: pip install 'ssm_lm[serve]'")
+    need("serve", "serve", "starlette", "uvicorn")
     for key in ("max_rows", "max_queue", "max_prompt_tokens", "max_new_tokens"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be 1 or more")

@@ -58,24 +58,20 @@ def test_model(ssm, launches, monkeypatch):
 
 def test_model_in_bfloat16(launches):
     """The kernel reads and writes bfloat16, where the PyTorch path casts: they agree as bfloat16 does."""
-    tokens, results = torch.randint(0, 19, (2, 21)), []
-    for kernels in ("torch", "triton"):
-        model = build("s4", kernels=kernels).to(torch.bfloat16)
-        loss = model(tokens, labels=tokens).loss
-        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    assert {dtype for dtype, *_ in launches} == {torch.bfloat16}
-    for (name, _), actual, expected in zip(
-        [("loss", None), *model.named_parameters()], results[1], results[0], strict=True
-    ):
-        assert_close(actual, expected, 6e-2, name)
+    check_training_step(launches, torch.bfloat16, autocast=False)
 
 
 def test_a_training_step_under_autocast(launches):
     """As `bf16: true` is: the norm before the scan returns float32, and the kernel is launched on bfloat16."""
+    check_training_step(launches, torch.float32, autocast=True)
+
+
+def check_training_step(launches, dtype, autocast):
+    """The loss and all gradients, by the kernels and by PyTorch."""
     tokens, results = torch.randint(0, 19, (2, 21)), []
     for kernels in ("torch", "triton"):
-        model = build("s4", kernels=kernels)
-        with torch.autocast("cpu", torch.bfloat16):
+        model = build("s4", kernels=kernels).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(tokens, labels=tokens).loss
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     assert {dtype for dtype, *_ in launches} == {torch.bfloat16}
