@@ -84,8 +84,9 @@ class _Row:
 class Engine:
     """Works in the thread that calls `step`. `submit` may be called from any.
 
-    rows: of the batch, at most. queue: texts that may wait. state_bytes: for the states of prompts and texts that may
-    go on. read, written, kept: tokens so far: read by the model as prompts, written, and spared by a known beginning.
+    rows: of the batch, at most. queue: texts that may wait for one. state_bytes: for the states of prompts and texts
+    that may go on. read, written, kept: tokens so far: read by the model as prompts, written, and spared by a known
+    beginning.
     """
 
     def __init__(self, model, tokenizer, rows: int = 32, queue: int = 256, state_bytes: int = 1 << 30):
@@ -103,9 +104,10 @@ class Engine:
         self.batch, self.rows = Batch(self.room, rows), []
 
     def submit(self, request: Request) -> None:
-        """Full where too many wait."""
+        """Full where too many wait; those for whom a row is free, and which the next step takes, are not among them."""
         with self.lock:
-            if len(self.waiting) >= self.queue:
+            free = self.batch.most - len(self.rows) - (self.reading is not None)
+            if len(self.waiting) >= self.queue + free:
                 raise Full
             self.waiting.append(request)
 

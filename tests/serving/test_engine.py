@@ -167,6 +167,17 @@ def test_limits(model, tokenizer):
     assert heard.end.written == len(heard.end.ids)
 
 
+def test_whoever_finds_a_row_does_not_wait(model, tokenizer):
+    engine = Engine(model, tokenizer, rows=2, queue=1)
+    for _ in range(3):  # all before a step: two for the rows, one for the queue
+        engine.submit(ask([3])[0])
+    with pytest.raises(Full):
+        engine.submit(ask([3])[0])
+    engine.step()
+    with pytest.raises(Full):
+        engine.submit(ask([3])[0])
+
+
 def test_a_model_that_makes_no_numbers_fails_its_texts_and_keeps_nothing(build, tokenizer):
     model = build(ssm="s4d", arch="s4-ffn")
     engine = Engine(model, tokenizer)

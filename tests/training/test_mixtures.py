@@ -163,5 +163,5 @@ def test_estimate_counts_the_windows_of_all(mixed, folders, capsys):
     from ssm_lm.estimate.subject import read_subject
 
     config = mixed()
-    subject = read_subject(read_train_config(config, {}), 1, config)
+    subject = read_subject(read_train_config(config, {}), 1, 1, config)
     assert subject.samples == sum(len(TokenStream.open(folder, "train")) // 40 for folder in folders.values())
