@@ -15,6 +15,8 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # more keys for the training of the quickstart, such as QUICKSTART="--max_steps 50"
 QUICKSTART ?=
 TESTS ?= tests
+# tests at a time: one more than the two cores that the suite is made for, as tests often wait for what they started
+WORKERS ?= 3
 TRITON ?= 3.9.0
 SETS ?= lowest highest
 KERNEL_TESTS ?= tests/kernels/test_kernels_interpreted.py::test_interpreted tests/kernels/test_kernel_launches.py \
@@ -36,11 +38,11 @@ quickstart: $(VENV)/.installed
 	@echo "Model:        exports/quickstart, for AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not long" $(TESTS)
 
 # pytest ends with 5 where none of $(TESTS) is of a kind
 long-test: venv
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long and not alone" $(TESTS) || test $$? = 5
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "long and not alone" $(TESTS) || test $$? = 5
 	$(BIN)/python -m pytest -m "long and alone" $(TESTS) || test $$? = 5
 
 test-triton: venv
@@ -55,7 +57,7 @@ matrix-%: tests/versions/%.txt
 	build/$*/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not long" $(TESTS)
 
 fast-test: venv
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not long" $(TESTS)
 
 lint: venv
 	$(BIN)/ruff check .

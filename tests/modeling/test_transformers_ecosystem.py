@@ -196,7 +196,7 @@ def test_a_training_step_has_no_graph_breaks(kw):
 
 @pytest.mark.slow
 def test_inductor(tmp_path):
-    """The real compiler, on the decoding that generate() compiles on a GPU, and on a training step. Every mixer."""
+    """The real compiler, on the decoding that generate() compiles on a GPU. Every mixer."""
     from transformers import CompileConfig
 
     torch._dynamo.reset()
@@ -208,6 +208,12 @@ def test_inductor(tmp_path):
     for _ in range(2):
         assert torch.equal(greedy(model, ids, 12, **options), expected)
 
+
+@pytest.mark.long
+def test_inductor_in_training():
+    """The real compiler, forward and backward. Every mixer."""
+    torch._dynamo.reset()
+    model, ids = build(arch=["ssm", "ffn", *MIXTURE], num_hidden_layers=1), prompt(12)
     gradients = []
     for run in (model.train(), torch.compile(model, fullgraph=True)):
         model.zero_grad()

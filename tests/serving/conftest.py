@@ -7,13 +7,6 @@ from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.data.bpe import train_bpe
 
 TEXT = ["User: the cat sat on the mat\nAssistant: and the dog sat on the cat\n" * 3, "naïve façade — 猫\n" * 3]
-KINDS = {
-    "s4": {"ssm": "s4"},
-    "s4d": {"ssm": "s4d"},
-    "s5": {"ssm": "s5"},
-    "ssd": {"ssm": "ssd", "arch": ["gated", "swiglu"], "selective_dt": True},
-    "mixture": {"ssm": "s4d", "arch": ["h3", "gated", "swiglu"]},
-}
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import time
 
 import pytest
 import torch
-from conftest import KINDS
 
 from ssm_lm.serving.engine import READ_AT_ONCE, Engine, Finished, Full, Request
 from ssm_lm.serving.prefixes import Prefixes
@@ -12,6 +11,14 @@ from ssm_lm.serving.sampling import Draw, choose
 from ssm_lm.serving.text import GrowingText
 
 GREEDY = Draw(temperature=0)
+
+KINDS = {
+    "s4": {"ssm": "s4"},
+    "s4d": {"ssm": "s4d"},
+    "s5": {"ssm": "s5"},
+    "ssd": {"ssm": "ssd", "arch": ["gated", "swiglu"], "selective_dt": True},
+    "mixture": {"ssm": "s4d", "arch": ["h3", "gated", "swiglu"]},
+}
 
 
 class Heard:
