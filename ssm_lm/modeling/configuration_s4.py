@@ -55,7 +55,8 @@ class S4Config(PreTrainedConfig):
         s4d.
     b_clip: largest |B_n| of the initialisation of s4 and s4d; None: no limit.
     head_dim: channels of a head. Of ssd: they share decay and step; None: 64, or all where they are fewer. Of h3:
-        above 1, key and value are multiplied each with each, for head_dim times as many state spaces; None: 1.
+        above 1, key and value are multiplied each with each, for head_dim times as many state spaces; None: 1. Blocks
+        without heads pass over it, as a key that tools for transformers' models set on any config.
     selective_dt: of ssd, the token chooses the step of every head.
     ssm_blocks: s5 starts with so many copies of the HiPPO spectrum of order state_size / ssm_blocks.
     bidirectional: every state space reads the sequence from both ends. For classification only.
@@ -228,9 +229,9 @@ class S4Config(PreTrainedConfig):
             raise ValueError(f"b_clip is for ssm: s4 and s4d; {self.ssm} has no B of that kind")
         if self.ssm == "ssd":
             self._check_ssd()
-        elif self.selective_dt or (self.head_dim is not None and "h3" not in self.sublayers):
-            raise ValueError(f"head_dim is for ssm: ssd and the sublayer h3, selective_dt for ssm: ssd, not {self.ssm}")
-        elif self.head_dim is not None:
+        elif self.selective_dt:
+            raise ValueError(f"selective_dt is for ssm: ssd, not {self.ssm}")
+        elif self.head_dim is not None and "h3" in self.sublayers:
             check_heads(self.hidden_size, self.head_dim, "hidden_size")
 
     def _check_ssd(self):

@@ -41,6 +41,15 @@ def test_a_configuration_comes_back_from_its_file(tmp_path):
     assert S4Config.from_pretrained(tmp_path).to_dict() == config.to_dict() | {"adaptive_cutoffs": [20, 40]}
 
 
+@pytest.mark.parametrize("kw", [{}, *({"ssm": ssm} for ssm in SSMS), {"arch": "gated", "expand": 2}], ids=str)
+def test_a_config_without_heads_passes_over_their_size(kw):
+    """transformers' own testers set head_dim on every config whose class knows the key."""
+    names = dict(build(**kw).named_parameters())
+    assert dict(build(head_dim=16, **kw).named_parameters()).keys() == names.keys()
+    with pytest.raises((ValueError, StrictDataclassError), match="head_dim"):
+        build(head_dim=0, **kw)
+
+
 # ---- dtype
 
 
