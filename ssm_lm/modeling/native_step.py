@@ -12,6 +12,7 @@ long as modules, weights and states are those that it was written for; `Program.
 import ctypes
 import weakref
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ class Program:
         self.shape, self.dtype, self.threads = inputs.shape[:2], inputs.dtype, torch.get_num_threads()
         self.rows = self.shape.numel()
         self.calls, self.kept, self.memos, self.states = [], [], [], []
-        self.seen = [_Seen(module) for module in model.modules()]
+        self.seen = _Seen(model)
         self.h = self.room(model.config.hidden_size)
         for block, layer in zip(model.layers, cache.layers, strict=True):
             for sublayer in block.sublayers:
@@ -134,7 +135,7 @@ class Program:
             and not model.training
             and all(cache.layers[i].states[j].data_ptr() == address for i, j, address, *_ in self.states)
             and all(discrete_from(ssm, memo) is discrete for ssm, memo, discrete in self.memos)
-            and all(seen.is_same() for seen in self.seen)
+            and self.seen.is_same(model)
         )
 
     def __call__(self, inputs: torch.Tensor, cache) -> torch.Tensor:
@@ -298,23 +299,29 @@ def _many_rows(x, W, bias, y):
 
 
 class _Seen:
-    """A module as it was when it was written out: its children, the memory of its parameters, no hooks."""
+    """A model as it was when it was written out: no hooks, its modules, the memory of its parameters. `is_same` looks
+    at hundreds of modules before every token: in few passes, most of them loops of C.
 
-    def __init__(self, module: nn.Module):
-        self.module = weakref.ref(module)  # the model keeps its programs: no circle
-        self.facts = _facts(module)
+    The model itself is not kept, for it keeps its programs, and there is to be no circle; its modules are, so that none
+    comes to lie where another lay.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.inner = [module for module in model.modules() if module is not model]
+        self.facts = self._facts(model)
         if self.facts is None:
             raise Unsupported("hooks")
 
-    def is_same(self) -> bool:
-        return _facts(self.module()) == self.facts
+    def is_same(self, model: nn.Module) -> bool:
+        return self._facts(model) == self.facts
 
-
-def _facts(module: nn.Module | None) -> tuple | None:
-    if module is None or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-        return None
-    parameters = [p if p is None else p.data_ptr() for p in module._parameters.values()]
-    return (*module._modules.values(), *parameters)
+    def _facts(self, model: nn.Module) -> tuple[list[int], list[int]] | None:
+        known = [vars(model), *map(vars, self.inner)]
+        if any(d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d for d in known):
+            return None
+        modules = chain.from_iterable(d["_modules"].values() for d in known)
+        parameters = chain.from_iterable(d["_parameters"].values() for d in known)
+        return list(map(id, modules)), [0 if p is None else p.data_ptr() for p in parameters]
 
 
 # ---- the sublayers, each as in its own file
