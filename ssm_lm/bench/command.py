@@ -113,7 +113,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _table(task: str, length: int, rows: list[dict]) -> Table:
     table = Table(title=f"{task}, {length:,} tokens", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("model", "million parameters", "ms a token", "tokens/s", "spread", "to ours", "MiB"):
+    for column in ("model", "million parameters", "ms a token", "tokens/s", "spread", "to ours", "of the limit", "MiB"):
         table.add_column(column, justify="left" if column == "model" else "right")
     failed = [row for row in rows if "error" in row]
     table.caption = "\n".join(f"{row['model']} did not run: {row['error']}" for row in failed) or None
@@ -121,7 +121,7 @@ def _table(task: str, length: int, rows: list[dict]) -> Table:
         if row in failed:
             table.add_row(row["model"])
             continue
-        ratio, peak = row["ratio_to_ours"], row["peak_mib"]
+        ratio, peak, share = row["ratio_to_ours"], row["peak_mib"], row.get("share_of_limit")
         table.add_row(
             row["model"],
             f"{row['parameters'] / 1e6:.1f}",
@@ -129,6 +129,7 @@ def _table(task: str, length: int, rows: list[dict]) -> Table:
             f"{row['tokens_per_second']:,.0f}",
             f"{row['spread']:.0%}",
             "" if ratio is None else f"{ratio:.2f}",
+            "" if share is None else f"{share:.0%}",
             "" if peak is None else f"{peak:,.0f}",
         )
     return table

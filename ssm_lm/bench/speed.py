@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from .limits import bytes_of_a_token, flops_of_a_step, matrix_product, read_bandwidth
 from .peers import WITHOUT_CACHE, Size, build, is_ours
 
 NEW_TOKENS = 16  # in a turn of generation
@@ -21,13 +22,16 @@ TRAINED_TOKENS = 4096  # in a step of training, at least one sequence
 
 
 class Turn(NamedTuple):
-    """One contender at one length: run() is a turn, which makes `tokens` tokens, of which the median is taken."""
+    """One contender at one length: run() is a turn, which makes `tokens` tokens in the seconds that it returns, of
+    which the median is taken. work: what bounds it, the bytes that a token reads or the FLOPs of a turn; None: unknown.
+    """
 
     name: str
     parameters: int
     batch: int
     tokens: int
-    run: Callable[[], object]
+    run: Callable[[], float]
+    work: float | None = None
 
 
 def measure(
@@ -38,7 +42,7 @@ def measure(
     contenders, failed = [], {}
     for name in names:
         try:
-            model = build(name, size, length + NEW_TOKENS * (turns + 2), dtype)
+            model = build(name, size, length + (NEW_TOKENS + 1) * (turns + 2), dtype)
             contenders.append(prepare(name, model, size, length, batch))
         except Exception as error:  # a peer that another version of transformers has changed ends no comparison
             failed[name] = error
@@ -60,14 +64,13 @@ def _take_turns(contenders: list[Turn], turns: int, failed: dict) -> tuple[dict,
             if turn.name in failed:
                 continue
             before = _reset_peak() if number == 0 else None
-            start = time.perf_counter()
             try:
-                turn.run()
+                taken = turn.run()
             except Exception as error:
                 failed[turn.name] = error
                 continue
             if number:
-                seconds[turn.name].append(time.perf_counter() - start)
+                seconds[turn.name].append(taken)
             else:
                 peaks[turn.name] = None if before is None else _peak() - before
     return seconds, peaks
@@ -87,14 +90,47 @@ def _row(task, turn, length, dtype, seconds, peak) -> dict:
         "tokens_per_second": turn.tokens / median,
         "milliseconds_per_token": 1e3 * median / turn.tokens * turn.batch,
         "peak_mib": peak,
+        **_limit(task, turn, median, dtype),
+    }
+
+
+def _limit(task: str, turn: Turn, median: float, dtype: torch.dtype) -> dict:
+    """How near a row comes to what the machine can do; see limits.py."""
+    if turn.work is None:
+        return {}
+    if task == "train":
+        rate = turn.work / median
+        return {"flops_per_second": rate, "share_of_limit": rate / matrix_product(dtype)}
+    rate = turn.work / (median / turn.tokens * turn.batch)
+    return {
+        "bytes_per_token": turn.work,
+        "gigabytes_per_second": rate / 1e9,
+        "share_of_limit": rate / read_bandwidth(turn.work),
     }
 
 
 # ---- the tasks
 
 
+class _Clock:
+    """The times of the tokens of a generate(), as its streamer: first it gets the prompt, then a token at a time."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, ids) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def between_tokens(self) -> float:
+        """From the first new token to the last: a prompt that a model reads anew before the first is no part of it."""
+        return self.times[-1] - self.times[1]
+
+
 def _generation(name: str, model, size: Size, length: int, batch: int) -> Turn:
-    """NEW_TOKENS more after `length` tokens that are in the cache; each turn goes on where the last one ended.
+    """NEW_TOKENS more after `length` tokens that are in the cache and one; each turn goes on where the last one ended.
 
     Without a cache, one token: the time of a token is that of a forward over the text.
     """
@@ -102,21 +138,24 @@ def _generation(name: str, model, size: Size, length: int, batch: int) -> Turn:
     new = NEW_TOKENS if cached else 1
     ids = torch.randint(1, size.vocabulary, (batch, length))
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    text = {"ids": ids, "cache": {}}
+    text, work = {"ids": ids, "cache": {}}, None
     if cached:
         with torch.no_grad():
             output = model(ids[:, :-1], use_cache=True, logits_to_keep=1)
         key = "past_key_values" if getattr(output, "past_key_values", None) is not None else "cache_params"
         text["cache"] = {key: output[key]}
+        work = bytes_of_a_token(model, output[key])
 
     def run():
-        options = {"max_new_tokens": new, "do_sample": False, "use_cache": cached}
+        clock = _Clock()
+        options = {"max_new_tokens": 1 + new, "do_sample": False, "use_cache": cached, "streamer": clock}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             mask = torch.ones_like(text["ids"])
             text["ids"] = model.generate(text["ids"], attention_mask=mask, **options, **text["cache"])
+        return clock.between_tokens()
 
-    return Turn(name, model.num_parameters(), batch, new * batch, run)
+    return Turn(name, model.num_parameters(), batch, new * batch, run, work)
 
 
 def _prefill(name: str, model, size: Size, length: int, batch: int) -> Turn:
@@ -125,7 +164,9 @@ def _prefill(name: str, model, size: Size, length: int, batch: int) -> Turn:
 
     @torch.no_grad()
     def run():
+        start = time.perf_counter()
         model(ids, use_cache=True, logits_to_keep=1)
+        return time.perf_counter() - start
 
     return Turn(name, model.num_parameters(), batch, batch * length, run)
 
@@ -137,10 +178,13 @@ def _training(name: str, model, size: Size, length: int, batch: int) -> Turn:
     ids = torch.randint(1, size.vocabulary, (batch, length))
 
     def run():
+        start = time.perf_counter()
         model(ids, labels=ids, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
 
-    return Turn(name, model.num_parameters(), batch, batch * length, run)
+    work = flops_of_a_step(model.config, batch, length)
+    return Turn(name, model.num_parameters(), batch, batch * length, run, work)
 
 
 # ---- the machine

@@ -7,6 +7,7 @@ Packed documents: with `seq_idx`, or with position_ids that start again at 0, th
 """
 
 import inspect
+from functools import wraps
 
 import torch
 from torch import nn
@@ -33,6 +34,8 @@ from .configuration_s4 import S4Config
 from .decoding_s4 import STRATEGIES
 from .documents import find_documents, from_position_ids
 from .losses import LanguageModelHead, average, causal_targets, kept_positions
+from .native_step import logits as native_logits
+from .native_step import programs_of
 from .native_step import run as native_step
 from .norms_and_dropout import make_norm
 from .short_convolution import ShortConvolution
@@ -221,6 +224,15 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
         """Further decoding methods for `generate(custom_generate=...)`, by name; see decoding_s4.py."""
         return dict(STRATEGIES)
 
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        programs = programs_of(self.model)
+        programs.begin()
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            programs.end()
+
     def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
         """A callable that takes a streamer or a tokenizer gets it; transformers would drop both, and whoever reads from
         the streamer would wait for ever.
@@ -276,7 +288,7 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
             skip_logits = skip_logits and labels is not None
         elif skip_logits and labels is None:
             raise ValueError("skip_logits leaves only the loss, and there is none without labels")
-        logits = None if skip_logits else self.lm_head(kept_positions(hidden_states, logits_to_keep))
+        logits = None if skip_logits else self._logits(kept_positions(hidden_states, logits_to_keep), outputs)
         loss = None
         if labels is not None and (skip_logits or adaptive):
             loss = self.loss_without_logits(hidden_states, labels, **kwargs)
@@ -285,6 +297,10 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def _logits(self, hidden_states, outputs):
+        logits = native_logits(self.model, self.lm_head, hidden_states, outputs.past_key_values)
+        return self.lm_head(hidden_states) if logits is None else logits
 
     def loss_without_logits(self, hidden_states, labels, num_items_in_batch=None, shift_labels=None, **kwargs):
         """The causal loss of transformers (its arguments and its meaning) from hidden states (B, L, H)."""

@@ -6,7 +6,7 @@ drafted, are one run over the list.
 
 It is used where it is the same computation: no gradients, no hooks, no padding or documents in the tokens, modules of
 the types below with their own weights. Everything else takes the plain step, which is its twin. It is right for as
-long as modules, weights and states are those that it was written for; `Program.is_current` looks before each token.
+long as modules, weights and states are those that it was written for: see `Program.is_current`.
 """
 
 import ctypes
@@ -17,12 +17,14 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .activations import FUSED_ACTIVATIONS
 from .discrete import NORM_EPSILON, DiscreteDiagonal, DiscreteDPLR, DiscreteMIMO, DiscreteSSD
 from .execution import FEW_TOKENS
 from .feed_forwards import S4FeedForward, SwiGLU
 from .kernels_s4 import in_force
+from .losses import LanguageModelHead
 from .mixers import GatedMixer, H3Mixer, S4Mixer
 from .native_library import library
 from .norms_and_dropout import RMSNorm
@@ -41,27 +43,58 @@ def run(model: nn.Module, inputs: torch.Tensor, cache) -> torch.Tensor | None:
 
     model: an S4Model; inputs: embeddings (B, T, H).
     """
-    # first, for a graph that asked for the length would be one of its length
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
-        return None
-    if not 1 <= inputs.shape[1] <= FEW_TOKENS or not len(inputs):
-        return None
-    if type(inputs) is not torch.Tensor or inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return None
-    if inputs.dtype not in (torch.float32, torch.bfloat16) or in_force(model.config.kernels) != "auto":
+    if not _is_for_the_library(model.config.kernels, inputs):
         return None
     # from an empty cache, also one that was reset, a text begins in the plain way
-    if not all(layer.is_initialized for layer in cache.layers) or not cache.get_seq_length() or library() is None:
+    if not all(layer.is_initialized for layer in cache.layers) or not cache.get_seq_length():
         return None
-    programs = model.__dict__.setdefault("_programs", Programs()).of(cache)
-    program = programs.get(inputs.shape[1])
-    if program is None or not program.is_current(model, inputs, cache):
+    programs = programs_of(model)
+    of_cache = programs.of(cache)
+    program = of_cache.get(inputs.shape[1])
+    if program is None or not program.is_current(model, inputs, cache, programs.look()):
         try:
-            program = Program(model, inputs, cache)
+            program = Program(model, inputs, cache, programs.look())
         except Unsupported as error:
             program = NoProgram(str(error))
-        programs[inputs.shape[1]] = program
+        of_cache[inputs.shape[1]] = program
     return program(inputs, cache)
+
+
+def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache) -> torch.Tensor | None:
+    """The logits (B, T, V) of a linear head for what `run` has returned; None: call the head.
+
+    A product of one row with a large table is bound by memory, which PyTorch's leaves half unused on few threads.
+    """
+    if cache is None or not _is_for_the_library(model.config.kernels, hidden_states):
+        return None
+    if type(programs_of(model).of(cache).get(hidden_states.shape[1])) is not Program:
+        return None
+    rows = hidden_states.shape[:2].numel()
+    if type(head) is not LanguageModelHead or head.bias is not None or _has_hooks(vars(head)) or rows > FEW_ROWS:
+        return None
+    weight = head.weight.detach()
+    if type(weight) is not torch.Tensor or weight.dtype != hidden_states.dtype or not weight.is_contiguous():
+        return None
+    if weight.shape[1:] != hidden_states.shape[2:]:  # of an engine that holds it elsewhere
+        return None
+    x, y = hidden_states.to(torch.float32).contiguous(), torch.empty(*hidden_states.shape[:2], len(weight))
+    at = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, weight, y)]
+    sizes, none = [ctypes.c_int64(size) for size in (rows, *weight.shape)], ctypes.c_void_p(0)
+    half, threads = ctypes.c_int64(weight.dtype == torch.bfloat16), ctypes.c_int64(torch.get_num_threads())
+    library().linear(*sizes, at[0], at[1], none, half, at[2], threads)
+    return y.to(weight.dtype)
+
+
+def _is_for_the_library(kernels: str, x: torch.Tensor) -> bool:
+    """x (B, T, ...), of few tokens; kernels: the config's key."""
+    # first, for a graph that asked for the length would be one of its length
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+        return False
+    if x.dim() != 3 or not 1 <= x.shape[1] <= FEW_TOKENS or not len(x):
+        return False
+    if type(x) is not torch.Tensor or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype in (torch.float32, torch.bfloat16) and in_force(kernels) == "auto" and library() is not None
 
 
 class Columns(NamedTuple):
@@ -73,13 +106,28 @@ class Columns(NamedTuple):
 class Programs:
     """What a model keeps of its caches: {number of tokens: Program} for each that is alive. A copy of the model, or one
     that is read from a file, begins anew.
+
+    Whether a model is still the one that was written out takes a look at hundreds of modules, none of which is near
+    after the weights have gone through the processor: a fifth of a small model's step. Within a generate(), which
+    `begin` and `end` tell, one look serves all tokens, unless a hook has been registered anywhere since.
     """
 
     def __init__(self):
         self.by_cache = weakref.WeakKeyDictionary()
+        self.begun = self.running = 0
 
     def of(self, cache) -> dict:
         return self.by_cache.setdefault(cache.layers[0], {})
+
+    def begin(self) -> None:
+        self.begun, self.running = self.begun + 1, self.running + 1
+
+    def end(self) -> None:
+        self.running -= 1
+
+    def look(self) -> tuple | None:
+        """What names a look that still holds, or None: look again."""
+        return (self.begun, RemovableHandle.next_id) if self.running else None
 
     def __deepcopy__(self, memo):
         return Programs()
@@ -88,13 +136,17 @@ class Programs:
         return Programs, ()
 
 
+def programs_of(model: nn.Module) -> Programs:
+    return vars(model).setdefault("_programs", Programs())
+
+
 class NoProgram:
     """A model whose step was not written out, and why not."""
 
     def __init__(self, reason: str):
         self.reason = reason
 
-    def is_current(self, model: nn.Module, inputs: torch.Tensor, cache) -> bool:
+    def is_current(self, *_) -> bool:
         return True
 
     def __call__(self, inputs: torch.Tensor, cache) -> None:
@@ -110,13 +162,13 @@ class Program:
     address outlives its memory.
     """
 
-    def __init__(self, model: nn.Module, inputs: torch.Tensor, cache):
+    def __init__(self, model: nn.Module, inputs: torch.Tensor, cache, look: tuple | None):
         if model.training:
             raise Unsupported("dropout")
         self.shape, self.dtype, self.threads = inputs.shape[:2], inputs.dtype, torch.get_num_threads()
         self.rows = self.shape.numel()
         self.calls, self.kept, self.memos, self.states = [], [], [], []
-        self.seen = _Seen(model)
+        self.seen, self.looked = _Seen(model), look
         self.h = self.room(model.config.hidden_size)
         for block, layer in zip(model.layers, cache.layers, strict=True):
             for sublayer in block.sublayers:
@@ -126,17 +178,22 @@ class Program:
                 write(self, sublayer.inner, self.norm(sublayer.norm, self.h), layer)
         self.out = self.norm(model.norm, self.h)
 
-    def is_current(self, model: nn.Module, inputs: torch.Tensor, cache) -> bool:
-        """Whether modules, weights and states are still those that the calls were bound to."""
-        return (
+    def is_current(self, model: nn.Module, inputs: torch.Tensor, cache, look: tuple | None) -> bool:
+        """Whether modules, weights and states are still those that the calls were bound to. look: see Programs."""
+        if not (
             inputs.dtype == self.dtype
             and inputs.shape[:2] == self.shape
             and torch.get_num_threads() == self.threads
             and not model.training
             and all(cache.layers[i].states[j].data_ptr() == address for i, j, address, *_ in self.states)
             and all(discrete_from(ssm, memo) is discrete for ssm, memo, discrete in self.memos)
-            and self.seen.is_same(model)
-        )
+        ):
+            return False
+        if look is None or look != self.looked:
+            if not self.seen.is_same(model):
+                return False
+            self.looked = look
+        return True
 
     def __call__(self, inputs: torch.Tensor, cache) -> torch.Tensor:
         for i, j, *_ in self.states:
@@ -300,7 +357,7 @@ def _many_rows(x, W, bias, y):
 
 class _Seen:
     """A model as it was when it was written out: no hooks, its modules, the memory of its parameters. `is_same` looks
-    at hundreds of modules before every token: in few passes, most of them loops of C.
+    at all of them, in few passes, most of them loops of C.
 
     The model itself is not kept, for it keeps its programs, and there is to be no circle; its modules are, so that none
     comes to lie where another lay.
@@ -317,11 +374,16 @@ class _Seen:
 
     def _facts(self, model: nn.Module) -> tuple[list[int], list[int]] | None:
         known = [vars(model), *map(vars, self.inner)]
-        if any(d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d for d in known):
+        if any(map(_has_hooks, known)):
             return None
         modules = chain.from_iterable(d["_modules"].values() for d in known)
         parameters = chain.from_iterable(d["_parameters"].values() for d in known)
         return list(map(id, modules)), [0 if p is None else p.data_ptr() for p in parameters]
+
+
+def _has_hooks(attributes: dict) -> bool:
+    """Whether a module of these attributes does other things than its class."""
+    return bool(attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes)
 
 
 # ---- the sublayers, each as in its own file

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ssm_lm.bench import speed
+from ssm_lm.bench.limits import bytes_of_a_token
 from ssm_lm.bench.peers import OURS, SIZES, build
 from ssm_lm.cli import main
 
@@ -28,9 +29,20 @@ def test_rows(task, models, tmp_path, capsys):
         assert row["parameters"] > 10_000
         assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["milliseconds_per_token"])
         assert {"processor", "threads", "torch", "transformers", "commit", "peak_mib", "spread"} <= row.keys()
+        limited = task == "train" or (task == "generate" and row["model"] != "gpt2-without-cache")
+        assert ("share_of_limit" in row) == limited
+        assert not limited or row["share_of_limit"] > 0
     assert rows[0]["ratio_to_ours"] == 1  # the first of ours is the measure
     assert not plot or "gpt2-without-cache" in (tmp_path / "speed.svg").read_text()
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_the_bytes_of_a_token_are_weights_without_tables_and_the_cache():
+    for name, cache in (("s4d", 2 * 2 * 64 * 8), ("gpt2", 2 * 2 * 8 * 64)):  # states of two sublayers; keys and values
+        model = build(name, SIZES["tiny"], 16, speed.torch.float32)
+        output = model(speed.torch.ones(2, 8, dtype=int), use_cache=True)
+        read = model.num_parameters() - (16 * 64 if name == "gpt2" else 0)  # positions; the head reads the other table
+        assert bytes_of_a_token(model, output.past_key_values) == 4 * (read + cache)
 
 
 def test_contenders_are_of_one_size():

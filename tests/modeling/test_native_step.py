@@ -10,6 +10,7 @@ from tiny import ENDLESS, prompt, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from ssm_lm.modeling import native_library, native_step
+from ssm_lm.modeling.losses import LanguageModelHead
 
 pytestmark = pytest.mark.skipif(native_library.library() is None, reason=f"no library: {native_library.why_not()}")
 
@@ -157,6 +158,57 @@ def test_what_takes_the_plain_step(steps):
     assert not steps
     decode(model.float(), ids)
     assert len(steps) == 3
+
+
+def test_within_a_generate_one_look_serves_all_tokens(monkeypatch, steps):
+    """Until a hook is registered; the next generate() looks again."""
+    looks, is_same = [], native_step._Seen.is_same
+    monkeypatch.setattr(native_step._Seen, "is_same", lambda *given: looks.append(1) or is_same(*given))
+    model, ids = tiny_model(**ENDLESS), prompt(6)
+    cache = decode(model, ids)[2]
+    looks.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            model(ids[:, :1], past_key_values=cache)
+    assert len(looks) == 3
+    heard = []
+
+    def hook_in_mid_text(_, scores):
+        if len(steps) == 5 and not heard:
+            model.model.layers[0].register_forward_hook(lambda *_: heard.append(1))
+            heard.append(0)
+        return scores
+
+    looks.clear()
+    steps.clear()
+    options = {"max_new_tokens": 8, "do_sample": False}
+    model.generate(ids, **options)
+    assert len(steps) == 7
+    assert not looks  # the program was written in it
+    steps.clear()
+    model.generate(ids, logits_processor=[hook_in_mid_text], **options)
+    assert len(looks) == 1
+    assert sum(heard) == 2  # the tokens after the fifth
+    assert model.model._programs.look() is None
+
+
+@pytest.mark.parametrize("head", ["tied", "other", "hooked"])
+def test_the_head(head, monkeypatch):
+    """Logits in float32 and bfloat16, of one token and of several; PyTorch's head is called for the prompt alone, or
+    always where it has a hook."""
+    calls, forward = [], LanguageModelHead.forward
+    monkeypatch.setattr(LanguageModelHead, "forward", lambda *given: calls.append(1) or forward(*given))
+    model, ids = tiny_model(tie_word_embeddings=head == "tied"), prompt(12, 2)
+    if head == "hooked":
+        model.lm_head.register_forward_hook(lambda *_: None)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        model.to(dtype)
+        for at_a_time in (1, 3):
+            expected = plain(model, ids, None, 3, at_a_time)[0]
+            calls.clear()
+            found = decode(model, ids, None, 3, at_a_time)[0]
+            assert len(calls) == 1 + (9 // at_a_time if head == "hooked" else 0)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["s4", "gated", "ssd-selective"])

@@ -38,6 +38,7 @@ MODELING = (
     "torch.nn.Module._modules",
     "torch.nn.Module._forward_hooks",
     "torch.nn.Module._forward_pre_hooks",
+    "torch.utils.hooks.RemovableHandle.next_id",
     "torch.Tensor._version",
     "torch.compiler.assume_constant_result",  # sets _dynamo_marked_constant
     "torch._dynamo.decorators._dynamo_marked_constant",

@@ -1,0 +1,63 @@
+"""What bounds a step on this machine, measured beside it: the reading of memory for a token of decoding, the matrix
+product for training.
+
+    share of the limit = (bytes that a token has to read) / seconds / (bytes/s of reading a buffer of that size)
+                       = (FLOPs of forward and backward)  / seconds / (FLOP/s of one large matrix product)
+"""
+
+import time
+
+import torch
+from torch import nn
+
+from ..costs.baselines import baseline_flops
+from ..costs.flops import total, training_flops
+from ..modeling.configuration_s4 import S4Config
+
+TRIES = 5
+MATRIX = 1024  # rows and columns of the product
+
+
+def bytes_of_a_token(model: nn.Module, cache) -> int:
+    """What a step over one token of every row reads at least: each weight once, but for tables of which it reads rows,
+    and what is in the cache, keys and values or states."""
+    head = model.get_output_embeddings().weight
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
+    weights = (p for p in model.parameters() if id(p) not in tables)
+    held = (tensor for layer in cache.layers for tensor in _tensors(vars(layer)))
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*weights, *held))
+
+
+def _tensors(held) -> list[torch.Tensor]:
+    if torch.is_tensor(held):
+        return [held]
+    parts = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def read_bandwidth(size: int) -> float:
+    """Bytes/s of reading `size` bytes in a row, with torch's threads, the best of some tries."""
+    buffer = torch.ones(max(1, size // 4))
+    return 4 * len(buffer) / _best(lambda: torch.dot(buffer, buffer))
+
+
+def matrix_product(dtype: torch.dtype) -> float:
+    """FLOP/s of one large matrix product of numbers of that dtype, with torch's threads, the best of some tries."""
+    a = torch.ones(MATRIX, MATRIX, dtype=dtype)
+    return 2 * MATRIX**3 / _best(lambda: a @ a)
+
+
+def flops_of_a_step(config, batch: int, length: int) -> float:
+    """Of forward and backward over `batch` sequences of `length` tokens."""
+    count = training_flops if isinstance(config, S4Config) else baseline_flops
+    return total(count(config, batch, length))
+
+
+def _best(run) -> float:
+    run()
+    seconds = []
+    for _ in range(TRIES):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
