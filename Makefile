@@ -3,6 +3,7 @@
 # make long-test:  claims of accuracy, memory and endurance, two tests at a time; then those of speed, one at a time
 # make test-triton TRITON=3.9.0: the kernels interpreted, and all compiled, with another Triton than the one that is
 #                  pinned; KERNEL_TESTS=tests/kernels for all of their tests
+# make docs:      the pages of docs/ and the API as a site, in build/site; a broken link is an error
 # make matrix:     the fast tests at the lowest and at the highest versions of pyproject.toml's ranges, in environments
 #                  below build/; SETS=lowest for one of them, TESTS=tests/modeling for a part
 # All make the virtual environment if it is missing: quickstart with what the commands need, the others (and `make venv`)
@@ -22,7 +23,7 @@ SETS ?= lowest highest
 KERNEL_TESTS ?= tests/kernels/test_kernels_interpreted.py::test_interpreted tests/kernels/test_kernel_launches.py \
 	tests/kernels/test_kernel_resources.py
 
-.PHONY: quickstart test long-test test-triton matrix fast-test lint format venv clean
+.PHONY: quickstart test long-test test-triton docs matrix fast-test lint format venv clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ssm-lm prepare --dataset builtin --tokenizer bpe:4096 --output data/builtin
@@ -48,6 +49,9 @@ long-test: venv
 test-triton: venv
 	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -m pytest -n 2 --dist worksteal $(KERNEL_TESTS)
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 matrix: $(SETS:%=matrix-%)
 
