@@ -177,6 +177,7 @@ def test_the_other_blocks_run_in_order(checkout):
             else:
                 run("bash", "-euc", line)
     assert (checkout / "exports" / "quickstart" / "modeling_s4.py").is_file()
+    assert (checkout / "exports" / "quickstart" / "curves.png").is_file()  # of the card
     assert (checkout / "runs" / "quickstart" / "runs").is_dir()  # TensorBoard
     assert (checkout / "runs" / "quickstart" / "curves.png").is_file()
     results = (checkout / "runs" / "before.json", checkout / "runs" / "finetuned" / "eval.json")

@@ -65,7 +65,14 @@ def build(name: str, size: Size, positions: int, dtype: torch.dtype) -> torch.nn
     else:
         kind = name.removesuffix("-without-cache")
         own = {
-            "gpt2": {"num_attention_heads": heads, "max_position_embeddings": positions},
+            "gpt2": {
+                "num_attention_heads": heads,
+                "max_position_embeddings": positions,
+                # as ours has none; on a CPU, attention with dropout also is many times slower and holds L x L numbers
+                "resid_pdrop": 0.0,
+                "embd_pdrop": 0.0,
+                "attn_pdrop": 0.0,
+            },
             "llama": {
                 "num_attention_heads": heads,
                 "intermediate_size": 8 * -(-size.hidden // 3),

@@ -11,6 +11,7 @@ from ..errors import UserError, one_line
 from ..loading.model import CLASSIFIER
 
 CARD = "README.md"
+PICTURE = "curves.png"
 SHOWN = (
     "vocab_size",
     "hidden_size",
@@ -69,11 +70,12 @@ def write_card(
     trained_on: str | None = None,
     made: dict[str, str] | None = None,
     curve: list[tuple[int, float]] = (),
+    picture: bool = False,
 ) -> str:
     """The text of README.md. name: of the exported folder; results: objects from `read_results`, or none.
 
     license: of the weights, as the Hub calls it; trained_on: the data, in the author's words; made, curve: what
-    making.py has found.
+    making.py has found; picture: whether its curves lie beside the card, as PICTURE.
     """
     config = model.config
     is_classifier = type(model).__name__ == CLASSIFIER
@@ -130,6 +132,8 @@ def write_card(
         steps, values = ([f"{point[i]:,.0f}" if i == 0 else f"{point[i]:,.2f}" for point in curve] for i in (0, 1))
         parts += [f"| step | {' | '.join(steps)} |", "|---" * (len(curve) + 1) + "|"]
         parts += [f"| validation perplexity | {' | '.join(values)} |", ""]
+    if picture:
+        parts += [f"![What the run has logged]({PICTURE})", ""]
     if not is_classifier:
         parts += ["## Use and limits", "", *_use(baseline), ""]
     if trained_on is not None:

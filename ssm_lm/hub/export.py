@@ -22,7 +22,7 @@ from ..loading.folder import CHECKPOINT, check_links, quiet, resolve
 from ..loading.model import CAUSAL_LM, CLASSIFIER, DTYPES, load_model
 from ..loading.tokenizer import check_vocabulary_fits, has_tokenizer, load_tokenizer
 from . import card, own_layer
-from .making import curve_of, making
+from .making import curve_of, curves_of, draw, making
 
 FORMATS = ("transformers", "onnx")
 SHARD_SIZE = "5GB"  # what an interrupted upload over LFS sends a second time at most
@@ -115,6 +115,7 @@ def export(
     else:
         tokenizer = load_tokenizer(vocabulary, needs_model=tokenizer is None)
         check_vocabulary_fits(tokenizer, model, vocabulary)
+    curves = curves_of(checkpoint)
     readme = card.write_card(
         model,
         output.resolve().name,
@@ -123,10 +124,13 @@ def export(
         trained_on=trained_on,
         made=making(checkpoint),
         curve=curve_of(checkpoint),
+        picture=bool(curves),
     )
 
     with writing(output) as partial:
         write(model, tokenizer, partial, readme, max_shard_size)
+        if curves:
+            draw(curves, partial / card.PICTURE)
     return output
 
 

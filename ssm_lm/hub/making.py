@@ -1,9 +1,11 @@
 """How an exported model was made, for its card: what its run has written down about itself."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 from ..loading.folder import CHECKPOINT, resolve
+from ..runs.curves import draw_series, save
 from ..training.checkpoints import RUN_FILE
 from ..training.history import read_metrics, series
 from ..training.record import STARTS_FILE
@@ -17,6 +19,8 @@ SETTINGS = {
     "weight_decay": "weight decay",
     "seed": "seed",
 }
+# keys of a run's log that the card's picture draws, each with its title
+DRAWN = {"loss": "training loss", "eval_perplexity": "validation perplexity"}
 
 
 def making(checkpoint) -> dict[str, str]:
@@ -70,6 +74,23 @@ def _last_start(folder: Path) -> dict[str, str]:
         return {"processes": str(start["ranks"]), "software": software}
     except (OSError, ValueError, LookupError, TypeError):
         return {}
+
+
+def curves_of(checkpoint) -> dict[str, tuple[list[int], list[float]]]:
+    """Title -> (steps, values) of the run's log up to it, for a picture; empty without a run, or without matplotlib."""
+    source = resolve(checkpoint)
+    if not isinstance(source, Path) or importlib.util.find_spec("matplotlib") is None:
+        return {}
+    entries = read_metrics(source.parent if CHECKPOINT.fullmatch(source.name) else source)
+    last = _step_of(source, entries)
+    entries = [entry for entry in entries if entry["step"] <= last]
+    found = {title: series(entries, key) for key, title in DRAWN.items()}
+    return {title: curve for title, curve in found.items() if curve[0]}
+
+
+def draw(curves: dict[str, tuple[list[int], list[float]]], file: Path) -> None:
+    """A panel for each of `curves_of`."""
+    save([lambda axes, t=title, c=curve: draw_series(axes, t, {"": c}) for title, curve in curves.items()], file)
 
 
 def curve_of(checkpoint) -> list[tuple[int, float]]:

@@ -5,8 +5,8 @@ import json
 import torch
 
 from ssm_lm import S4Config, S4ForCausalLM
-from ssm_lm.hub.card import write_card
-from ssm_lm.hub.making import curve_of, making
+from ssm_lm.hub.card import PICTURE, write_card
+from ssm_lm.hub.making import curve_of, curves_of, draw, making
 
 IDENTITY = {
     "global_batch_size": 16, "sequence_length": 256, "learning_rate": 4e-3, "ssm_learning_rate": 2e-3, "bf16": True,
@@ -54,16 +54,34 @@ def test_the_card_has_it(tmp_path):
     write_run(tmp_path)
     torch.manual_seed(0)
     model = S4ForCausalLM(S4Config(vocab_size=30, hidden_size=8, num_hidden_layers=1, state_size=4))
-    text = write_card(model, "small", [], made=making(tmp_path), curve=curve_of(tmp_path))
-    for line in ("| tokens seen | 2,048,000 |", "| learning rate | 0.004 |", "## Use and limits", "target_modules="):
+    text = write_card(model, "small", [], made=making(tmp_path), curve=curve_of(tmp_path), picture=True)
+    for line in (
+        f"]({PICTURE})",
+        "| tokens seen | 2,048,000 |",
+        "| learning rate | 0.004 |",
+        "## Use and limits",
+        "target_modules=",
+    ):
         assert line in text
     assert "| validation perplexity | " in text
     assert "How it was made" not in write_card(model, "small", [])
+
+
+def test_the_picture_is_of_the_run_up_to_the_checkpoint(tmp_path):
+    write_run(tmp_path)
+    checkpoint = tmp_path / "checkpoint-200"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    curves = curves_of(checkpoint)
+    assert curves == {"validation perplexity": ([50, 100, 150, 200], [20.0, 10.0, 1000 / 150, 5.0])}
+    draw(curves, tmp_path / PICTURE)
+    assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_model_without_a_run_has_no_story(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert making(tmp_path) == {}
     assert curve_of(tmp_path) == []
+    assert curves_of(tmp_path) == {}
     (tmp_path / "run.json").write_text("[1]")
     assert making(tmp_path) == {}
