@@ -1,9 +1,18 @@
 """Files that are not on this machine, by way of fsspec: s3://, gs://, hf:// and whatever has a package for it."""
 
+import io
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ..errors import UserError, first_line
+
+# the protocols that data most often lie behind -> the package of fsspec's family that speaks it
+PACKAGES = {
+    "s3": "s3fs",
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("abfs", "az"), "adlfs"),
+    **dict.fromkeys(("http", "https"), "aiohttp"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,9 @@ class RemoteFile:
             # follows too, a block at a time
             cache = "none" if self.suffix == ".parquet" else "readahead"
             system, path = fsspec.core.url_to_fs(self.url)
-            return system.open(path, mode, cache_type=cache, block_size=1 << 22)
+            file = system.open(path, mode, cache_type=cache, block_size=1 << 22)
+            # fsspec's own has no readline of a size, by which long lines are read in parts
+            return file if cache == "none" else io.BufferedReader(file, 1 << 16)
         except OSError:
             raise
         except Exception as error:  # of a dozen libraries
@@ -68,7 +79,8 @@ def list_remote(url: str) -> list[RemoteFile]:
         found = sorted(name for name in found if not system.isdir(name))
         urls = [system.unstrip_protocol(name) for name in found]
     except ImportError as error:
-        raise UserError(f"--dataset {url}: {protocol}:// needs a package ({first_line(error)})") from error
+        way_out = f"pip install {PACKAGES[protocol]}" if protocol in PACKAGES else first_line(error)
+        raise UserError(f"--dataset {url}: {protocol}:// needs a package that is not installed: {way_out}") from error
     except ValueError as error:
         raise UserError(f"--dataset {url}: {first_line(error)}") from error
     except Exception as error:  # of a dozen libraries
