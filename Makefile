@@ -3,7 +3,7 @@
 # make long-test:  claims of accuracy, memory and endurance, two tests at a time; then those of speed, one at a time
 # make test-triton TRITON=3.9.0: the kernels interpreted, and all compiled, with another Triton than the one that is
 #                  pinned; KERNEL_TESTS=tests/kernels for all of their tests
-# make docs:      the pages of docs/ and the API as a site, in build/site; a broken link is an error
+# make docs:       the pages of docs/ and the API as a site, in build/site; a broken link is an error
 # make matrix:     the fast tests at the lowest and at the highest versions of pyproject.toml's ranges, in environments
 #                  below build/; SETS=lowest for one of them, TESTS=tests/modeling for a part
 # All make the virtual environment if it is missing: quickstart with what the commands need, the others (and `make venv`)
@@ -43,7 +43,7 @@ test: venv
 
 # pytest ends with 5 where none of $(TESTS) is of a kind
 long-test: venv
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "long and not alone" $(TESTS) || test $$? = 5
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long and not alone" $(TESTS) || test $$? = 5
 	$(BIN)/python -m pytest -m "long and alone" $(TESTS) || test $$? = 5
 
 test-triton: venv

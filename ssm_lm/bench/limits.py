@@ -5,14 +5,13 @@ product for training.
                        = (FLOPs of forward and backward)  / seconds / (FLOP/s of one large matrix product)
 """
 
-import time
-
 import torch
 from torch import nn
 
 from ..costs.baselines import baseline_flops
 from ..costs.flops import total, training_flops
 from ..modeling.configuration_s4 import S4Config
+from .timing import host_seconds
 
 TRIES = 5
 MATRIX = 1024  # rows and columns of the product
@@ -55,9 +54,4 @@ def flops_of_a_step(config, batch: int, length: int) -> float:
 
 def _best(run) -> float:
     run()
-    seconds = []
-    for _ in range(TRIES):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(host_seconds(run) for _ in range(TRIES))

@@ -9,6 +9,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 
 from .limits import bytes_of_a_token, flops_of_a_step, matrix_product, read_bandwidth
 from .peers import WITHOUT_CACHE, Size, build, is_ours
+from .timing import host_seconds
 
 NEW_TOKENS = 16  # in a turn of generation
 TRAINED_TOKENS = 4096  # in a step of training, at least one sequence
@@ -48,7 +50,8 @@ def measure(
             failed[name] = error
     seconds, peaks = _take_turns(contenders, turns, failed)
     done = [turn for turn in contenders if turn.name not in failed]
-    rows = [_row(task, turn, length, dtype, seconds[turn.name], peaks[turn.name]) for turn in done]
+    product = matrix_product(dtype) if task == "train" else None  # one for all of them
+    rows = [_row(task, turn, length, dtype, seconds[turn.name], peaks[turn.name], product) for turn in done]
     ours = next((row["tokens_per_second"] for row in rows if is_ours(row["model"])), None)
     rows = [row | {"ratio_to_ours": row["tokens_per_second"] / ours if ours else None} for row in rows]
     for name, error in failed.items():
@@ -76,7 +79,7 @@ def _take_turns(contenders: list[Turn], turns: int, failed: dict) -> tuple[dict,
     return seconds, peaks
 
 
-def _row(task, turn, length, dtype, seconds, peak) -> dict:
+def _row(task, turn, length, dtype, seconds, peak, product) -> dict:
     median = statistics.median(seconds)
     return {
         "task": task,
@@ -90,17 +93,17 @@ def _row(task, turn, length, dtype, seconds, peak) -> dict:
         "tokens_per_second": turn.tokens / median,
         "milliseconds_per_token": 1e3 * median / turn.tokens * turn.batch,
         "peak_mib": peak,
-        **_limit(task, turn, median, dtype),
+        **_limit(task, turn, median, product),
     }
 
 
-def _limit(task: str, turn: Turn, median: float, dtype: torch.dtype) -> dict:
-    """How near a row comes to what the machine can do; see limits.py."""
+def _limit(task: str, turn: Turn, median: float, product: float | None) -> dict:
+    """How near a row comes to what the machine can do; see limits.py. product: FLOP/s of a matrix product."""
     if turn.work is None:
         return {}
     if task == "train":
         rate = turn.work / median
-        return {"flops_per_second": rate, "share_of_limit": rate / matrix_product(dtype)}
+        return {"flops_per_second": rate, "share_of_limit": rate / product}
     rate = turn.work / (median / turn.tokens * turn.batch)
     return {
         "bytes_per_token": turn.work,
@@ -163,12 +166,10 @@ def _prefill(name: str, model, size: Size, length: int, batch: int) -> Turn:
     ids = torch.randint(1, size.vocabulary, (batch, length))
 
     @torch.no_grad()
-    def run():
-        start = time.perf_counter()
+    def read():
         model(ids, use_cache=True, logits_to_keep=1)
-        return time.perf_counter() - start
 
-    return Turn(name, model.num_parameters(), batch, batch * length, run)
+    return Turn(name, model.num_parameters(), batch, batch * length, partial(host_seconds, read))
 
 
 def _training(name: str, model, size: Size, length: int, batch: int) -> Turn:
@@ -177,14 +178,12 @@ def _training(name: str, model, size: Size, length: int, batch: int) -> Turn:
     batch = max(1, TRAINED_TOKENS // length)
     ids = torch.randint(1, size.vocabulary, (batch, length))
 
-    def run():
-        start = time.perf_counter()
+    def step():
         model(ids, labels=ids, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
-        return time.perf_counter() - start
 
     work = flops_of_a_step(model.config, batch, length)
-    return Turn(name, model.num_parameters(), batch, batch * length, run, work)
+    return Turn(name, model.num_parameters(), batch, batch * length, partial(host_seconds, step), work)
 
 
 # ---- the machine

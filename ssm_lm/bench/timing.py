@@ -28,7 +28,7 @@ def measure(function: Callable[[], object], device: torch.device, repeats: int =
     for _ in range(WARM_UP):
         function()
     if device.type != "cuda":
-        return statistics.median(_host_seconds(function) for _ in range(repeats)), None
+        return statistics.median(host_seconds(function) for _ in range(repeats)), None
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     function()
@@ -37,7 +37,8 @@ def measure(function: Callable[[], object], device: torch.device, repeats: int =
     return statistics.median(_gpu_seconds(function, flush) for _ in range(repeats)), peak
 
 
-def _host_seconds(function) -> float:
+def host_seconds(function: Callable[[], object]) -> float:
+    """Seconds of one call, by the host's clock."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

@@ -9,9 +9,12 @@ from ..errors import UserError, first_line
 # the protocols that data most often lie behind -> the package of fsspec's family that speaks it
 PACKAGES = {
     "s3": "s3fs",
-    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(("abfs", "az"), "adlfs"),
-    **dict.fromkeys(("http", "https"), "aiohttp"),
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
 }
 
 

@@ -9,9 +9,9 @@ import transformers
 from ..baselines import BASELINES, is_baseline
 from ..errors import UserError, one_line
 from ..loading.model import CLASSIFIER
+from ..runs.curves import PICTURE
 
 CARD = "README.md"
-PICTURE = "curves.png"
 SHOWN = (
     "vocab_size",
     "hidden_size",

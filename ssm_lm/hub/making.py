@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ..loading.folder import CHECKPOINT, resolve
-from ..runs.curves import draw_series, save
+from ..runs.curves import PANELS, draw_series, save
 from ..training.checkpoints import RUN_FILE
 from ..training.history import read_metrics, series
 from ..training.record import STARTS_FILE
@@ -19,8 +19,7 @@ SETTINGS = {
     "weight_decay": "weight decay",
     "seed": "seed",
 }
-# keys of a run's log that the card's picture draws, each with its title
-DRAWN = {"loss": "training loss", "eval_perplexity": "validation perplexity"}
+DRAWN = ("loss", "eval_perplexity")  # of PANELS, in the card's picture
 
 
 def making(checkpoint) -> dict[str, str]:
@@ -76,15 +75,22 @@ def _last_start(folder: Path) -> dict[str, str]:
         return {}
 
 
-def curves_of(checkpoint) -> dict[str, tuple[list[int], list[float]]]:
-    """Title -> (steps, values) of the run's log up to it, for a picture; empty without a run, or without matplotlib."""
+def _log_of(checkpoint) -> list[dict]:
+    """The entries of a run's log up to a checkpoint of it; none where there was no run."""
     source = resolve(checkpoint)
-    if not isinstance(source, Path) or importlib.util.find_spec("matplotlib") is None:
-        return {}
+    if not isinstance(source, Path):
+        return []
     entries = read_metrics(source.parent if CHECKPOINT.fullmatch(source.name) else source)
     last = _step_of(source, entries)
-    entries = [entry for entry in entries if entry["step"] <= last]
-    found = {title: series(entries, key) for key, title in DRAWN.items()}
+    return [entry for entry in entries if entry["step"] <= last]
+
+
+def curves_of(checkpoint) -> dict[str, tuple[list[int], list[float]]]:
+    """Title -> (steps, values) of the run's log up to it, for a picture; empty without a run, or without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return {}
+    entries = _log_of(checkpoint)
+    found = {PANELS[key]: series(entries, key) for key in DRAWN}
     return {title: curve for title, curve in found.items() if curve[0]}
 
 
@@ -95,11 +101,6 @@ def draw(curves: dict[str, tuple[list[int], list[float]]], file: Path) -> None:
 
 def curve_of(checkpoint) -> list[tuple[int, float]]:
     """(step, validation perplexity) of the run's evaluations up to it, at most eight of them, the last among them."""
-    source = resolve(checkpoint)
-    if not isinstance(source, Path):
-        return []
-    entries = read_metrics(source.parent if CHECKPOINT.fullmatch(source.name) else source)
-    last = _step_of(source, entries)
-    points = [point for point in zip(*series(entries, "eval_perplexity"), strict=True) if point[0] <= last]
+    points = list(zip(*series(_log_of(checkpoint), "eval_perplexity"), strict=True))
     every = -(-len(points) // 8) or 1
     return points[::-1][::every][::-1]

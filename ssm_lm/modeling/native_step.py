@@ -50,10 +50,10 @@ def run(model: nn.Module, inputs: torch.Tensor, cache) -> torch.Tensor | None:
         return None
     programs = programs_of(model)
     of_cache = programs.of(cache)
-    program = of_cache.get(inputs.shape[1])
-    if program is None or not program.is_current(model, inputs, cache, programs.look()):
+    program, look = of_cache.get(inputs.shape[1]), programs.look()
+    if program is None or not program.is_current(model, inputs, cache, look):
         try:
-            program = Program(model, inputs, cache, programs.look())
+            program = Program(model, inputs, cache, look)
         except Unsupported as error:
             program = NoProgram(str(error))
         of_cache[inputs.shape[1]] = program
@@ -78,10 +78,8 @@ def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache
     if weight.shape[1:] != hidden_states.shape[2:]:  # of an engine that holds it elsewhere
         return None
     x, y = hidden_states.to(torch.float32).contiguous(), torch.empty(*hidden_states.shape[:2], len(weight))
-    at = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, weight, y)]
-    sizes, none = [ctypes.c_int64(size) for size in (rows, *weight.shape)], ctypes.c_void_p(0)
-    half, threads = ctypes.c_int64(weight.dtype == torch.bfloat16), ctypes.c_int64(torch.get_num_threads())
-    library().linear(*sizes, at[0], at[1], none, half, at[2], threads)
+    arguments = rows, *weight.shape, x, weight, None, _is_half(weight), y, torch.get_num_threads()
+    library().linear(*map(_for_c, arguments))
     return y.to(weight.dtype)
 
 
@@ -137,7 +135,11 @@ class Programs:
 
 
 def programs_of(model: nn.Module) -> Programs:
-    return vars(model).setdefault("_programs", Programs())
+    """Of an S4Model, made when they are first asked for."""
+    attributes = vars(model)
+    if "_programs" not in attributes:
+        attributes["_programs"] = Programs()
+    return attributes["_programs"]
 
 
 class NoProgram:
@@ -214,24 +216,14 @@ class Program:
 
     def call(self, name: str, *arguments) -> None:
         """A function of the library with its arguments bound: tensors as addresses, None as 0, numbers as they are."""
-        bound = []
         for argument in arguments:
             if torch.is_tensor(argument):
                 if not argument.is_contiguous() or argument.device.type != "cpu":
                     raise Unsupported("a tensor that does not lie in a row")
                 self.kept.append(argument)
-                argument = ctypes.c_void_p(argument.data_ptr())
             elif isinstance(argument, Columns):
                 self.kept.append(argument.of)
-                argument = ctypes.c_void_p(argument.of.data_ptr())
-            elif argument is None:
-                argument = ctypes.c_void_p(0)
-            elif isinstance(argument, float):
-                argument = ctypes.c_float(argument)
-            else:
-                argument = ctypes.c_int64(argument)
-            bound.append(argument)
-        self.calls.append(partial(getattr(library(), name), *bound))
+        self.calls.append(partial(getattr(library(), name), *map(_for_c, arguments)))
 
     def weight(self, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """A parameter's memory. Raises Unsupported for one that the library cannot read."""
@@ -342,6 +334,17 @@ class Program:
     def add(self, p: torch.Tensor, mode: int = 0, y: torch.Tensor | None = None) -> None:
         """h += what p (B, H or 2H) and y make of each other: see add_gated in native_source.py."""
         self.call("add_gated", mode, *self.h.shape, p, y, self.h)
+
+
+def _for_c(argument):
+    """An argument as the library takes it; see Program.call."""
+    if torch.is_tensor(argument):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, Columns):
+        return ctypes.c_void_p(argument.of.data_ptr())
+    if argument is None:
+        return ctypes.c_void_p(0)
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
 def _is_half(*weights) -> bool:
