@@ -238,7 +238,7 @@ def prepare(
             report.say("putting the token files together")
             assemble(work, plan, shard_tokens, workers or usable())
         manifest = Manifest.read(work.folder)
-        work.publish()
+        work.publish(manifest)
     for name in corpus.left_out:
         print(f"{corpus.name}: left out {name}, for its name speaks of no split", file=sys.stderr)
     return manifest
@@ -256,14 +256,14 @@ def merge(output: str | Path, *, workers: int | None = None) -> Manifest:
     if not work.folder.is_dir():
         raise UserError(f"--merge: {work.folder} is not there; prepare its shares first, by --shard I/N")
     with _writing(work, shared=False):
-        plan = work.plan()
-        if plan is None:
-            raise UserError(f"--merge: {work.folder} holds no plan; prepare its shares first, by --shard I/N")
         if not (work.folder / MANIFEST_FILE).exists():
+            plan = work.plan()
+            if plan is None:
+                raise UserError(f"--merge: {work.folder} holds no plan; prepare its shares first, by --shard I/N")
             shard_tokens = plan.request.get("shard_tokens", SHARD_TOKENS)
             assemble(work, plan, shard_tokens, workers or usable())
         manifest = Manifest.read(work.folder)
-        work.publish()
+        work.publish(manifest)
     return manifest
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import UserError, first_line
 from ..files import write_json
 from .encoding import part_path
-from .manifest import MANIFEST_FILE
+from .manifest import MANIFEST_FILE, Manifest
 
 PLAN = "plan.json"
 UNITS = "units.json"
@@ -135,12 +135,17 @@ class WorkFolder:
             )
         return values["splits"]
 
-    def publish(self) -> None:
-        """Remove what was needed for the way only, and take the output's name."""
-        for path in (self.parts, self.shards):
-            shutil.rmtree(path, ignore_errors=True)
-        for name in (PLAN, UNITS, LOCK):
-            (self.folder / name).unlink(missing_ok=True)
+    def publish(self, manifest: Manifest) -> None:
+        """Take the output's name, with what the manifest lists and the tokenizer alone.
+
+        Everything else goes: what was needed for the way, and what calls that were killed had begun to write.
+        """
+        lists = [self.folder / MANIFEST_FILE, self.tokenizer]
+        for name, split in manifest.splits.items():
+            lists += [self.folder / file.file for file in manifest.files(name)]
+            lists += [self.folder / split.unigram] * bool(split.unigram)
+        _remove_all_but(self.folder, {*lists, self.folder / PLAN})
+        (self.folder / PLAN).unlink(missing_ok=True)  # last: a call that was killed here knows what it was making
         os.rename(self.folder, self.output.resolve())
 
     def _read(self, name: str) -> dict | None:
@@ -151,3 +156,16 @@ class WorkFolder:
             return None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not readable ({first_line(error)}); remove {self.folder}") from error
+
+
+def _remove_all_but(folder: Path, kept: set[Path]) -> None:
+    """Empty `folder`, but for the files and whole folders `kept` and the folders on the way to them."""
+    for path in folder.iterdir():
+        if path in kept:
+            continue
+        if any(path in other.parents for other in kept):
+            _remove_all_but(path, kept)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()

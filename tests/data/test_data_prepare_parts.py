@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ssm_lm.data import documents, processes, units
+from ssm_lm.data import documents, processes, units, work_folder
 from ssm_lm.data.assembly import Run, shards_of
 from ssm_lm.data.bpe import train_bpe
 from ssm_lm.data.corpora import load_corpus
@@ -232,6 +233,21 @@ def test_a_process_that_is_killed_is_one_line(rows, tokenizer, tmp_path, monkeyp
         prepare(rows, tokenizer, tmp_path / "out", workers=2, hold_out=0.1)
 
 
+def test_what_killed_calls_had_begun_to_write_is_not_published(rows, tokenizer, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work_folder.WorkFolder, "publish", lambda *_: sys.exit(3))
+        with pytest.raises(SystemExit):
+            prepare(rows, tokenizer, tmp_path / "out", hold_out=0.1, shard_tokens=500)
+    for name in (".train.bin.partial-0a", "train/.00001.bin.partial-0a", "tokenizer.partial-0a/a.json", "tmp1/0"):
+        path = tmp_path / "out.partial" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("rubbish")
+    prepare(rows, tokenizer, tmp_path / "out", hold_out=0.1, shard_tokens=500)
+    prepare(rows, tokenizer, tmp_path / "again", hold_out=0.1, shard_tokens=500)
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+    assert len(contents(tmp_path / "out" / "train")) > 1
+
+
 def attempt(corpus, tokenizer, output):
     """What the process does that is killed: it has two more of its own."""
     documents.RANGE_BYTES, processes.ALONE = 50_000, 0
@@ -260,7 +276,7 @@ def test_killed_at_twenty_random_moments(tmp_path, tokenizer, texts):
     whole, found = contents(tmp_path / "whole"), []
     while kills < 20:
         process = start("out")
-        process.join(choose.uniform(0.1, 0.5) * seconds)
+        process.join(choose.uniform(0.1, 0.9) * seconds)
         if process.exitcode is None:
             process.kill()
             kills += 1
