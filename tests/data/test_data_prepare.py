@@ -169,7 +169,7 @@ def test_a_failed_prepare_leaves_nothing(folder, tmp_path, monkeypatch, error, c
 def test_a_killed_prepare_leaves_nothing_that_looks_finished(folder, tmp_path):
     program = (
         "import os, sys; from ssm_lm.data.prepare import prepare; from ssm_lm.data.work_folder import WorkFolder\n"
-        "WorkFolder.publish = lambda self: os.kill(os.getpid(), 9)\n"
+        "WorkFolder.publish = lambda *_: os.kill(os.getpid(), 9)\n"
         "prepare(sys.argv[1], 'bpe:300', sys.argv[2])"
     )
     output = tmp_path / "out"

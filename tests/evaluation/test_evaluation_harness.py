@@ -259,6 +259,7 @@ def test_without_lm_eval(folder, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.seconds(30)
 def test_the_stock_command_runs_an_export(folder, model, tokenizer, tmp_path):
     """`lm_eval --model hf` in a process of its own, offline, with the export's own code."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -15,8 +15,14 @@ from ssm_lm.cli import main
 REPO = Path(__file__).parents[2]
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 SIZES = [
-    pytest.param({"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "chunk_size": 16}, id="tiny"),
-    pytest.param({"hidden_size": 512, "num_hidden_layers": 4, "state_size": 64}, id="gpu", marks=GPU),
+    pytest.param(
+        {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "chunk_size": 16},
+        id="tiny",
+        marks=pytest.mark.long,
+    ),
+    pytest.param(
+        {"hidden_size": 512, "num_hidden_layers": 4, "state_size": 64}, id="gpu", marks=[*GPU, pytest.mark.slow]
+    ),
 ]
 
 
@@ -60,7 +66,6 @@ def losses(folder: Path, corpus: Path, model: dict, **keys) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", SIZES)
 def test_a_resumed_run_and_zero_2(model, corpus, tmp_path):
     straight = losses(tmp_path / "straight", corpus, model)

@@ -128,8 +128,8 @@ def test_cauchy(launched, n_ssm):
     check(kernels, 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", MODULES)
 def test_self_checks(launched, name, target):
     """All that the first use on a GPU launches."""
@@ -146,11 +146,8 @@ SMALLEST = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "target"),
-    [case if case[1] == "sm_90" else pytest.param(*case, marks=pytest.mark.long) for case in SMALLEST],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "target"), SMALLEST)
 def test_smallest_sizes(launched, name, target):
     """Every size that can be 1 is, and so a constant: B, H, L, N/2, n_ssm, chunks, the padding."""
     module = importlib.import_module(f"ssm_lm.modeling.triton_{name}")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hosts import LAUNCH, REPO, STAND_IN, end, wait_for
 
-pytestmark = [pytest.mark.multinode, pytest.mark.slow]
+pytestmark = [pytest.mark.multinode, pytest.mark.slow, pytest.mark.seconds(20)]
 
 STEPS = 6
 
