@@ -41,6 +41,10 @@ class S4TrainingArguments(TrainingArguments):
     peak_tflops: dense matmul peak of a device at the precision of the run, for the MFU; None: known GPUs by name. The
         environment variable SSM_LM_PEAK_TFLOPS says the same.
     communication_sample_steps: one step in so many is profiled for its share of communication; 0: none.
+    observe_steps: at one step in so many TensorBoard gets histograms of dt and of the time constants, and norms of
+        states and gradients by layer (see training/observation.py); 0: none.
+    sample_text_steps: after so many steps, again and again, TensorBoard gets a text that the model draws; 0: none.
+    sample_text_prompt: what such a text begins with.
     """
 
     model: dict | str | None = None
@@ -64,6 +68,9 @@ class S4TrainingArguments(TrainingArguments):
     profile: bool | int = 0
     peak_tflops: float | None = None
     communication_sample_steps: int = 500
+    observe_steps: int = 100
+    sample_text_steps: int = 0
+    sample_text_prompt: str = ""
 
     # where language models differ from the defaults of TrainingArguments
     learning_rate: float = 1e-3

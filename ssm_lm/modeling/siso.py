@@ -80,6 +80,10 @@ class SingleInputSingleOutput(StateSpace):
             return shared.expand(*shared.shape[:-2], self.hidden_size, -1)
         return shared.repeat(*[1] * (shared.dim() - 2), self.hidden_size // self.n_ssm, 1)
 
+    def time_constants(self):
+        log_rate = getattr(self, "Lambda_log_re", None)
+        return None if log_rate is None else (-self.log_dt[:, None] - self._per_channel(log_rate)).exp()
+
     def step_on_kernel(self, u, state, coefficients, activation):
         return siso_step(u, state, *coefficients, self.D, activation)
 

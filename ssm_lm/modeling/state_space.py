@@ -140,6 +140,15 @@ class StateSpace(nn.Module):
         """The transition over the tokens u (B, L, input_size); of (B, ...) where it depends on them."""
         return self.transition(u.shape[1])
 
+    def time_constants(self) -> torch.Tensor | None:
+        """-1 / (dt Re Lambda) of every state: after so many tokens a state under a zero input has 1/e of its size left.
+
+        (H, N/2), for S5 (P/2,), for SSD (heads,), where a step that the token chooses counts as if it were neutral; of
+        S4 by its Lambda alone, without the low rank. None of a layer without a parameter Lambda_log_re.
+        """
+        log_rate = getattr(self, "Lambda_log_re", None)
+        return None if log_rate is None else (-self.log_dt - log_rate).exp()
+
     def carry_over(self, transition: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """What is left of a state (B, *state_shape) after the tokens of `transition`, under a zero input."""
         return apply_diagonal(transition, state)

@@ -25,7 +25,7 @@ def check_values(values: dict, where: str) -> None:
     check_sequence_parallel(values, where)
     if values.get("reduce_dtype", "float32") not in REDUCE_DTYPES:
         raise UserError(f"{where}: reduce_dtype is one of {', '.join(REDUCE_DTYPES)}, not {values['reduce_dtype']!r}")
-    for key in ("profile", "peak_tflops", "communication_sample_steps"):
+    for key in ("profile", "peak_tflops", "communication_sample_steps", "observe_steps", "sample_text_steps"):
         if (values.get(key) or 0) < 0:
             raise UserError(f"{where}: {key} must not be negative, not {values[key]}")
     check_early_stopping(values, where)

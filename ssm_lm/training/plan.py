@@ -195,12 +195,14 @@ def resolved_arguments(values: dict, where: str) -> dict:
 def training_arguments(arguments: dict, where: str):
     """S4TrainingArguments. Raises UserError for what transformers refuses."""
     from ..config.arguments import S4TrainingArguments
+    from .observation import check_sample_text
 
     try:
         args = S4TrainingArguments(**arguments)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {first_line(error)}") from error
     check_reporting(args.report_to, where)
+    check_sample_text(args, where)
     return args
 
 

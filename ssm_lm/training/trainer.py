@@ -24,6 +24,7 @@ from .early_stopping import EarlyStopping
 from .epochs import Epochs, batch_of_step
 from .faults import Faults
 from .meters import CommunicationSample, Meters, MetricsFile, ProfileTrace
+from .observation import Observation
 from .param_groups import check_ssm_group, check_ssm_precision, parameter_groups
 from .schedule import curve, schedule_settings
 from .sequence_parallel import RepeatedBatches, SequenceParallel, SlicedWindows
@@ -121,6 +122,10 @@ class S4Trainer(CheckpointedTrainer):
             self.add_callback(ProfileTrace())
         elif self.args.world_size > 1 and self.args.communication_sample_steps:
             self.add_callback(CommunicationSample(self.meters))
+        self.observation = None
+        if "tensorboard" in self.args.report_to:
+            self.observation = Observation(self)
+            self.add_callback(self.observation)
         self._may_skip_logits = "skip_logits" in inspect.signature(self.model.forward).parameters
 
     # ---- loss
@@ -212,6 +217,8 @@ class S4Trainer(CheckpointedTrainer):
             check_ssm_group(self.model, self.engine_optimizer(), self.args.ssm_learning_rate)
             self._meter = (time.perf_counter(), self.state.global_step)
         self.meters.saw(inputs)
+        if self.observation is not None:
+            self.observation.saw(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def get_batch_samples(self, *args, **kwargs):
@@ -229,8 +236,15 @@ class S4Trainer(CheckpointedTrainer):
             if self.faults.skipped:
                 logs["skipped_steps"] = self.faults.skipped
             logs |= self.meters.entries(now - self._meter[0])
+            logs |= self._state_space_rate(logs)
             self._meter = (now, step)
         super().log(logs, start_time)
+
+    def _state_space_rate(self, logs: dict) -> dict:
+        """ssm_learning_rate beside a log's learning_rate, where there are state spaces: one schedule has both."""
+        if "learning_rate" not in logs or "ssm" not in self._settings or not self.args.learning_rate:
+            return {}
+        return {"ssm_learning_rate": logs["learning_rate"] * self.args.ssm_learning_rate / self.args.learning_rate}
 
     def evaluate(self, *args, **kwargs):
         metrics = super().evaluate(*args, **kwargs)
