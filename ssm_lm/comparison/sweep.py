@@ -2,7 +2,7 @@
 
 The runs, the table and the files are those of `ssm-lm compare`, of which this is a comparison without a file: a
 contender for each combination of the keys, at each learning rate. It may be killed at any moment and given again, with
-more values too.
+more values too. `--range` is another thing: see rate_range.py.
 """
 
 import argparse
@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a key of the config, model.KEY for one of the model, and its values; repeatable: every combination runs. "
         "Of seed, all combinations run with the first, and the best rate of each with the others",
     )
+    parser.add_argument(
+        "--range",
+        metavar="learning_rate=LOW,HIGH",
+        help="in the place of --key: one run whose rate grows from LOW to HIGH over 100 steps (--set max_steps=N), the "
+        "curve of loss against rate, and a rate to begin with",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for runs, table, JSON and curves")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run; repeatable")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
@@ -51,7 +57,11 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--jobs {args.jobs}: must be 1 or more")
     if sum([args.no_run, args.list, args.only is not None]) > 1:
         raise UserError("--no-run, --list, --only: give one of them")
-    contest = read_sweep(args.config, args.key, parse_overrides([f"--{item}" for item in args.set]), args.output)
+    overrides = parse_overrides([f"--{item}" for item in args.set])
+    if args.range is not None:
+        search_range(args, overrides)
+        return
+    contest = read_sweep(args.config, args.key, overrides, args.output)
     runs = [run for contender in contest.contenders for run in contest.first_runs(contender)]
     if args.list:
         for number, one in enumerate(runs):
@@ -61,6 +71,19 @@ def run(args: argparse.Namespace) -> None:
     else:
         need("sweep, which draws curves,", "plot", "matplotlib")
         report(carry_out(contest, args.jobs, only_table=args.no_run, every_curve=True))
+
+
+def search_range(args: argparse.Namespace, overrides: dict) -> None:
+    """`--range`, in the place of a sweep. Raises UserError."""
+    from .rate_range import run_range
+
+    given = {"--key": args.key, "--no-run": args.no_run, "--list": args.list, "--only": args.only is not None}
+    given["--jobs"] = args.jobs > 1
+    for flag, there in given.items():
+        if there:
+            raise UserError(f"--range: is one run by itself; leave out {flag}")
+    need("sweep, which draws curves,", "plot", "matplotlib")
+    run_range(args.config, args.range, overrides, args.output.expanduser())
 
 
 def run_one(contest: Contest, runs: list[Run], number: int) -> None:
@@ -136,7 +159,7 @@ def read_keys(words: list[str]) -> dict[str, list]:
             raise UserError(f"--key {key}: is given twice; put its values into one")
         keys[key] = [each[key] for each in found]
     if not keys:
-        raise UserError("--key: is needed, such as --key learning_rate=1e-3,2e-3")
+        raise UserError("--key: is needed, such as --key learning_rate=1e-3,2e-3 (or --range learning_rate=1e-5,1)")
     return keys
 
 
