@@ -30,7 +30,7 @@ from .processors import usable
 TOLERANCE = 1e-4  # between the modes of a layer, in float32, relative to the largest output
 GIB = 1 << 30
 # of pyproject.toml; "" for what nothing runs without
-EXTRAS = ("", "train", "gpu", "eval", "tasks", "plot", "onnx", "serve")
+EXTRAS = ("", "train", "gpu", "eval", "tasks", "plot", "int8", "onnx", "serve")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,6 +34,7 @@ SHOWN = (
     "tie_word_embeddings",
 )
 OWN_CODE = "The code of the model lies in this repository, so it has to be allowed to run; read it first."
+INT8 = "The projections are in int8 instead, torchao's weight-only form: this needs `pip install torchao accelerate`."
 LAYERS = {
     "s4": "S4 (diagonal plus low rank)",
     "s4d": "S4D (diagonal)",
@@ -71,11 +72,13 @@ def write_card(
     made: dict[str, str] | None = None,
     curve: list[tuple[int, float]] = (),
     picture: bool = False,
+    int8: bool = False,
 ) -> str:
     """The text of README.md. name: of the exported folder; results: objects from `read_results`, or none.
 
     license: of the weights, as the Hub calls it; trained_on: the data, in the author's words; made, curve: what
-    making.py has found; picture: whether its curves lie beside the card, as PICTURE.
+    making.py has found; picture: whether its curves lie beside the card, as PICTURE. int8: whether
+    the weights beside the card are those of int8.py; model: before that.
     """
     config = model.config
     is_classifier = type(model).__name__ == CLASSIFIER
@@ -104,6 +107,7 @@ def write_card(
         "## Load it",
         "",
         *([] if baseline else [OWN_CODE, ""]),
+        *([INT8, ""] if int8 else []),
         "```python",
         *(_load_classifier(name, config) if is_classifier else _load_language_model(name, not baseline)),
         "```",
@@ -135,7 +139,7 @@ def write_card(
     if picture:
         parts += [f"![What the run has logged]({PICTURE})", ""]
     if not is_classifier:
-        parts += ["## Use and limits", "", *_use(baseline), ""]
+        parts += ["## Use and limits", "", *_use(baseline, int8), ""]
     if trained_on is not None:
         parts += ["## Training data", "", " ".join(trained_on.split()), ""]
     weights = "" if license is None else f" The weights: {license}."
@@ -185,12 +189,17 @@ def _load_classifier(name: str, config) -> list[str]:
     ]
 
 
-def _use(baseline: bool) -> list[str]:
+def _use(baseline: bool, int8: bool) -> list[str]:
     """What a language model is for, and the commands of ssm_lm on its folder."""
     talk = [] if baseline else ["`ssm-lm chat DIR` keeps its state between turns; "]
-    return [
+    limits = (
         "It continues texts of the kind that it has read. It was not taught to follow instructions, it states what is "
-        "not so, and nothing filters what it writes.",
+        "not so, and nothing filters what it writes."
+    )
+    if int8:  # which the commands do not take
+        return [limits]
+    return [
+        limits,
         "",
         f"With ssm_lm and this folder at DIR: {''.join(talk)}`ssm-lm generate DIR --prompt TEXT` continues a text; "
         "`ssm-lm train configs/train/finetune.yaml --init_from DIR --data TEXT_DIR` goes on with texts of your own.",

@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the weights; state spaces stay float32 (default: as they are)"
     )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="the projections in int8, by torchao: a smaller file, which transformers loads",
+    )
     parser.add_argument("--tokenizer", metavar="PATH", help="the tokenizer's folder (default: that of the checkpoint)")
     parser.add_argument(
         "--results",
@@ -64,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
             ("license", None),
             ("trained_on", None),
             ("max_shard_size", SHARD_SIZE),
+            ("int8", False),
         ):
             if getattr(args, key) != default:
                 raise UserError(f"--{key.replace('_', '-')}: belongs to --format transformers; leave it out")
@@ -79,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
         license=args.license,
         trained_on=args.trained_on,
         max_shard_size=args.max_shard_size,
+        int8=args.int8,
     )
     print(f"{args.output}: done; its {card.CARD} says how to load it")
 
@@ -93,12 +100,14 @@ def export(
     license: str | None = None,
     trained_on: str | None = None,
     max_shard_size: str = SHARD_SIZE,
+    int8: bool = False,
 ) -> Path:
     """Write the model in `checkpoint` to the new folder `output` and return its path.
 
     dtype: of the weights, None keeps it. tokenizer: a folder or Hub id, None takes the checkpoint's, which a classifier
     may be without. results: JSON files of `ssm-lm eval` whose numbers the card is to show. license, trained_on: what
     the card says about the weights and their data. max_shard_size: of a file of weights, such as "5GB".
+    int8: write the projections of a language model in int8, see int8.py.
     Raises UserError for a bad source and for an output that holds something, which is left as it is.
     """
     output = checked_output(output)
@@ -106,9 +115,13 @@ def export(
         raise UserError(f"--license {license}: give an identifier of the Hub, such as apache-2.0 or cc-by-4.0")
     if not re.fullmatch(r"[1-9]\d*[KMG]I?B", max_shard_size.upper()):
         raise UserError(f"--max-shard-size {max_shard_size}: give a size such as 500MB or 5GB")
+    if int8:
+        need("--int8", "int8", "torchao", "accelerate")
     results = [card.read_results(Path(file)) for file in results]
     check_sources(checkpoint, tokenizer)
     model = load_model(checkpoint, dtype, kinds=(CAUSAL_LM, CLASSIFIER))
+    if int8 and (is_baseline(model.config) or type(model).__name__ == CLASSIFIER):
+        raise UserError(f"--int8: is for language models of this package, and {checkpoint} is none; leave it out")
     vocabulary = tokenizer or checkpoint
     if type(model).__name__ == CLASSIFIER and tokenizer is None and not has_tokenizer(checkpoint):
         tokenizer = None  # its input is numbers, or ids of its own
@@ -125,8 +138,13 @@ def export(
         made=making(checkpoint),
         curve=curve_of(checkpoint),
         picture=bool(curves),
+        int8=int8,
     )
 
+    if int8:
+        from .int8 import quantised
+
+        model = quantised(model)
     with writing(output) as partial:
         write(model, tokenizer, partial, readme, max_shard_size)
         if curves:
