@@ -10,8 +10,8 @@ Beside the entries of the log, and into the same file, one step in `observe_step
 and one in `sample_text_steps` a text that the model draws after `sample_text_prompt`.
 
 Rank 0 looks alone, so nothing is read that other ranks hold: the gradients of a layer under DeepSpeed (which has also
-stepped by then), the states under sequence parallelism, all of it under ZeRO 3. Nothing here
-draws from the random numbers of the run.
+stepped by then), the states under sequence parallelism and ZeRO 3, there
+also parameters that are parted. Nothing here draws from the random numbers of the run.
 """
 
 import contextlib
@@ -96,7 +96,7 @@ def distributions(model: nn.Module) -> dict[str, torch.Tensor]:
     """Name -> the finite values of its histogram, of every state space whose parameters are here."""
     found = {}
     for path, layer in state_spaces(model):
-        if layer.log_dt.numel() == 0:  # ZeRO 3 has parted it
+        if any(parameter.numel() == 0 for parameter in layer.parameters()):  # ZeRO 3 has parted it
             continue
         values = {"log10_dt": layer.log_dt.detach() / torch.log(torch.tensor(10.0)).item()}
         with torch.no_grad():
