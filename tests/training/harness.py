@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,15 @@ def losses(output_dir) -> list[float]:
     """The training losses of a finished run, one a step."""
     history = json.loads((Path(output_dir) / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def rewind(source, target, step: int) -> None:
+    """A copy of a finished run as it was after `step`."""
+    shutil.copytree(source, target)
+    for folder in target.glob("checkpoint-*"):
+        if int(folder.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(folder)
+    for name in ("model.safetensors", "trainer_state.json"):
+        (target / name).unlink()
+    run_file = target / "run.json"
+    run_file.write_text(json.dumps({"identity": json.loads(run_file.read_text())["identity"]}))

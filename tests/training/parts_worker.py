@@ -1,7 +1,8 @@
 """A model that is made, or loaded, for ZeRO 3 on every rank: the most memory that it took, and whether it is the one
-that is made whole. `parts_worker.py FOLDER WIDTH LAYERS`; FOLDER: the first rank saves the model there for all to load.
+that is made whole. `parts_worker.py make|load FOLDER WIDTH LAYERS`: make it, and save it in the folder; or load it.
 
-Rank 0's last line: {"built": share, "loaded": share} of the model's size, the larger one of the ranks.
+Each in processes of its own: memory that a model has left behind is not given back to the system when the next one is
+made in it. Rank 0's last line: {"bytes": size, "share": of it that was taken}, the larger one of the ranks.
 """
 
 import ctypes
@@ -57,7 +58,7 @@ def check(model, whole):
         assert part.numel() == 0, name  # nothing of it is left whole
 
 
-folder, width, layers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+verb, folder, width, layers = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 prepare_process(uses_deepspeed=True)
 import deepspeed  # noqa: E402
 
@@ -67,24 +68,25 @@ config = configured(width, 1)
 in_parts()  # what is imported and set up now is not counted
 config = configured(width, layers)
 set_seed(5)
-model, peak = peak_of(in_parts)
-drawn = torch.rand(3).tolist()
-set_seed(5)
-whole = S4ForCausalLM(config)
-assert drawn == torch.rand(3).tolist()  # what follows is as without ZeRO
-check(model, whole)
+if verb == "make":
+    model, peak = peak_of(in_parts)
+    drawn = torch.rand(3).tolist()
+    set_seed(5)
+    whole = S4ForCausalLM(config)
+    assert drawn == torch.rand(3).tolist()  # what follows is as without ZeRO
+    check(model, whole)
+    if rank == 0:
+        with torch.no_grad():
+            for parameter in whole.parameters():
+                parameter.add_(1.0)
+        whole.save_pretrained(folder)
+else:
+    find_model(folder)  # what it imports is not counted
+    model, peak = peak_of(loaded)
+    whole = find_model(folder)[1].from_pretrained(folder)
+    check(model, whole)
 total = 4 * sum(parameter.numel() for parameter in whole.parameters())
+share = torch.tensor(peak / total)
+torch.distributed.all_reduce(share, op=torch.distributed.ReduceOp.MAX)
 if rank == 0:
-    with torch.no_grad():
-        for parameter in whole.parameters():
-            parameter.add_(1.0)
-    whole.save_pretrained(folder)
-torch.distributed.barrier()
-del model, whole
-find_model(folder)  # what it imports is not counted
-again, peak_of_loading = peak_of(loaded)
-check(again, find_model(folder)[1].from_pretrained(folder))
-found = torch.tensor([peak / total, peak_of_loading / total])
-torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-if rank == 0:
-    print(json.dumps({"bytes": total, "built": found[0].item(), "loaded": found[1].item()}), flush=True)
+    print(json.dumps({"bytes": total, "share": share.item()}), flush=True)

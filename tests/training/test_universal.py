@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import shutil
 
 import forked
 import pytest
 import torch
-from harness import REPO, losses, zero
+from harness import REPO, losses, rewind, zero
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -21,18 +20,6 @@ SETTINGS = {"model": MODEL, "max_steps": 12, "save_strategy": "steps", "save_ste
 
 def engine_options(engine: str) -> list[str]:
     return [] if engine == "torch" else ["--deepspeed", str(REPO / f"configs/deepspeed/{engine}.json")]
-
-
-def rewind(source, target, step: int) -> None:
-    """A copy of a finished run as it was after `step`."""
-    shutil.copytree(source, target)
-    for folder in target.glob("checkpoint-*"):
-        if int(folder.name.removeprefix("checkpoint-")) > step:
-            shutil.rmtree(folder)
-    for name in ("model.safetensors", "trainer_state.json"):
-        (target / name).unlink()
-    run_file = target / "run.json"
-    run_file.write_text(json.dumps({"identity": json.loads(run_file.read_text())["identity"]}))
 
 
 def assert_same_run(ours, theirs):
