@@ -10,8 +10,8 @@ Beside the entries of the log, and into the same file, one step in `observe_step
 and one in `sample_text_steps` a text that the model draws after `sample_text_prompt`.
 
 Rank 0 looks alone, so nothing is read that other ranks hold: the gradients of a layer under DeepSpeed (which has also
-stepped by then), the states under sequence parallelism and ZeRO 3, there
-also parameters that are parted. Nothing here draws from the random numbers of the run.
+stepped by then), the states under sequence parallelism and ZeRO 3, and parameters that ZeRO 3 has parted. Nothing here
+draws from the random numbers of the run.
 """
 
 import contextlib
