@@ -2,7 +2,8 @@
 
 A stand-in has its kernel's signature and its tensors, and touches each as often as the kernel does: `.sum()` is one
 read, `zeros` one write, a copy both. The kernels themselves need Triton, and a GPU to be timed on; to be counted they
-need neither. triton_chunk_scan.py and triton_s5_scan.py say what is counted here.
+need neither. triton_chunk_scan.py, triton_s5_scan.py and
+triton_ssd_scan.py say what is counted here.
 """
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ..modeling.activations import ACTIVATIONS
 from ..modeling.chunked import ChunkOperators, Implementation, Saved, operator_gradients, to_rows
 from ..modeling.kernel_limits import chunks_in_a_row, segments
+from ..modeling.ssd_chunks import since_start_of_chunks
 
 
 def _read(*tensors: torch.Tensor | None) -> None:
@@ -90,5 +92,45 @@ def _s5_scan(u, log_re, log_im, initial_state=None, begins=None):
     return _S5Scan.apply(u, log_re, log_im, initial_state)
 
 
+# ---- SSD's scan: v, b and the states in two launches, of three, there and back
+
+
+class _SSDScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, b, c, angle, decay, step, state):
+        (B, L, H), (E, T), N = v.shape, step.shape[-2:], b.shape[-1]
+        turns, of_tokens = (angle.cos().float(), angle.sin().float()), (decay.float(), step.float())
+        starts = v.new_zeros(B, -(-L // T), E, H // E, N, dtype=torch.float32)
+        _read(v, b, state, starts, starts, *turns, *turns, *of_tokens, *of_tokens)
+        starts.zero_()  # in the place of what the chunks add
+        _read(v, b, c)
+        ctx.save_for_backward(v, b, c, angle, decay, step, starts)
+        ctx.has_state = state is not None
+        return torch.zeros_like(v), v.new_zeros(B, H, N, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_final):
+        v, b, c, angle, decay, step, starts = ctx.saved_tensors
+        turns = angle.cos().float(), angle.sin().float()
+        asked = torch.zeros_like(starts)
+        _read(grad_y, c, grad_final, asked, asked.zero_(), *turns, *turns)
+        grad_initial = torch.zeros_like(grad_final)
+        _read(grad_y, v, b, c, starts)
+        of_heads = v.new_zeros(2, *v.shape[:2], step.shape[-2], b.shape[-1], dtype=torch.float32)
+        grad_v, (grad_b, grad_c) = torch.zeros_like(v), (part.sum(2) for part in of_heads)
+        parts = of_heads[0, ..., ::2] * of_heads[1, ..., ::2]
+        gradients = parts.sum() + torch.zeros_like(angle), torch.zeros_like(decay), torch.zeros_like(step)
+        return grad_v, grad_b, grad_c, *gradients, grad_initial if ctx.has_state else None
+
+
+def _ssd_scan(v, b, c, dt, decay, omega, state, begins, T):
+    angle, total, step = since_start_of_chunks(dt, decay, omega, v.shape[1], T)
+    return _SSDScan.apply(v, b, c, angle, total, step, state)
+
+
 # operation -> what stands in for its kernel; the others, of mode fft and of decoding, are counted in plain PyTorch
-STAND_INS = {"chunk_scan": Implementation(_forward, _backward, to_rows), "s5_scan": _s5_scan}
+STAND_INS = {
+    "chunk_scan": Implementation(_forward, _backward, to_rows),
+    "s5_scan": _s5_scan,
+    "ssd_scan": _ssd_scan,
+}

@@ -88,6 +88,18 @@ def limit_of_s5_scan(dtype: torch.dtype) -> str | None:
     return None if dtype == torch.float32 else f"parameters of {dtype}"
 
 
+LONGEST_SSD_CHUNK, LARGEST_SSD_STATE = 32, 64  # beyond these, tiles leave the registers
+
+
+def limit_of_ssd_scan(architecture: str, dtype: torch.dtype, N: int) -> str | None:
+    """A scan of N states a channel, parameters in `dtype`; of longer chunks it makes several."""
+    if family(architecture) == "hip":
+        return "its backward does not fit the registers of AMD's cards"
+    if dtype != torch.float32:
+        return f"parameters of {dtype}"
+    return f"its state has {N} numbers a channel, more than {LARGEST_SSD_STATE}" if N > LARGEST_SSD_STATE else None
+
+
 LARGEST_STEP_STATE = 1024  # of a channel, which one program of the step's kernel holds
 
 

@@ -3,6 +3,7 @@
     operation     twin                                      kernel, imported when it is first asked for
     chunk scan    chunked.py                                triton_chunk_scan.py
     S5's scan     prefix_scans.py, token by token           triton_s5_scan.py
+    SSD's scan    ssd_chunks.py                             triton_ssd_scan.py
     a step        discrete.py                               triton_step.py
     Cauchy        cauchy.py                                 triton_cauchy.py
     Vandermonde   vandermonde.py                            triton_vandermonde.py
@@ -24,6 +25,7 @@ from .kernel_limits import limit_of_cauchy, limit_of_vandermonde
 from .kernels_s4 import Operation, kernel_status, use_kernel
 from .prefix_scans import associative_scan, complex_scan
 from .real_form import apply_diagonal, powers
+from .ssd_chunks import scan_vectors
 from .vandermonde import vandermonde as plain_vandermonde
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "powers",
     "s5_scan",
     "siso_step",
+    "ssd_scan",
     "toeplitz",
     "use_kernel",
     "vandermonde",
@@ -130,6 +133,25 @@ def s5_scan(u, log_re, log_im, initial_state=None, begins=None) -> tuple[torch.T
     signals, which is made of matmuls, and not the twin, which goes token by token.
     """
     return S5_SCAN.either(True)(u, log_re, log_im, initial_state, begins)
+
+
+# ---- SSD's scan
+
+
+def _load_ssd_scan():
+    from .triton_ssd_scan import self_check_cases, ssd_scan
+
+    return ssd_scan, self_check_cases
+
+
+SSD_SCAN = Operation("ssd_scan", scan_vectors, _load_ssd_scan)
+
+
+def ssd_scan(v, b, c, dt, decay, omega, state, begins, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scan_vectors` by its Triton kernels. Where they do not run, a layer takes `scan_chunks`, which has one chunk's
+    matmuls for all chunks.
+    """
+    return SSD_SCAN.either(True)(v, b, c, dt, decay, omega, state, begins, T)
 
 
 # ---- a step. Its twin is the `step` of the discrete system itself, in discrete.py

@@ -24,6 +24,8 @@ import torch
 from .checks import check_heads
 from .discrete import DiscreteSSD
 from .hippo import INITIALIZATIONS
+from .kernel_limits import LONGEST_SSD_CHUNK, limit_of_ssd_scan
+from .ops import ssd_scan
 from .ssd_chunks import scan_chunks
 from .state_space import MIN_DECAY, StateSpace
 
@@ -115,10 +117,16 @@ class SSD(StateSpace):
 
     def run_chunk(self, x, state, documents, execution, reverse=False):
         begins = None if documents is None else documents.begins
-        y, state = scan_chunks(self.discretize(), x, state, begins, min(execution.chunk_size, x.shape[1]))
+        system, T = self.discretize(), min(execution.chunk_size, x.shape[1])
+        if execution.kernel:
+            y, state = ssd_scan(*system.read(x), system.decay, system.omega, state, begins, T)
+        else:
+            y, state = scan_chunks(system, x, state, begins, T)
         return torch.addcmul(y, self.skipped(x), self.D), state
 
     def scan_to_end(self, x, state, execution):
+        if execution.kernel:
+            return self.run_chunk(x, state, None, execution)[1]
         T = min(execution.chunk_size, x.shape[1])
         return scan_chunks(self.discretize(), x, state, None, T, has_output=False)[1]
 
@@ -144,10 +152,13 @@ class SSD(StateSpace):
         return self.log_dt.dtype
 
     def scan_kernel(self, architecture, dtype):
-        return "chunk_scan", "ssd has no kernel of its own", ()
+        return "ssd_scan", limit_of_ssd_scan(architecture, dtype, self.state_size), ()
+
+    def longest_chunk(self, dtype):
+        return LONGEST_SSD_CHUNK
 
     def limit_of_step(self, dtype):
-        return "ssd has no kernel of its own"
+        return "ssd has no kernel of a step"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, head_dim={self.head_dim}, selective={self.selective}"

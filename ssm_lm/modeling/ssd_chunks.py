@@ -5,6 +5,7 @@ rows. The equations stand in ssd.py.
 """
 
 import torch
+import torch.nn.functional as F
 
 from .discrete import DiscreteSSD
 from .real_form import apply_diagonal
@@ -29,27 +30,60 @@ def scan_chunks(
         y, state = scan_chunks(system, x[:, :whole], state, first, T, has_output)
         y_rest, state = scan_chunks(system, x[:, whole:], state, rest, T, has_output)
         return (torch.cat([y, y_rest], 1) if has_output else None), state
-    return _scan_whole_chunks(system, x, state, begins, min(T, L), has_output)
+    vectors = system.read(x)
+    return _scan_whole_chunks(*vectors, system.decay, system.omega, state, begins, min(T, L), has_output)
 
 
-def _scan_whole_chunks(system, x, state, begins, T, has_output):
-    B, L, _ = x.shape
-    v, b, c, dt = system.read(x)
-    E, N, dtype = dt.shape[-1], b.shape[-1], x.dtype
-    P = v.shape[-1] // E
-    v = v.view(B, -1, T, E, P).transpose(2, 3)  # (B, K, E, T, P)
-    b, c = (part.view(B, -1, 1, T, N) for part in (b, c))
-    # dt (E,) is that of every token and chunk: (1, 1, E, T); or (B, L, E)
-    dt = dt[:, None].expand(E, T)[None, None] if dt.dim() == 1 else dt.view(B, -1, T, E).transpose(2, 3)
+def scan_vectors(v, b, c, dt, decay, omega, state, begins, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scan of what `DiscreteSSD.read` returns: what triton_ssd_scan.py does, in plain PyTorch.
+
+    v (B, L, H), b and c (B, L, N); dt (E,) or (B, L, E), decay (E,), omega (N/2,): float64; state, begins: as above.
+    """
+    L = v.shape[1]
+    ys = []
+    for start in range(0, L, T):
+        part = slice(start, start + T)
+        step = dt if dt.dim() == 1 else dt[:, part]
+        first = None if begins is None else begins[:, part]
+        size = min(T, L - start)
+        y, state = _scan_whole_chunks(
+            v[:, part], b[:, part], c[:, part], step, decay, omega, state, first, size, has_output=True
+        )
+        ys.append(y)
+    return torch.cat(ys, 1), state
+
+
+def since_start_of_chunks(dt, decay, omega, L: int, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Angles, decays and steps of a kernel's chunks, since each one's start, in float64, for many turns are to keep
+    their digits: (E, T, N/2), (E, T), (E, T); of steps (B, L, E) with (B, chunks) before, the last chunk filled with 0.
+    """
+    T = min(T, L)
+    if dt.dim() == 1:
+        dt = dt[:, None].expand(-1, T)
+    else:
+        chunks = -(-L // T)
+        dt = F.pad(dt, (0, 0, 0, chunks * T - L)).view(len(dt), chunks, T, -1).transpose(2, 3)
     since_start = dt.cumsum(-1)
-    angle = since_start[..., None] * system.omega  # float64: many turns, of which the rest must keep its digits
+    return since_start[..., None] * omega, since_start * decay[:, None], dt
+
+
+def _scan_whole_chunks(v, b, c, dt, rate, omega, state, begins, T, has_output):
+    B, L, _ = v.shape
+    E, N, dtype = dt.shape[-1], b.shape[-1], v.dtype
+    P = v.shape[-1] // E
+    v = v.reshape(B, -1, T, E, P).transpose(2, 3)  # (B, K, E, T, P)
+    b, c = (part.reshape(B, -1, 1, T, N) for part in (b, c))
+    # dt (E,) is that of every token and chunk: (1, 1, E, T); or (B, L, E)
+    dt = dt[:, None].expand(E, T)[None, None] if dt.dim() == 1 else dt.reshape(B, -1, T, E).transpose(2, 3)
+    since_start = dt.cumsum(-1)
+    angle = since_start[..., None] * omega  # float64: many turns, of which the rest must keep its digits
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)  # (1 or B, 1 or K, E, T, N / 2)
     turn_back = torch.cat([cos, -sin], -1)
     b, c = apply_diagonal(turn_back, b), apply_diagonal(turn_back, c) if has_output else None  # (B, K, E, T, N)
-    decay = (since_start * system.decay[:, None]).to(dtype)
+    decay = (since_start * rate[:, None]).to(dtype)
     dt = dt.to(dtype)
 
-    together, from_start, to_end, keeps = _reach(begins, B, T, x.device)
+    together, from_start, to_end, keeps = _reach(begins, B, T, v.device)
     to_the_end = torch.exp(decay - decay[..., -1:]) * dt * to_end
     end = torch.cat([cos, sin], -1)[..., -1:, :]  # the turn over a whole chunk
     injected = apply_diagonal(end, (v * to_the_end[..., None]).mT @ b)  # (B, K, E, P, N)
@@ -72,7 +106,7 @@ def _reach(begins, B, T, device):
     causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
     if begins is None:
         return causal, 1, 1, 1
-    number = begins.view(B, -1, 1, T).cumsum(-1)  # of the document, in its chunk; 0 goes on from the one before
+    number = begins.reshape(B, -1, 1, T).cumsum(-1)  # of the document, in its chunk; 0 goes on from the one before
     last = number[..., -1:]
     return (
         causal & (number[..., None] == number[..., None, :]),

@@ -16,7 +16,7 @@ from ssm_lm.estimate.memory import count_pieces
 from ssm_lm.estimate.trace import trace
 from ssm_lm.modeling.kernel_launch import assume
 from ssm_lm.modeling.mixers import make_state_space
-from ssm_lm.modeling.ssm import S4, S4D, S5
+from ssm_lm.modeling.ssm import S4, S4D, S5, SSD
 
 REPO = Path(__file__).parents[2]
 SIZES = {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 1, "state_size": 32, "arch": "ssm"}
@@ -103,20 +103,25 @@ def test_a_step_of_the_recipe_scans_in_bfloat16():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("activation", [None, torch.nn.SiLU()], ids=["plain", "silu"])
-@pytest.mark.parametrize("layer_class", [S4, S4D, S5])
+@pytest.mark.parametrize("layer_class", [S4, S4D, S5, SSD])
 @pytest.mark.parametrize("length", [96, 50])
 def test_a_stand_in_holds_what_its_kernel_holds(layer_class, activation, length):
     """The kernels' operators say on tensors without data what they would allocate."""
     from ssm_lm.modeling.triton_chunk_scan import FUSED
     from ssm_lm.modeling.triton_s5_scan import s5_scan
+    from ssm_lm.modeling.triton_ssd_scan import ssd_scan
 
     found = []
-    for kernels in ({"chunk_scan": FUSED, "s5_scan": s5_scan}, STAND_INS):
+    for kernels in ({"chunk_scan": FUSED, "s5_scan": s5_scan, "ssd_scan": ssd_scan}, STAND_INS):
         with assume("sm_90", kernels), FakeTensorMode():
-            u = torch.empty(3, length, 16, requires_grad=True)
-            found.append(trace(Output(layer_class(16, 8), activation), [u], None))
+            layer = layer_class(16, 8)
+            u = torch.empty(3, length, layer.input_size, requires_grad=True)
+            found.append(trace(Output(layer, activation), [u], None))
     ours, theirs = found[1], found[0]
     assert ours.kept == pytest.approx(theirs.kept, rel=0.01)
     assert ours.gradients == theirs.gradients
     assert ours.forward_peak == pytest.approx(theirs.forward_peak, rel=0.1)
-    assert ours.backward_peak == pytest.approx(theirs.backward_peak, rel=0.1)
+    if layer_class is SSD:  # the buffers within its backward are as large as its output, and its operator hides them
+        assert theirs.backward_peak <= ours.backward_peak < 2 * theirs.backward_peak
+    else:
+        assert ours.backward_peak == pytest.approx(theirs.backward_peak, rel=0.1)

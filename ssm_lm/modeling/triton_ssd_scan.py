@@ -1,0 +1,645 @@
+"""The scan of SSD on a GPU: within chunks by matrix products, over the chunks by a recurrence; forward and backward.
+
+A head's state is (P, N), N as [real | imaginary]. Chunks of T tokens, in three launches there and three back:
+
+    ends    what a chunk adds to the state, (w v)^T b~                           a program a chunk and head
+    carry   S_(k+1) = R_k (keep_k S_k + end_k), every chunk's start in its place  a program a head and 16 channels
+    emit    y = (c~ b~^T o W) v + e^-decay c~ S_k                                a program a chunk and head
+
+with b~ and c~ turned back to their chunk's start as they are read, W_ij = exp(decay_j - decay_i) dt_j for j <= i of one
+document, w_j the same seen from the chunk's end, R the turn over a chunk. The backward mirrors it: what y asks of each
+start (`ends` on the gradient and c~), the recurrence in reverse, and the rest chunk by chunk. All heads share b and c:
+their gradients are written a head, and summed in a fixed order, no atomics.
+
+Where dt is a parameter, turns and decays are those of all rows and chunks, (E, T), and are read from cache.
+
+Source: Dao and Gu (2024), section 6; the equations stand in ssd.py.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from .kernel_launch import on_device, qualified
+from .kernels_s4 import Case
+from .ssd_chunks import scan_vectors, since_start_of_chunks
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # `kernels_s4` asks for this module in a `try` of its own, and reports the cause
+    raise
+
+
+CHANNELS, CARRY_CHANNELS = 32, 16  # of a head at a time, elsewhere and in `carry_kernel`
+
+
+@triton.jit
+def place(L, T, chunks, E, SHARED: tl.constexpr):
+    """(row, chunk, head, tokens of the chunk, the index of its operators) of a program of the grid (B chunks, E)."""
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    head = tl.program_id(1)
+    operators = head.to(tl.int64) if SHARED else (row * chunks + chunk) * E + head
+    return row, chunk, head, tl.minimum(L - chunk * T, T), operators
+
+
+@triton.jit
+def reach(decay, numbers, at_operators, at_numbers, n, RESETS: tl.constexpr, T: tl.constexpr):
+    """decay and number of document of each token; what of a token's weight reaches the end, and of the start's a token
+    (both 0 beyond the n tokens); what of the start's reaches the end.
+    """
+    t = tl.arange(0, T)
+    d = tl.load(decay + at_operators + t, mask=t < n, other=0.0)
+    end = tl.load(decay + at_operators + n - 1)
+    number = tl.zeros((T,), tl.int32)
+    last = 0
+    if RESETS:
+        number = tl.load(numbers + at_numbers + t, mask=t < n, other=-1)
+        last = tl.load(numbers + at_numbers + n - 1)
+    to_end = tl.where((t < n) & (number == last), tl.exp(tl.minimum(d - end, 0.0)), 0.0)
+    from_start = tl.where((t < n) & (number == 0), tl.exp(-d), 0.0)
+    return d, number, to_end, from_start, tl.where(last == 0, tl.exp(-end), 0.0)
+
+
+@triton.jit
+def turns(cos, sin, at, n, M, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(BLOCK_T, BLOCK_M) each, 0 outside."""
+    t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
+    where = at * M + t[:, None] * M + m[None, :]
+    inside = (t[:, None] < n) & (m[None, :] < M)
+    return tl.load(cos + where, mask=inside, other=0.0), tl.load(sin + where, mask=inside, other=0.0)
+
+
+@triton.jit
+def turned_back(x, at, n, M, cos, sin, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rows of 2 M numbers from the row `at`, turned by the negative angles: real and imaginary parts, float32."""
+    t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
+    where = at * 2 * M + t[:, None] * 2 * M + m[None, :]
+    inside = (t[:, None] < n) & (m[None, :] < M)
+    re = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
+    im = tl.load(x + where + M, mask=inside, other=0.0).to(tl.float32)
+    return cos * re + sin * im, cos * im - sin * re
+
+
+@triton.jit
+def values(x, at, n, head, first, E, P, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
+    """A head's channels from `first` on, of tokens from the row `at` of (rows, E P), float32."""
+    t, p = tl.arange(0, BLOCK_T), first + tl.arange(0, BLOCK_P)
+    inside = (t[:, None] < n) & (p[None, :] < P)
+    return tl.load(x + (at + t[:, None]) * E * P + head * P + p[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def multiply(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """a b, summed in float32; the factors rounded to DTYPE."""
+    return tl.dot(a.to(DTYPE), b.to(DTYPE), input_precision=PRECISION)
+
+
+@triton.jit
+def ends_kernel(
+    v,
+    b,
+    cos,
+    sin,
+    decay,
+    step,
+    numbers,
+    ends,
+    L,
+    T,
+    chunks,
+    E,
+    P,
+    M,
+    REVERSE: tl.constexpr,
+    RESETS: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """ends (B, chunks, E, P, 2 M): sum over tokens of w v b~^T, before the turn over the chunk. In reverse, of the
+    gradient of y for v and c for b: what the chunk's outputs ask of its start. Grid: (B chunks, E, blocks of channels).
+    """
+    row, chunk, head, n, at = place(L, T, chunks, E, SHARED)
+    first = tl.program_id(2) * BLOCK_P
+    t, p, m = tl.arange(0, BLOCK_T), first + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_M)
+    _, _, to_end, from_start, _ = reach(decay, numbers, at * T, (row * chunks + chunk) * T, n, RESETS, BLOCK_T)
+    if REVERSE:
+        weight = from_start
+    else:
+        weight = to_end * tl.load(step + at * T + t, mask=t < n, other=0.0)
+    co, si = turns(cos, sin, at * T, n, M, BLOCK_T, BLOCK_M)
+    token = row * L + chunk * T
+    b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
+    x = tl.trans(values(v, token, n, head, first, E, P, BLOCK_T, BLOCK_P) * weight[:, None])
+    where = ends + (((row * chunks + chunk) * E + head) * P + p[:, None]) * 2 * M + m[None, :]
+    inside = (p[:, None] < P) & (m[None, :] < M)
+    tl.store(where, multiply(x, b_re, v.dtype.element_ty, PRECISION), mask=inside)
+    tl.store(where + M, multiply(x, b_im, v.dtype.element_ty, PRECISION), mask=inside)
+
+
+@triton.jit
+def carry_kernel(
+    ends,
+    initial,
+    final,
+    cos,
+    sin,
+    decay,
+    numbers,
+    L,
+    T,
+    chunks,
+    E,
+    P,
+    M,
+    REVERSE: tl.constexpr,
+    RESETS: tl.constexpr,
+    SHARED: tl.constexpr,
+    INITIAL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Put the state that a chunk starts from in the place of what it adds, in `ends`; final: the one after the last.
+
+    In reverse, from the gradient `initial` of the final state: in the place of what the chunk's outputs ask of its
+    start, the gradient of the state at its end before the turn; final: that of the initial state.
+    Grid: (B E, blocks of channels).
+    """
+    row = (tl.program_id(0) // E).to(tl.int64)
+    head = tl.program_id(0) % E
+    p, m = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_M)
+    inside = (p[:, None] < P) & (m[None, :] < M)
+    at_state = ((row * E + head) * P + p[:, None]) * 2 * M + m[None, :]
+    s_re = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+    s_im = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+    if INITIAL:
+        s_re = tl.load(initial + at_state, mask=inside, other=0.0)
+        s_im = tl.load(initial + at_state + M, mask=inside, other=0.0)
+    for k in range(0, chunks):
+        chunk = chunks - 1 - k if REVERSE else k
+        last = tl.minimum(L - chunk * T, T) - 1
+        at = (head.to(tl.int64) if SHARED else (row * chunks + chunk) * E + head) * T + last
+        keep = tl.exp(-tl.load(decay + at))
+        if RESETS:
+            keep = tl.where(tl.load(numbers + (row * chunks + chunk) * T + last) == 0, keep, 0.0)
+        co = tl.load(cos + at * M + m, mask=m < M, other=0.0)[None, :]
+        si = tl.load(sin + at * M + m, mask=m < M, other=0.0)[None, :]
+        where = ends + (((row * chunks + chunk) * E + head) * P + p[:, None]) * 2 * M + m[None, :]
+        e_re = tl.load(where, mask=inside, other=0.0)
+        e_im = tl.load(where + M, mask=inside, other=0.0)
+        if REVERSE:
+            s_re, s_im = co * s_re + si * s_im, co * s_im - si * s_re
+        tl.store(where, s_re, mask=inside)
+        tl.store(where + M, s_im, mask=inside)
+        s_re, s_im = keep * s_re + e_re, keep * s_im + e_im
+        if not REVERSE:
+            s_re, s_im = co * s_re - si * s_im, co * s_im + si * s_re
+    tl.store(final + at_state, s_re, mask=inside)
+    tl.store(final + at_state + M, s_im, mask=inside)
+
+
+@triton.jit
+def weights(d, number, n, RESETS: tl.constexpr, T: tl.constexpr):
+    """exp(decay_j - decay_i) for j <= i of one document, among n tokens; else 0."""
+    t = tl.arange(0, T)
+    together = (t[:, None] >= t[None, :]) & (t[:, None] < n)
+    if RESETS:
+        together = together & (number[:, None] == number[None, :])
+    return tl.where(together, tl.exp(tl.minimum(d[None, :] - d[:, None], 0.0)), 0.0)
+
+
+@triton.jit
+def emit_kernel(
+    v,
+    b,
+    c,
+    cos,
+    sin,
+    decay,
+    step,
+    numbers,
+    starts,
+    y,
+    L,
+    T,
+    chunks,
+    E,
+    P,
+    M,
+    RESETS: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y (B, L, E P) from every chunk's start. Grid: (B chunks, E, blocks of channels)."""
+    row, chunk, head, n, at = place(L, T, chunks, E, SHARED)
+    first = tl.program_id(2) * BLOCK_P
+    t, p, m = tl.arange(0, BLOCK_T), first + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_M)
+    dtype: tl.constexpr = v.dtype.element_ty
+    d, number, _, from_start, _ = reach(decay, numbers, at * T, (row * chunks + chunk) * T, n, RESETS, BLOCK_T)
+    dt = tl.load(step + at * T + t, mask=t < n, other=0.0)
+    co, si = turns(cos, sin, at * T, n, M, BLOCK_T, BLOCK_M)
+    token = row * L + chunk * T
+    c_re, c_im = turned_back(c, token, n, M, co, si, BLOCK_T, BLOCK_M)
+    where = starts + (((row * chunks + chunk) * E + head) * P + p[:, None]) * 2 * M + m[None, :]
+    inside = (p[:, None] < P) & (m[None, :] < M)
+    out = multiply(c_re, tl.trans(tl.load(where, mask=inside, other=0.0)), dtype, PRECISION)
+    out += multiply(c_im, tl.trans(tl.load(where + M, mask=inside, other=0.0)), dtype, PRECISION)
+    out = out * from_start[:, None]
+    b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
+    score = multiply(c_re, tl.trans(b_re), dtype, PRECISION) + multiply(c_im, tl.trans(b_im), dtype, PRECISION)
+    score = score * weights(d, number, n, RESETS, BLOCK_T) * dt[None, :]
+    out += multiply(score, values(v, token, n, head, first, E, P, BLOCK_T, BLOCK_P), dtype, PRECISION)
+    at_y = y + (token + t[:, None]) * E * P + head * P + p[None, :]
+    tl.store(at_y, out.to(y.dtype.element_ty), mask=(t[:, None] < n) & (p[None, :] < P))
+
+
+@triton.jit
+def store_turned(x, at, stride, n, M, re, im, co, si, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Gradients of what was turned back, turned forth, to rows of 2 M numbers that are `stride` apart."""
+    t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
+    inside = (t[:, None] < n) & (m[None, :] < M)
+    where = x + at + t[:, None].to(tl.int64) * stride + m[None, :]
+    tl.store(where, co * re - si * im, mask=inside)
+    tl.store(where + M, co * im + si * re, mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    g,
+    v,
+    b,
+    c,
+    cos,
+    sin,
+    decay,
+    step,
+    numbers,
+    starts,
+    asked,
+    grad_v,
+    grad_b,
+    grad_c,
+    grad_decay,
+    grad_step,
+    grad_turn,
+    L,
+    T,
+    chunks,
+    E,
+    P,
+    M,
+    RESETS: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """From g, the gradient of y, and `asked` (B, chunks, E, P, 2 M), that of every chunk's end before its turn:
+
+    grad_v (B, L, E P); grad_b, grad_c (B, L, E, 2 M), a head's part; grad_decay, grad_step (B, chunks, E, T), and
+    grad_turn (B, chunks, E, M), of the angle over the chunk; the angles of tokens follow from grad_b and grad_c.
+    Grid: (B chunks, E).
+    """
+    row, chunk, head, n, at = place(L, T, chunks, E, SHARED)
+    t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
+    dtype: tl.constexpr = v.dtype.element_ty
+    here = (row * chunks + chunk) * E + head
+    d, number, to_end, from_start, keep = reach(decay, numbers, at * T, (row * chunks + chunk) * T, n, RESETS, BLOCK_T)
+    dt = tl.load(step + at * T + t, mask=t < n, other=0.0)
+    weight = to_end * dt
+    co, si = turns(cos, sin, at * T, n, M, BLOCK_T, BLOCK_M)
+    token = row * L + chunk * T
+    b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
+    c_re, c_im = turned_back(c, token, n, M, co, si, BLOCK_T, BLOCK_M)
+    apart = weights(d, number, n, RESETS, BLOCK_T)
+    score = multiply(c_re, tl.trans(b_re), dtype, PRECISION) + multiply(c_im, tl.trans(b_im), dtype, PRECISION)
+    score = score * apart
+    seen = tl.trans(score * dt[None, :])
+
+    # what sums over channels, some at a time: a head of them is more than the registers hold
+    dscore = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+    from_re = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+    from_im = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+    end_re = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+    end_im = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+    through = tl.zeros((BLOCK_M,), tl.float32)
+    d_turn = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, P, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        dy = values(g, token, n, head, first, E, P, BLOCK_T, BLOCK_P)
+        x = values(v, token, n, head, first, E, P, BLOCK_T, BLOCK_P)
+        where = (here * P + p[:, None]) * 2 * M + m[None, :]
+        inside = (p[:, None] < P) & (m[None, :] < M)
+        s_re = tl.load(starts + where, mask=inside, other=0.0)
+        s_im = tl.load(starts + where + M, mask=inside, other=0.0)
+        q_re = tl.load(asked + where, mask=inside, other=0.0)
+        q_im = tl.load(asked + where + M, mask=inside, other=0.0)
+        through += tl.sum(q_re * s_re + q_im * s_im, 0)
+        d_turn += keep * tl.sum(q_im * s_re - q_re * s_im, 0)
+        dscore += multiply(dy, tl.trans(x), dtype, PRECISION)
+        from_re += multiply(dy, s_re, dtype, PRECISION)
+        from_im += multiply(dy, s_im, dtype, PRECISION)
+        end_re += multiply(x, q_re, dtype, PRECISION)
+        end_im += multiply(x, q_im, dtype, PRECISION)
+        dx = multiply(b_re, tl.trans(q_re), dtype, PRECISION) + multiply(b_im, tl.trans(q_im), dtype, PRECISION)
+        dx = weight[:, None] * dx + multiply(seen, dy, dtype, PRECISION)
+        at_v = grad_v + (token + t[:, None]) * E * P + head * P + p[None, :]
+        tl.store(at_v, dx.to(grad_v.dtype.element_ty), mask=(t[:, None] < n) & (p[None, :] < P))
+
+    both = score * dscore  # before dt
+    d_dt = tl.sum(both, 0)
+    d_decay = d_dt * dt - tl.sum(both * dt[None, :], 1)
+    dscore = dscore * apart * dt[None, :]
+    from_re, from_im = from_re * from_start[:, None], from_im * from_start[:, None]
+    d_decay -= tl.sum(from_re * c_re + from_im * c_im, 1)
+    from_re += multiply(dscore, b_re, dtype, PRECISION)
+    from_im += multiply(dscore, b_im, dtype, PRECISION)
+    at_head, stride = (token * E + head) * 2 * M, E * 2 * M
+    store_turned(grad_c, at_head, stride, n, M, from_re, from_im, co, si, BLOCK_T, BLOCK_M)
+
+    reached = tl.sum(end_re * b_re + end_im * b_im, 1)
+    d_dt += to_end * reached
+    at_end = tl.sum(weight * reached, 0) + keep * tl.sum(through, 0)
+    d_decay += weight * reached - tl.where(t == n - 1, at_end, 0.0)
+    end_re, end_im = weight[:, None] * end_re, weight[:, None] * end_im
+    d_turn += tl.sum(end_im * b_re - end_re * b_im, 0)
+    dscore = tl.trans(dscore)
+    end_re += multiply(dscore, c_re, dtype, PRECISION)
+    end_im += multiply(dscore, c_im, dtype, PRECISION)
+    store_turned(grad_b, at_head, stride, n, M, end_re, end_im, co, si, BLOCK_T, BLOCK_M)
+
+    tl.store(grad_decay + here * T + t, d_decay, mask=t < T)
+    tl.store(grad_step + here * T + t, d_dt, mask=t < T)
+    tl.store(grad_turn + here * M + m, d_turn, mask=m < M)
+
+
+# ---- launches
+
+
+def block(size: int) -> int:
+    """Of a matrix product, 16 at least."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def options(kernel) -> dict[str, int]:
+    """Of a launch. The gradient holds a dozen tiles at once, which eight warps share."""
+    return {"num_warps": 4 if kernel is carry_kernel else 8, "num_stages": 1}
+
+
+PRECISION = "ieee"  # of float32 factors; three products in tf32 would take more registers than there are
+
+
+class _Launch:
+    """What the launches of one scan share. angle (E, T, M) or (B, chunks, E, T, M); see `ssd_scan_chunks`."""
+
+    def __init__(self, v, b, angle, decay, step, begins):
+        B, L, H = v.shape
+        E, T = step.shape[-2:]
+        self.chunks, self.E, self.M = triton.cdiv(L, T), E, b.shape[-1] // 2
+        self.P, self.T, self.L, self.B = H // E, T, L, B
+        self.sizes = (L, T, self.chunks, E, self.P, self.M)
+        self.turns = angle.cos().float().contiguous(), angle.sin().float().contiguous()
+        self.decay, self.step = decay.float().contiguous(), step.float().contiguous()
+        self.numbers = None
+        if begins is not None:  # of documents, in each chunk; 0 goes on from the one before
+            whole = F.pad(begins, (0, self.chunks * T - L)).view(B, self.chunks, T)
+            self.numbers = whole.cumsum(-1, dtype=torch.int32)
+        self.switches = {"RESETS": begins is not None, "SHARED": step.dim() == 2}
+        self.tiles = {
+            "BLOCK_T": block(T),
+            "BLOCK_P": min(CHANNELS, block(self.P)),
+            "BLOCK_M": block(self.M),
+            "PRECISION": PRECISION,
+            **options(emit_kernel),
+        }
+        self.grid = B * self.chunks, E, triton.cdiv(self.P, self.tiles["BLOCK_P"])
+        self.device = v.device
+
+    def states(self, v, b, initial, reverse) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, chunks, E, P, 2 M) and (B, E P, 2 M): the first two launches."""
+        B, E, P, M = self.B, self.E, self.P, self.M
+        ends = v.new_empty(B, self.chunks, E, P, 2 * M, dtype=torch.float32)
+        final = v.new_empty(B, E * P, 2 * M, dtype=torch.float32)
+        shared = {"REVERSE": reverse, **self.switches}
+        with on_device(self.device):
+            ends_kernel[self.grid](
+                v, b, *self.turns, self.decay, self.step, self.numbers, ends, *self.sizes, **shared, **self.tiles
+            )
+            carry_kernel[B * E, triton.cdiv(P, CARRY_CHANNELS)](
+                ends,
+                initial,
+                final,
+                *self.turns,
+                self.decay,
+                self.numbers,
+                *self.sizes,
+                INITIAL=initial is not None,
+                BLOCK_P=CARRY_CHANNELS,
+                BLOCK_M=block(M),
+                **shared,
+                **options(carry_kernel),
+            )
+        return ends, final
+
+
+def _float32(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+@torch.library.custom_op(qualified("ssd_scan_chunks"), mutates_args=())
+def ssd_scan_chunks(
+    v: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    angle: torch.Tensor,
+    decay: torch.Tensor,
+    step: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    begins: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """v (B, L, E P), b and c (B, L, N), float32 or bfloat16, all of one dtype. angle (E, T, N / 2), decay and step
+    (E, T): turns and decays since a chunk's start, steps, of all rows and chunks; or (B, chunks, ...), of each.
+    initial_state (B, E P, N) or None for zero; begins (B, L) bool or None. Differentiable in all but begins.
+
+    Returns y as v, the final state (B, E P, N) and every chunk's start (B, chunks, E, P, N), both float32.
+    """
+    v, b, c = v.contiguous(), b.contiguous(), c.contiguous()
+    launch = _Launch(v, b, angle, decay, step, begins)
+    starts, final = launch.states(v, b, _float32(initial_state), reverse=False)
+    y = torch.empty_like(v)
+    with on_device(v.device):
+        emit_kernel[launch.grid](
+            v,
+            b,
+            c,
+            *launch.turns,
+            launch.decay,
+            launch.step,
+            launch.numbers,
+            starts,
+            y,
+            *launch.sizes,
+            **launch.switches,
+            **launch.tiles,
+        )
+    return y, final, starts
+
+
+@torch.library.custom_op(qualified("ssd_scan_chunks_backward"), mutates_args=())
+def ssd_scan_chunks_backward(
+    grad_y: torch.Tensor,
+    grad_final: torch.Tensor,
+    starts: torch.Tensor,
+    v: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    angle: torch.Tensor,
+    decay: torch.Tensor,
+    step: torch.Tensor,
+    begins: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of v, b, c, angle, decay, step, each in its dtype, and of the initial state in float32."""
+    v, b, c, grad_y = v.contiguous(), b.contiguous(), c.contiguous(), grad_y.contiguous()
+    launch = _Launch(v, b, angle, decay, step, begins)
+    asked, grad_initial = launch.states(grad_y, c, _float32(grad_final), reverse=True)
+    B, K, E, T, M = launch.B, launch.chunks, launch.E, launch.T, launch.M
+    grad_v = torch.empty_like(v)
+    of_heads = v.new_empty(2, B, launch.L, E, 2 * M, dtype=torch.float32)
+    grad_decay, grad_step = v.new_empty(2, B, K, E, T, dtype=torch.float32)
+    grad_turn = v.new_empty(B, K, E, M, dtype=torch.float32)
+    with on_device(v.device):
+        gradient_kernel[launch.grid[:2]](
+            grad_y,
+            v,
+            b,
+            c,
+            *launch.turns,
+            launch.decay,
+            launch.step,
+            launch.numbers,
+            starts,
+            asked,
+            grad_v,
+            *of_heads,
+            grad_decay,
+            grad_step,
+            grad_turn,
+            *launch.sizes,
+            **launch.switches,
+            **launch.tiles,
+        )
+    grad_angle = _gradient_of_angles(of_heads, (b, c), grad_turn, launch)
+    if step.dim() == 2:
+        grad_angle, grad_decay, grad_step = (
+            x.sum((0, 1), dtype=torch.float64) for x in (grad_angle, grad_decay, grad_step)
+        )
+    grad_b, grad_c = (part.sum(2) for part in of_heads)
+    return (
+        grad_v,
+        grad_b.to(b.dtype),
+        grad_c.to(c.dtype),
+        grad_angle.to(angle.dtype),
+        _own(grad_decay, decay),
+        _own(grad_step, step),
+        grad_initial,
+    )
+
+
+def _own(gradient, x):
+    """In the dtype of x, in memory of its own: grad_decay and grad_step lie in one tensor."""
+    return gradient.to(x.dtype).clone() if gradient.dtype == x.dtype else gradient.to(x.dtype)
+
+
+def _gradient_of_angles(of_heads, vectors, grad_turn, launch) -> torch.Tensor:
+    """(B, chunks, E, T, M): b~ = e^(-i angle) b, so that it is Re g Im b - Im g Re b, of c as well; and the turn."""
+    B, K, E, T, M = launch.B, launch.chunks, launch.E, launch.T, launch.M
+    total = 0
+    for gradient, x in zip(of_heads, vectors, strict=True):
+        (g_re, g_im), (x_re, x_im) = gradient.chunk(2, -1), x.float()[:, :, None].chunk(2, -1)
+        total = total + g_re * x_im - g_im * x_re  # (B, L, E, M)
+    last = torch.arange(1, K + 1, device=total.device) * T - 1
+    total.index_add_(1, last.clamp(max=launch.L - 1), grad_turn)
+    total = F.pad(total, (0, 0, 0, 0, 0, K * T - launch.L))
+    return total.view(B, K, T, E, M).transpose(2, 3)
+
+
+@ssd_scan_chunks.register_fake
+def _(v, b, c, angle, decay, step, initial_state, begins):
+    (B, L, H), (E, T), N = v.shape, step.shape[-2:], b.shape[-1]
+    final = v.new_empty(B, H, N, dtype=torch.float32)
+    starts = v.new_empty(B, -(-L // T), E, H // E, N, dtype=torch.float32)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), final, starts
+
+
+@ssd_scan_chunks_backward.register_fake
+def _(grad_y, grad_final, starts, v, b, c, angle, decay, step, begins):
+    like = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, b, c, angle, decay, step))
+    return (*like, v.new_empty(v.shape[0], v.shape[2], b.shape[-1], dtype=torch.float32))
+
+
+def _save(ctx, inputs, output):
+    *vectors, initial_state, begins = inputs
+    ctx.set_materialize_grads(False)
+    ctx.of_state = None if initial_state is None else initial_state.dtype
+    ctx.save_for_backward(output[2], *vectors, begins)
+
+
+def _backward(ctx, grad_y, grad_final, _):
+    starts, v, *rest = ctx.saved_tensors
+    grad_y = torch.zeros_like(v) if grad_y is None else grad_y
+    if grad_final is None:
+        grad_final = v.new_zeros(v.shape[0], v.shape[2], starts.shape[-1], dtype=torch.float32)
+    *gradients, grad_initial = ssd_scan_chunks_backward(grad_y, grad_final, starts, v, *rest)
+    return *gradients, None if ctx.of_state is None else grad_initial.to(ctx.of_state), None
+
+
+ssd_scan_chunks.register_autograd(_backward, setup_context=_save)
+
+
+def ssd_scan(v, b, c, dt, decay, omega, state, begins, T) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ssd_chunks.scan_vectors` by the kernels."""
+    angle, since_start, step = since_start_of_chunks(dt, decay, omega, v.shape[1], T)
+    return ssd_scan_chunks(v, b, c, angle, since_start, step, state, begins)[:2]
+
+
+# ---- what the registry asks for
+
+
+def self_check_cases(device: torch.device) -> list[Case]:
+    """Forward and backward, with constant steps and with the token's own, in one document and in several."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype)
+
+    def run(scan, inputs, begins, T, grads):
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        outputs = scan(*inputs, begins, T)
+        weights = [g.to(x.dtype) for g, x in zip(grads, outputs, strict=True)]
+        return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, inputs, weights))]
+
+    cases = []
+    for B, L, E, P, N, T, selective in ((2, 70, 2, 16, 32, 32, False), (1, 40, 1, 20, 6, 16, True)):
+        steps = (B, L, E) if selective else (E,)
+        dt, decay = normal(*steps, dtype=torch.float64).sigmoid() / 2, normal(E, dtype=torch.float64).exp()
+        omega, state = normal(N // 2, dtype=torch.float64), normal(B, E * P, N)
+        inputs = [normal(B, L, E * P), normal(B, L, N), normal(B, L, N), dt, decay, omega, state]
+        begins = torch.zeros(B, L, dtype=torch.bool)
+        begins[-1, [1, L - 5]] = True
+        for label, resets in (("with documents", begins.to(device)), ("of one document", None)):
+            rest = resets, T, (normal(B, L, E * P), normal(B, E * P, N))
+            kernel = partial(run, ssd_scan, inputs, *rest)
+            twin = partial(run, scan_vectors, [x.double() for x in inputs], *rest)
+            cases.append(
+                Case(f"a scan with {'selective' if selective else 'constant'} dt, {label}", kernel, twin, 1e-4)
+            )
+    return cases

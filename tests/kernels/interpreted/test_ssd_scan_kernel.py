@@ -1,0 +1,128 @@
+"""The scan of SSD, interpreted, forward and backward, against its twin in float64; a model that trains on it."""
+
+import pytest
+import torch
+from kernel_checks import assert_close, compare_with_twin
+from torch.library import opcheck
+
+from ssm_lm import S4Config, S4ForCausalLM
+from ssm_lm.modeling.kernels_s4 import self_check
+from ssm_lm.modeling.ssd import SSD
+from ssm_lm.modeling.ssd_chunks import scan_vectors
+from ssm_lm.modeling.triton_ssd_scan import self_check_cases, ssd_scan, ssd_scan_chunks, ssd_scan_chunks_backward
+
+
+def problem(B, L, E, P, N, selective=False, initial=True, resets=False, dtype=torch.float32):
+    """v, b, c, dt, decay, omega, state, begins"""
+    v, b, c = torch.randn(B, L, E * P), torch.randn(B, L, N), torch.randn(B, L, N)
+    dt = 0.01 + torch.rand((B, L, E) if selective else (E,)).double() / 2
+    rates = 0.2 + torch.rand(E).double(), 3 * torch.rand(N // 2).double()
+    inputs = [*(x.to(dtype) for x in (v, b, c)), dt, *rates]
+    state = torch.randn(B, E * P, N).requires_grad_() if initial else None
+    return *(x.requires_grad_() for x in inputs), state, torch.rand(B, L) < 0.15 if resets else None
+
+
+def compare(inputs, T, tolerance=2e-5):
+    compare_with_twin(lambda *x: ssd_scan(*x, T), lambda *x: scan_vectors(*x, T), inputs, tolerance)
+
+
+@pytest.mark.parametrize("selective", [False, True], ids=["constant", "selective"])
+@pytest.mark.parametrize("initial", [False, True], ids=["from zero", "continued"])
+@pytest.mark.parametrize("resets", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize(
+    "L", [pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow), 19]
+)  # one token, one chunk, two and a part
+def test_scan(L, resets, initial, selective):
+    inputs = problem(2, L, 2, 4, 6, selective, initial, resets)
+    if L == 1:  # rates are nothing to one token but for the state before it: their gradients are all rounding
+        inputs = *inputs[:4], inputs[4].detach(), inputs[5].detach(), *inputs[6:]
+    compare(inputs, 8)
+
+
+def test_bfloat16():
+    compare(problem(2, 19, 2, 4, 6, resets=True, dtype=torch.bfloat16), 8, 2e-2)
+
+
+@pytest.mark.slow
+def test_whole_tiles():
+    """None of a tile is masked, and a head is more channels than a program takes at a time."""
+    compare(problem(1, 32, 1, 64, 32), 16)
+
+
+def test_a_gradient_of_one_output_alone():
+    v, b, c, *rest = problem(1, 12, 1, 3, 4)
+    inputs = v, b, c.detach(), *rest  # the final state does not ask for it
+    for i in (0, 1):
+        compare_with_twin(lambda *x, i=i: ssd_scan(*x, 8)[i], lambda *x, i=i: scan_vectors(*x, 8)[i], inputs, 2e-5)
+
+
+@pytest.mark.slow
+def test_long_memory_keeps_its_phase():
+    """A head that hardly decays and turns quickly, over many chunks."""
+    v, b, c, dt, decay, omega, state, _ = problem(1, 300, 1, 2, 4, initial=False)
+    omega = torch.tensor([123.4567, 1.7654321]).double()
+    compare((*(x.detach() for x in (v, b, c, dt, decay * 1e-4)), omega, state, None), 32, 5e-5)
+
+
+def test_the_same_bits_again():
+    inputs, results = problem(2, 19, 2, 4, 6, resets=True), []
+    for _ in range(2):
+        y, final = ssd_scan(*inputs, 8)
+        results.append((y, final, *torch.autograd.grad((y, final), inputs[:7], (y.cos().detach(), final.detach()))))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.slow
+def test_custom_operators():
+    v, b, c, *_, state, begins = problem(1, 9, 2, 4, 6, resets=True)
+    angle, decay, step = torch.rand(2, 4, 3).double(), torch.rand(2, 4).double().cumsum(-1), torch.rand(2, 4).double()
+    inputs = v, b, c, *(x.requires_grad_() for x in (angle, decay, step)), state, begins
+    opcheck(ssd_scan_chunks, inputs)
+    y, final, starts = (x.detach() for x in ssd_scan_chunks(*inputs))
+    read = [x.detach() for x in inputs[:6]]
+    opcheck(ssd_scan_chunks_backward, (torch.randn_like(y), final, starts, *read, begins))
+
+
+@pytest.mark.slow
+def test_self_check():
+    cause, worst = self_check(self_check_cases, torch.device("cpu"))
+    assert cause is None
+    assert 0 < worst < 1
+
+
+@pytest.mark.parametrize("selective", [False, True], ids=["constant", "selective"])
+def test_layer(selective):
+    """A length that is no whole number of chunks, a state to go on from, documents with padding."""
+    torch.manual_seed(0)
+    layer = SSD(8, 6, chunk_size=8, head_dim=4, selective=selective)
+    u = torch.randn(2, 21, layer.input_size, requires_grad=True)
+    state = torch.randn(2, 8, 6, requires_grad=True)
+    seq_idx = torch.tensor([[0] * 6 + [1] * 15, [2, -1, -1] + [4] * 16 + [-1] * 2])
+    results = []
+    for kernels in ("torch", "triton"):
+        layer.kernels = kernels
+        y, final = layer(u, mode="chunk", initial_state=state, seq_idx=seq_idx)
+        end = layer.advance(u, state)
+        inputs = [u, state, *layer.parameters()]
+        gradients = torch.autograd.grad(y.square().sum() + final.square().sum() + end.sum(), inputs)
+        results.append([y, final, end, *gradients])
+    for ours, theirs in zip(*reversed(results), strict=True):
+        assert_close(ours, theirs, 5e-5)
+
+
+def test_model():
+    """Loss and gradients of the default block."""
+    config = S4Config(
+        vocab_size=19, hidden_size=8, num_hidden_layers=1, state_size=6, ssm="ssd", arch=["gated", "swiglu"],
+        head_dim=4, chunk_size=8, intermediate_size=8, mode="chunk",
+    )  # fmt: skip
+    torch.manual_seed(2)
+    model, ids, results = S4ForCausalLM(config).eval(), torch.randint(1, 19, (2, 37)), []
+    for setting in ("torch", "triton"):
+        for module in model.modules():
+            if isinstance(module, SSD):
+                module.kernels = setting
+        loss = model(ids, labels=ids).loss
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for ours, theirs in zip(*reversed(results), strict=True):
+        assert_close(ours, theirs, 5e-5)
