@@ -3,6 +3,12 @@
 from transformers.generation import GenerateDecoderOnlyOutput
 
 
+def cache_of(model_kwargs: dict):
+    """The cache that generate() gives a strategy, None without one; from transformers 5.24 on its name is `cache`."""
+    cache = model_kwargs.get("cache")
+    return model_kwargs.get("past_key_values") if cache is None else cache
+
+
 def check_not_sharded(name: str, synced_gpus: bool) -> None:
     """ValueError under ZeRO 3 and FSDP: a rank whose texts have ended would leave the others waiting for it."""
     if synced_gpus:
@@ -13,7 +19,7 @@ def check_settings(name: str, generation_config, model_kwargs: dict) -> None:
     """ValueError for settings of generate() that the strategy `name` could only ignore."""
     if generation_config.do_sample:
         raise ValueError(f"{name} draws nothing: do_sample must be False")
-    if not model_kwargs.get("use_cache") or model_kwargs.get("past_key_values") is None:
+    if not model_kwargs.get("use_cache") or cache_of(model_kwargs) is None:
         raise ValueError(f"{name} needs a cache: use_cache must be True")
     for option in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, option):

@@ -11,7 +11,7 @@ Source: Su, Lan, Wang, Yogatama, Kong, Collier, "A Contrastive Framework for Neu
 import torch
 import torch.nn.functional as F
 
-from .decoding_common import Collected, check_not_sharded, check_one_beam, check_settings
+from .decoding_common import Collected, cache_of, check_not_sharded, check_one_beam, check_settings
 
 
 def contrastive_search(
@@ -47,7 +47,7 @@ def contrastive_search(
         raise ValueError(f"penalty_alpha must be from 0 to 1, not {penalty_alpha}")
     if not 1 <= top_k <= model.config.vocab_size:
         raise ValueError(f"top_k must be from 1 to the vocabulary's {model.config.vocab_size}, not {top_k}")
-    cache = model_kwargs["past_key_values"]
+    cache = cache_of(model_kwargs)
     if cache.get_seq_length() > 0:
         raise ValueError(f"{name} compares with the hidden states of the whole prompt: give it no past_key_values")
     # every step also runs the token that it has chosen; a cache that the caller keeps ends before the last of them, as

@@ -11,7 +11,7 @@ the group beam search that transformers had.
 import torch
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
-from .decoding_common import check_not_sharded, check_settings
+from .decoding_common import cache_of, check_not_sharded, check_settings
 
 
 def diverse_beam_search(
@@ -68,7 +68,7 @@ def diverse_beam_search(
             break
         item = torch.arange(rows // num_beams, device=input_ids.device)[:, None] * num_beams
         origin = torch.cat([item + g * size + group.origin for g, group in enumerate(found)], 1).flatten()
-        model_kwargs["past_key_values"].reorder_cache(origin)
+        cache_of(model_kwargs).reorder_cache(origin)
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
         outputs = model(**inputs, return_dict=True)
 
@@ -83,7 +83,7 @@ def diverse_beam_search(
     return GenerateBeamDecoderOnlyOutput(
         sequences=sequences,
         sequences_scores=scores.flatten() if generation_config.output_scores else None,
-        past_key_values=model_kwargs["past_key_values"],
+        past_key_values=cache_of(model_kwargs),
     )
 
 

@@ -18,6 +18,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from ssm_lm.modeling.decoding_common import cache_of
+
 VOCAB = 23
 
 
@@ -368,11 +370,15 @@ def test_streaming(strategy):
     assert text == _Words().decode(generate(model, ids, 12, strategy))
 
 
+def test_the_cache_of_generate_goes_by_either_name():
+    assert [cache_of(given) for given in ({"cache": 1}, {"past_key_values": 2}, {})] == [1, 2, None]
+
+
 def test_a_custom_loop_of_the_caller_still_works():
     model, ids = build(), prompt(5)
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, extra=None, **model_kwargs):
-        assert isinstance(model_kwargs["past_key_values"], DynamicCache)
+        assert isinstance(model_kwargs.get("cache", model_kwargs.get("past_key_values")), DynamicCache)
         return extra
 
     assert generate(model, ids, 3, own={"custom_generate": loop, "extra": "given"}) == "given"
