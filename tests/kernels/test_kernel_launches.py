@@ -108,11 +108,13 @@ def test_training_and_prompts_compile_what_the_self_check_has_seen(launched, mon
     assert len(seen) == compiled
 
 
-def check(kernels: list, at_least: int) -> None:
+def check(kernels: list, at_least: int, spills: int = 0) -> None:
+    """spills: instructions of a kernel that may write registers to memory, or read them back; 4 bytes of stack each."""
     assert len(kernels) >= at_least
     for kernel in {kernel.hash: kernel for kernel in kernels}.values():
         found = compile.resources(kernel)
-        assert found.spills == found.stack == 0, kernel.metadata.name
+        assert found.spills <= spills, kernel.metadata.name
+        assert found.stack <= 4 * spills, kernel.metadata.name
         assert found.shared <= found.shared_limit
         assert not found.tcgen05
 
@@ -135,13 +137,12 @@ def test_self_checks(launched, name, target):
     """All that the first use on a GPU launches."""
     if (name, target) == ("triton_ssd_scan", "gfx942"):
         pytest.skip("its rule refuses AMD's cards: kernel_limits.py")
-    if name == "triton_ssd_scan":
-        pytest.xfail("its gradient spills up to 17 words where sizes or switches are not those that are shipped")
     cases = importlib.import_module(f"ssm_lm.modeling.{name}").self_check_cases
     kernels = launched(target)
     for case in cases(torch.device("cpu")):
         case.kernel()
-    check(kernels, 1)
+    # the gradient of ssd's scan does not fit into the registers at some of these sizes and switches
+    check(kernels, 1, spills=8 if name == "triton_ssd_scan" else 0)
 
 
 SMALLEST = [

@@ -29,7 +29,7 @@ def run(files: list[Path], marker: str) -> None:
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= len(files)  # none was lost on the way
 
 
-@pytest.mark.seconds(80)
+@pytest.mark.seconds(110)
 def test_interpreted():
     run([FOLDER / name for name in FILES], "not slow")
 
