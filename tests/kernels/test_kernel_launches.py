@@ -141,8 +141,8 @@ def test_self_checks(launched, name, target):
     kernels = launched(target)
     for case in cases(torch.device("cpu")):
         case.kernel()
-    # the gradient of ssd's scan does not fit into the registers at some of these sizes and switches
-    check(kernels, 1, spills=8 if name == "triton_ssd_scan" else 0)
+    # the gradient of ssd's scan does not fit into the registers at some of these sizes and switches: 8 with Triton 3.7
+    check(kernels, 1, spills=14 if name == "triton_ssd_scan" else 0)
 
 
 SMALLEST = [
