@@ -21,7 +21,8 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     units = sys.stdin.buffer
     encoding = pickle.load(units)
-    with one_line_errors(), contextlib.suppress(EOFError, BrokenPipeError):  # the caller is done, or was killed
+    # the caller is done, or was killed, perhaps in the middle of a unit
+    with one_line_errors(), contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
         while True:
             unit = pickle.load(units)
             try:

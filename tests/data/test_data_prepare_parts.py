@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -18,6 +20,7 @@ from ssm_lm.data import documents, processes, units, work_folder
 from ssm_lm.data.assembly import Run, shards_of
 from ssm_lm.data.bpe import train_bpe
 from ssm_lm.data.corpora import load_corpus
+from ssm_lm.data.encoding import Encoding
 from ssm_lm.data.prepare import merge, prepare
 from ssm_lm.data.stream import TokenStream
 from ssm_lm.errors import UserError
@@ -246,6 +249,13 @@ def test_what_killed_calls_had_begun_to_write_is_not_published(rows, tokenizer, 
     prepare(rows, tokenizer, tmp_path / "again", hold_out=0.1, shard_tokens=500)
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
     assert len(contents(tmp_path / "out" / "train")) > 1
+
+
+def test_a_process_whose_caller_was_killed_in_the_middle_of_a_unit_ends_in_silence(tmp_path):
+    encoding = Encoding(tmp_path, tmp_path, eos_token_id=0, vocab_size=10, dtype="<u2", request="")
+    said = pickle.dumps(encoding) + pickle.dumps("a" * 1000)[:500]
+    done = subprocess.run([sys.executable, "-c", processes.WORKER], input=said, capture_output=True, check=True)
+    assert done.stdout == done.stderr == b""
 
 
 def attempt(corpus, tokenizer, output):
