@@ -92,6 +92,15 @@ def values(x, at, n, head, first, E, P, BLOCK_T: tl.constexpr, BLOCK_P: tl.const
 
 
 @triton.jit
+def state_tile(here, first, P, M, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Places of the real parts of a head's states, channels from `first` on, in (heads, P, 2 M), and which there are;
+    `here`: the head's number, over rows and chunks too.
+    """
+    p, m = first + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_M)
+    return (here * P + p[:, None]) * 2 * M + m[None, :], (p[:, None] < P) & (m[None, :] < M)
+
+
+@triton.jit
 def multiply(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """a b, summed in float32; the factors rounded to DTYPE."""
     return tl.dot(a.to(DTYPE), b.to(DTYPE), input_precision=PRECISION)
@@ -126,7 +135,7 @@ def ends_kernel(
     """
     row, chunk, head, n, at = place(L, T, chunks, E, SHARED)
     first = tl.program_id(2) * BLOCK_P
-    t, p, m = tl.arange(0, BLOCK_T), first + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_M)
+    t = tl.arange(0, BLOCK_T)
     _, _, to_end, from_start, _ = reach(decay, numbers, at * T, (row * chunks + chunk) * T, n, RESETS, BLOCK_T)
     if REVERSE:
         weight = from_start
@@ -136,10 +145,9 @@ def ends_kernel(
     token = row * L + chunk * T
     b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
     x = tl.trans(values(v, token, n, head, first, E, P, BLOCK_T, BLOCK_P) * weight[:, None])
-    where = ends + (((row * chunks + chunk) * E + head) * P + p[:, None]) * 2 * M + m[None, :]
-    inside = (p[:, None] < P) & (m[None, :] < M)
-    tl.store(where, multiply(x, b_re, v.dtype.element_ty, PRECISION), mask=inside)
-    tl.store(where + M, multiply(x, b_im, v.dtype.element_ty, PRECISION), mask=inside)
+    where, inside = state_tile((row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)
+    tl.store(ends + where, multiply(x, b_re, v.dtype.element_ty, PRECISION), mask=inside)
+    tl.store(ends + where + M, multiply(x, b_im, v.dtype.element_ty, PRECISION), mask=inside)
 
 
 @triton.jit
@@ -172,9 +180,8 @@ def carry_kernel(
     """
     row = (tl.program_id(0) // E).to(tl.int64)
     head = tl.program_id(0) % E
-    p, m = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_M)
-    inside = (p[:, None] < P) & (m[None, :] < M)
-    at_state = ((row * E + head) * P + p[:, None]) * 2 * M + m[None, :]
+    first, m = tl.program_id(1) * BLOCK_P, tl.arange(0, BLOCK_M)
+    at_state, inside = state_tile(row * E + head, first, P, M, BLOCK_P, BLOCK_M)
     s_re = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     s_im = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     if INITIAL:
@@ -189,7 +196,7 @@ def carry_kernel(
             keep = tl.where(tl.load(numbers + (row * chunks + chunk) * T + last) == 0, keep, 0.0)
         co = tl.load(cos + at * M + m, mask=m < M, other=0.0)[None, :]
         si = tl.load(sin + at * M + m, mask=m < M, other=0.0)[None, :]
-        where = ends + (((row * chunks + chunk) * E + head) * P + p[:, None]) * 2 * M + m[None, :]
+        where = ends + state_tile((row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)[0]
         e_re = tl.load(where, mask=inside, other=0.0)
         e_im = tl.load(where + M, mask=inside, other=0.0)
         if REVERSE:
@@ -241,17 +248,16 @@ def emit_kernel(
     """y (B, L, E P) from every chunk's start. Grid: (B chunks, E, blocks of channels)."""
     row, chunk, head, n, at = place(L, T, chunks, E, SHARED)
     first = tl.program_id(2) * BLOCK_P
-    t, p, m = tl.arange(0, BLOCK_T), first + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_M)
+    t, p = tl.arange(0, BLOCK_T), first + tl.arange(0, BLOCK_P)
     dtype: tl.constexpr = v.dtype.element_ty
     d, number, _, from_start, _ = reach(decay, numbers, at * T, (row * chunks + chunk) * T, n, RESETS, BLOCK_T)
     dt = tl.load(step + at * T + t, mask=t < n, other=0.0)
     co, si = turns(cos, sin, at * T, n, M, BLOCK_T, BLOCK_M)
     token = row * L + chunk * T
     c_re, c_im = turned_back(c, token, n, M, co, si, BLOCK_T, BLOCK_M)
-    where = starts + (((row * chunks + chunk) * E + head) * P + p[:, None]) * 2 * M + m[None, :]
-    inside = (p[:, None] < P) & (m[None, :] < M)
-    out = multiply(c_re, tl.trans(tl.load(where, mask=inside, other=0.0)), dtype, PRECISION)
-    out += multiply(c_im, tl.trans(tl.load(where + M, mask=inside, other=0.0)), dtype, PRECISION)
+    where, inside = state_tile((row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)
+    out = multiply(c_re, tl.trans(tl.load(starts + where, mask=inside, other=0.0)), dtype, PRECISION)
+    out += multiply(c_im, tl.trans(tl.load(starts + where + M, mask=inside, other=0.0)), dtype, PRECISION)
     out = out * from_start[:, None]
     b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
     score = multiply(c_re, tl.trans(b_re), dtype, PRECISION) + multiply(c_im, tl.trans(b_im), dtype, PRECISION)
@@ -337,8 +343,7 @@ def gradient_kernel(
         p = first + tl.arange(0, BLOCK_P)
         dy = values(g, token, n, head, first, E, P, BLOCK_T, BLOCK_P)
         x = values(v, token, n, head, first, E, P, BLOCK_T, BLOCK_P)
-        where = (here * P + p[:, None]) * 2 * M + m[None, :]
-        inside = (p[:, None] < P) & (m[None, :] < M)
+        where, inside = state_tile(here, first, P, M, BLOCK_P, BLOCK_M)
         s_re = tl.load(starts + where, mask=inside, other=0.0)
         s_im = tl.load(starts + where + M, mask=inside, other=0.0)
         q_re = tl.load(asked + where, mask=inside, other=0.0)
