@@ -1,15 +1,20 @@
 """The scan of SSD on a GPU: within chunks by matrix products, over the chunks by a recurrence; forward and backward.
 
-A head's state is (P, N), N as [real | imaginary]. Chunks of T tokens, in three launches there and three back:
+A head's state is (P, N), N as [real | imaginary]. Chunks of T tokens, in three launches there and five back:
 
-    ends    what a chunk adds to the state, (w v)^T b~                           a program a chunk and head
-    carry   S_(k+1) = R_k (keep_k S_k + end_k), every chunk's start in its place  a program a head and 16 channels
-    emit    y = (c~ b~^T o W) v + e^-decay c~ S_k                                a program a chunk and head
+    ends      what a chunk adds to the state, (w v)^T b~                            a program a chunk and head
+    carry     S_(k+1) = R_k (keep_k S_k + end_k), every chunk's start in its place   a program a head and 16 channels
+    emit      y = (c~ b~^T o W) v + e^-decay c~ S_k                                 a program a chunk and head
 
 with b~ and c~ turned back to their chunk's start as they are read, W_ij = exp(decay_j - decay_i) dt_j for j <= i of one
-document, w_j the same seen from the chunk's end, R the turn over a chunk. The backward mirrors it: what y asks of each
-start (`ends` on the gradient and c~), the recurrence in reverse, and the rest chunk by chunk. All heads share b and c:
-their gradients are written a head, and summed in a fixed order, no atomics.
+document, w_j the same seen from the chunk's end, R the turn over a chunk. The backward is the same three in reverse:
+what y asks of each start (`ends` on the gradient and c~), the recurrence from the last chunk on, and the gradient of v
+(`emit` with b~ and c~ in each other's place). Then
+
+    vectors   the gradient of c~, and in reverse that of b~, with those of dt and decay   a program a chunk and head
+
+each by itself, for the tiles of both are more than the registers hold. All heads share b and c: their gradients are
+written a head, and summed in a fixed order, no atomics.
 
 Where dt is a parameter, turns and decays are those of all rows and chunks, (E, T), and are read from cache.
 
@@ -67,20 +72,24 @@ def reach(decay, numbers, at_operators, at_numbers, n, RESETS: tl.constexpr, T: 
 def turns(cos, sin, at, n, M, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
     """(BLOCK_T, BLOCK_M) each, 0 outside."""
     t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
-    where = at * M + t[:, None] * M + m[None, :]
-    inside = (t[:, None] < n) & (m[None, :] < M)
-    return tl.load(cos + where, mask=inside, other=0.0), tl.load(sin + where, mask=inside, other=0.0)
+    where, inside = t[:, None] * M + m[None, :], (t[:, None] < n) & (m[None, :] < M)
+    return tl.load(cos + at * M + where, mask=inside, other=0.0), tl.load(sin + at * M + where, mask=inside, other=0.0)
 
 
 @triton.jit
 def turned_back(x, at, n, M, cos, sin, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows of 2 M numbers from the row `at`, turned by the negative angles: real and imaginary parts, float32."""
+    """Rows of 2 M numbers from the row `at`, turned by the negative angles: real and imaginary parts, float32.
+
+    Each is a sum over two, which Triton leaves in the layout in which its terms were loaded. Written as a sum of two
+    tiles it would be made in the layout of a product's operand, of which every warp holds the whole: twice the
+    registers.
+    """
     t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
-    where = at * 2 * M + t[:, None] * 2 * M + m[None, :]
+    where = x + at * 2 * M + (t[:, None] * 2 * M + m[None, :])
     inside = (t[:, None] < n) & (m[None, :] < M)
-    re = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
-    im = tl.load(x + where + M, mask=inside, other=0.0).to(tl.float32)
-    return cos * re + sin * im, cos * im - sin * re
+    re = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+    im = tl.load(where + M, mask=inside, other=0.0).to(tl.float32)
+    return tl.sum(tl.join(cos * re, sin * im), 2), tl.sum(tl.join(cos * im, -sin * re), 2)
 
 
 @triton.jit
@@ -88,16 +97,16 @@ def values(x, at, n, head, first, E, P, BLOCK_T: tl.constexpr, BLOCK_P: tl.const
     """A head's channels from `first` on, of tokens from the row `at` of (rows, E P), float32."""
     t, p = tl.arange(0, BLOCK_T), first + tl.arange(0, BLOCK_P)
     inside = (t[:, None] < n) & (p[None, :] < P)
-    return tl.load(x + (at + t[:, None]) * E * P + head * P + p[None, :], mask=inside, other=0.0).to(tl.float32)
+    return tl.load(x + (at * E + head) * P + (t[:, None] * E * P + p[None, :]), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def state_tile(here, first, P, M, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Places of the real parts of a head's states, channels from `first` on, in (heads, P, 2 M), and which there are;
+def state_tile(states, here, first, P, M, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Pointers to the real parts of a head's states, channels from `first` on, in (heads, P, 2 M), and which there are;
     `here`: the head's number, over rows and chunks too.
     """
     p, m = first + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_M)
-    return (here * P + p[:, None]) * 2 * M + m[None, :], (p[:, None] < P) & (m[None, :] < M)
+    return states + here * P * 2 * M + (p[:, None] * 2 * M + m[None, :]), (p[:, None] < P) & (m[None, :] < M)
 
 
 @triton.jit
@@ -106,7 +115,7 @@ def multiply(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(a.to(DTYPE), b.to(DTYPE), input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "T", "chunks", "E"])
 def ends_kernel(
     v,
     b,
@@ -145,12 +154,12 @@ def ends_kernel(
     token = row * L + chunk * T
     b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
     x = tl.trans(values(v, token, n, head, first, E, P, BLOCK_T, BLOCK_P) * weight[:, None])
-    where, inside = state_tile((row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)
-    tl.store(ends + where, multiply(x, b_re, v.dtype.element_ty, PRECISION), mask=inside)
-    tl.store(ends + where + M, multiply(x, b_im, v.dtype.element_ty, PRECISION), mask=inside)
+    where, inside = state_tile(ends, (row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)
+    tl.store(where, multiply(x, b_re, v.dtype.element_ty, PRECISION), mask=inside)
+    tl.store(where + M, multiply(x, b_im, v.dtype.element_ty, PRECISION), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "T", "chunks", "E"])
 def carry_kernel(
     ends,
     initial,
@@ -181,12 +190,13 @@ def carry_kernel(
     row = (tl.program_id(0) // E).to(tl.int64)
     head = tl.program_id(0) % E
     first, m = tl.program_id(1) * BLOCK_P, tl.arange(0, BLOCK_M)
-    at_state, inside = state_tile(row * E + head, first, P, M, BLOCK_P, BLOCK_M)
+    last_state, inside = state_tile(final, row * E + head, first, P, M, BLOCK_P, BLOCK_M)
     s_re = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     s_im = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     if INITIAL:
-        s_re = tl.load(initial + at_state, mask=inside, other=0.0)
-        s_im = tl.load(initial + at_state + M, mask=inside, other=0.0)
+        first_state, _ = state_tile(initial, row * E + head, first, P, M, BLOCK_P, BLOCK_M)
+        s_re = tl.load(first_state, mask=inside, other=0.0)
+        s_im = tl.load(first_state + M, mask=inside, other=0.0)
     for k in range(0, chunks):
         chunk = chunks - 1 - k if REVERSE else k
         last = tl.minimum(L - chunk * T, T) - 1
@@ -196,7 +206,7 @@ def carry_kernel(
             keep = tl.where(tl.load(numbers + (row * chunks + chunk) * T + last) == 0, keep, 0.0)
         co = tl.load(cos + at * M + m, mask=m < M, other=0.0)[None, :]
         si = tl.load(sin + at * M + m, mask=m < M, other=0.0)[None, :]
-        where = ends + state_tile((row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)[0]
+        where, _ = state_tile(ends, (row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)
         e_re = tl.load(where, mask=inside, other=0.0)
         e_im = tl.load(where + M, mask=inside, other=0.0)
         if REVERSE:
@@ -206,21 +216,26 @@ def carry_kernel(
         s_re, s_im = keep * s_re + e_re, keep * s_im + e_im
         if not REVERSE:
             s_re, s_im = co * s_re - si * s_im, co * s_im + si * s_re
-    tl.store(final + at_state, s_re, mask=inside)
-    tl.store(final + at_state + M, s_im, mask=inside)
+    tl.store(last_state, s_re, mask=inside)
+    tl.store(last_state + M, s_im, mask=inside)
 
 
 @triton.jit
-def weights(d, number, n, RESETS: tl.constexpr, T: tl.constexpr):
-    """exp(decay_j - decay_i) for j <= i of one document, among n tokens; else 0."""
+def weights(d, number, n, REVERSE: tl.constexpr, RESETS: tl.constexpr, T: tl.constexpr):
+    """[i, j]: exp(decay_j - decay_i) for j <= i of one document, among n tokens; else 0. In reverse, transposed."""
     t = tl.arange(0, T)
-    together = (t[:, None] >= t[None, :]) & (t[:, None] < n)
+    if REVERSE:
+        together = (t[:, None] <= t[None, :]) & (t[None, :] < n)
+        apart = d[:, None] - d[None, :]
+    else:
+        together = (t[:, None] >= t[None, :]) & (t[:, None] < n)
+        apart = d[None, :] - d[:, None]
     if RESETS:
         together = together & (number[:, None] == number[None, :])
-    return tl.where(together, tl.exp(tl.minimum(d[None, :] - d[:, None], 0.0)), 0.0)
+    return tl.where(together, tl.exp(tl.minimum(apart, 0.0)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "T", "chunks", "E"])
 def emit_kernel(
     v,
     b,
@@ -238,6 +253,7 @@ def emit_kernel(
     E,
     P,
     M,
+    REVERSE: tl.constexpr,
     RESETS: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -245,25 +261,33 @@ def emit_kernel(
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y (B, L, E P) from every chunk's start. Grid: (B chunks, E, blocks of channels)."""
+    """y (B, L, E P) from every chunk's start. In reverse the gradient of v: from that of y for v, b and c in each
+    other's place, and the gradient of every chunk's end before its turn for the starts.
+    Grid: (B chunks, E, blocks of channels).
+    """
     row, chunk, head, n, at = place(L, T, chunks, E, SHARED)
     first = tl.program_id(2) * BLOCK_P
     t, p = tl.arange(0, BLOCK_T), first + tl.arange(0, BLOCK_P)
     dtype: tl.constexpr = v.dtype.element_ty
-    d, number, _, from_start, _ = reach(decay, numbers, at * T, (row * chunks + chunk) * T, n, RESETS, BLOCK_T)
+    d, number, to_end, from_start, _ = reach(decay, numbers, at * T, (row * chunks + chunk) * T, n, RESETS, BLOCK_T)
     dt = tl.load(step + at * T + t, mask=t < n, other=0.0)
     co, si = turns(cos, sin, at * T, n, M, BLOCK_T, BLOCK_M)
     token = row * L + chunk * T
     c_re, c_im = turned_back(c, token, n, M, co, si, BLOCK_T, BLOCK_M)
-    where, inside = state_tile((row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)
-    out = multiply(c_re, tl.trans(tl.load(starts + where, mask=inside, other=0.0)), dtype, PRECISION)
-    out += multiply(c_im, tl.trans(tl.load(starts + where + M, mask=inside, other=0.0)), dtype, PRECISION)
-    out = out * from_start[:, None]
     b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
     score = multiply(c_re, tl.trans(b_re), dtype, PRECISION) + multiply(c_im, tl.trans(b_im), dtype, PRECISION)
-    score = score * weights(d, number, n, RESETS, BLOCK_T) * dt[None, :]
-    out += multiply(score, values(v, token, n, head, first, E, P, BLOCK_T, BLOCK_P), dtype, PRECISION)
-    at_y = y + (token + t[:, None]) * E * P + head * P + p[None, :]
+    score = score * weights(d, number, n, REVERSE, RESETS, BLOCK_T)
+    if not REVERSE:
+        score = score * dt[None, :]
+    inside_chunk = multiply(score, values(v, token, n, head, first, E, P, BLOCK_T, BLOCK_P), dtype, PRECISION)
+    where, inside = state_tile(starts, (row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)
+    out = multiply(c_re, tl.trans(tl.load(where, mask=inside, other=0.0)), dtype, PRECISION)
+    out += multiply(c_im, tl.trans(tl.load(where + M, mask=inside, other=0.0)), dtype, PRECISION)
+    if REVERSE:
+        out = (out * to_end[:, None] + inside_chunk) * dt[:, None]
+    else:
+        out = out * from_start[:, None] + inside_chunk
+    at_y = y + (token * E + head) * P + (t[:, None] * E * P + p[None, :])
     tl.store(at_y, out.to(y.dtype.element_ty), mask=(t[:, None] < n) & (p[None, :] < P))
 
 
@@ -272,13 +296,13 @@ def store_turned(x, at, stride, n, M, re, im, co, si, BLOCK_T: tl.constexpr, BLO
     """Gradients of what was turned back, turned forth, to rows of 2 M numbers that are `stride` apart."""
     t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
     inside = (t[:, None] < n) & (m[None, :] < M)
-    where = x + at + t[:, None].to(tl.int64) * stride + m[None, :]
+    where = x + at + (t[:, None] * stride + m[None, :])
     tl.store(where, co * re - si * im, mask=inside)
     tl.store(where + M, co * im + si * re, mask=inside)
 
 
-@triton.jit
-def gradient_kernel(
+@triton.jit(do_not_specialize=["L", "T", "chunks", "E"])
+def vectors_kernel(
     g,
     v,
     b,
@@ -290,9 +314,7 @@ def gradient_kernel(
     numbers,
     starts,
     asked,
-    grad_v,
-    grad_b,
-    grad_c,
+    gradient,
     grad_decay,
     grad_step,
     grad_turn,
@@ -302,6 +324,7 @@ def gradient_kernel(
     E,
     P,
     M,
+    REVERSE: tl.constexpr,
     RESETS: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -309,10 +332,13 @@ def gradient_kernel(
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """From g, the gradient of y, and `asked` (B, chunks, E, P, 2 M), that of every chunk's end before its turn:
+    """From g, the gradient of y, that of c, a head's part, (B, L, E, 2 M), and what goes through the weights of pairs
+    of tokens and through the starts to grad_decay and grad_step (B, chunks, E, T).
 
-    grad_v (B, L, E P); grad_b, grad_c (B, L, E, 2 M), a head's part; grad_decay, grad_step (B, chunks, E, T), and
-    grad_turn (B, chunks, E, M), of the angle over the chunk; the angles of tokens follow from grad_b and grad_c.
+    In reverse that of b, from g and `asked` (B, chunks, E, P, 2 M), the gradient of every chunk's end before its turn;
+    what goes through the end is then added to both, and grad_turn (B, chunks, E, M), of the angle over the chunk, made.
+    Those of the angles of tokens follow from b's and c's. A pair's part in the gradients of its two decays is one
+    number, added and subtracted: as products of b and c with their gradients it would be two, rounded apart.
     Grid: (B chunks, E).
     """
     row, chunk, head, n, at = place(L, T, chunks, E, SHARED)
@@ -321,70 +347,62 @@ def gradient_kernel(
     here = (row * chunks + chunk) * E + head
     d, number, to_end, from_start, keep = reach(decay, numbers, at * T, (row * chunks + chunk) * T, n, RESETS, BLOCK_T)
     dt = tl.load(step + at * T + t, mask=t < n, other=0.0)
-    weight = to_end * dt
-    co, si = turns(cos, sin, at * T, n, M, BLOCK_T, BLOCK_M)
     token = row * L + chunk * T
-    b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
-    c_re, c_im = turned_back(c, token, n, M, co, si, BLOCK_T, BLOCK_M)
-    apart = weights(d, number, n, RESETS, BLOCK_T)
-    score = multiply(c_re, tl.trans(b_re), dtype, PRECISION) + multiply(c_im, tl.trans(b_im), dtype, PRECISION)
-    score = score * apart
-    seen = tl.trans(score * dt[None, :])
 
     # what sums over channels, some at a time: a head of them is more than the registers hold
-    dscore = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
-    from_re = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
-    from_im = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
-    end_re = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
-    end_im = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
-    through = tl.zeros((BLOCK_M,), tl.float32)
-    d_turn = tl.zeros((BLOCK_M,), tl.float32)
+    score = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)  # [i, j] g_i v_j, in reverse transposed
+    re = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+    im = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+    through = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+    turn = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     for first in range(0, P, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
         dy = values(g, token, n, head, first, E, P, BLOCK_T, BLOCK_P)
         x = values(v, token, n, head, first, E, P, BLOCK_T, BLOCK_P)
-        where, inside = state_tile(here, first, P, M, BLOCK_P, BLOCK_M)
-        s_re = tl.load(starts + where, mask=inside, other=0.0)
-        s_im = tl.load(starts + where + M, mask=inside, other=0.0)
-        q_re = tl.load(asked + where, mask=inside, other=0.0)
-        q_im = tl.load(asked + where + M, mask=inside, other=0.0)
-        through += tl.sum(q_re * s_re + q_im * s_im, 0)
-        d_turn += keep * tl.sum(q_im * s_re - q_re * s_im, 0)
-        dscore += multiply(dy, tl.trans(x), dtype, PRECISION)
-        from_re += multiply(dy, s_re, dtype, PRECISION)
-        from_im += multiply(dy, s_im, dtype, PRECISION)
-        end_re += multiply(x, q_re, dtype, PRECISION)
-        end_im += multiply(x, q_im, dtype, PRECISION)
-        dx = multiply(b_re, tl.trans(q_re), dtype, PRECISION) + multiply(b_im, tl.trans(q_im), dtype, PRECISION)
-        dx = weight[:, None] * dx + multiply(seen, dy, dtype, PRECISION)
-        at_v = grad_v + (token + t[:, None]) * E * P + head * P + p[None, :]
-        tl.store(at_v, dx.to(grad_v.dtype.element_ty), mask=(t[:, None] < n) & (p[None, :] < P))
+        where, inside = state_tile(starts, here, first, P, M, BLOCK_P, BLOCK_M)
+        s_re = tl.load(where, mask=inside, other=0.0)
+        s_im = tl.load(where + M, mask=inside, other=0.0)
+        if REVERSE:
+            where, _ = state_tile(asked, here, first, P, M, BLOCK_P, BLOCK_M)
+            q_re = tl.load(where, mask=inside, other=0.0)
+            q_im = tl.load(where + M, mask=inside, other=0.0)
+            through += q_re * s_re + q_im * s_im
+            turn += q_im * s_re - q_re * s_im
+            score += multiply(x, tl.trans(dy), dtype, PRECISION)
+            re += multiply(x, q_re, dtype, PRECISION)
+            im += multiply(x, q_im, dtype, PRECISION)
+        else:
+            score += multiply(dy, tl.trans(x), dtype, PRECISION)
+            re += multiply(dy, s_re, dtype, PRECISION)
+            im += multiply(dy, s_im, dtype, PRECISION)
 
-    both = score * dscore  # before dt
-    d_dt = tl.sum(both, 0)
-    d_decay = d_dt * dt - tl.sum(both * dt[None, :], 1)
-    dscore = dscore * apart * dt[None, :]
-    from_re, from_im = from_re * from_start[:, None], from_im * from_start[:, None]
-    d_decay -= tl.sum(from_re * c_re + from_im * c_im, 1)
-    from_re += multiply(dscore, b_re, dtype, PRECISION)
-    from_im += multiply(dscore, b_im, dtype, PRECISION)
-    at_head, stride = (token * E + head) * 2 * M, E * 2 * M
-    store_turned(grad_c, at_head, stride, n, M, from_re, from_im, co, si, BLOCK_T, BLOCK_M)
-
-    reached = tl.sum(end_re * b_re + end_im * b_im, 1)
-    d_dt += to_end * reached
-    at_end = tl.sum(weight * reached, 0) + keep * tl.sum(through, 0)
-    d_decay += weight * reached - tl.where(t == n - 1, at_end, 0.0)
-    end_re, end_im = weight[:, None] * end_re, weight[:, None] * end_im
-    d_turn += tl.sum(end_im * b_re - end_re * b_im, 0)
-    dscore = tl.trans(dscore)
-    end_re += multiply(dscore, c_re, dtype, PRECISION)
-    end_im += multiply(dscore, c_im, dtype, PRECISION)
-    store_turned(grad_b, at_head, stride, n, M, end_re, end_im, co, si, BLOCK_T, BLOCK_M)
-
-    tl.store(grad_decay + here * T + t, d_decay, mask=t < T)
-    tl.store(grad_step + here * T + t, d_dt, mask=t < T)
-    tl.store(grad_turn + here * M + m, d_turn, mask=m < M)
+    apart = weights(d, number, n, REVERSE, RESETS, BLOCK_T)
+    co, si = turns(cos, sin, at * T, n, M, BLOCK_T, BLOCK_M)
+    b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
+    c_re, c_im = turned_back(c, token, n, M, co, si, BLOCK_T, BLOCK_M)
+    at_decay, at_step = grad_decay + here * T + t, grad_step + here * T + t
+    if REVERSE:
+        re, im = re * to_end[:, None], im * to_end[:, None]
+        reached = tl.sum(re * b_re + im * b_im, 1)
+        at_end = tl.sum(dt * reached, 0) + keep * tl.sum(tl.sum(through, 1), 0)
+        d_dt = tl.load(at_step, mask=t < T, other=0.0) + reached
+        d_decay = tl.load(at_decay, mask=t < T, other=0.0) + dt * reached - tl.where(t == n - 1, at_end, 0.0)
+        of_turn = keep * tl.sum(turn, 0) + tl.sum((im * b_re - re * b_im) * dt[:, None], 0)
+        tl.store(grad_turn + here * M + m, of_turn, mask=m < M)
+        score = score * apart
+        re = (re + multiply(score, c_re, dtype, PRECISION)) * dt[:, None]
+        im = (im + multiply(score, c_im, dtype, PRECISION)) * dt[:, None]
+    else:
+        pairs = multiply(c_re, tl.trans(b_re), dtype, PRECISION) + multiply(c_im, tl.trans(b_im), dtype, PRECISION)
+        pairs = pairs * apart * score
+        re, im = re * from_start[:, None], im * from_start[:, None]
+        d_dt = tl.sum(pairs, 0)
+        d_decay = dt * d_dt - tl.sum(pairs * dt[None, :], 1) - tl.sum(re * c_re + im * c_im, 1)
+        score = score * apart * dt[None, :]
+        re += multiply(score, b_re, dtype, PRECISION)
+        im += multiply(score, b_im, dtype, PRECISION)
+    tl.store(at_decay, d_decay, mask=t < T)
+    tl.store(at_step, d_dt, mask=t < T)
+    store_turned(gradient, (token * E + head) * 2 * M, E * 2 * M, n, M, re, im, co, si, BLOCK_T, BLOCK_M)
 
 
 # ---- launches
@@ -395,12 +413,12 @@ def block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def options(kernel) -> dict[str, int]:
-    """Of a launch. The gradient holds a dozen tiles at once, which eight warps share."""
-    return {"num_warps": 4 if kernel is carry_kernel else 8, "num_stages": 1}
+def options(kernel, dtype: torch.dtype) -> dict[str, int]:
+    """Of a launch. Without tensor cores a thread holds whole rows of a product's factors; eight warps share them."""
+    return {"num_warps": 4 if kernel is carry_kernel or dtype == torch.bfloat16 else 8, "num_stages": 1}
 
 
-PRECISION = "ieee"  # of float32 factors; three products in tf32 would take more registers than there are
+PRECISION = "ieee"  # of float32 factors; made of several products of tensor cores, they spill
 
 
 class _Launch:
@@ -424,7 +442,7 @@ class _Launch:
             "BLOCK_P": min(CHANNELS, block(self.P)),
             "BLOCK_M": block(self.M),
             "PRECISION": PRECISION,
-            **options(emit_kernel),
+            **options(emit_kernel, v.dtype),
         }
         self.grid = B * self.chunks, E, triton.cdiv(self.P, self.tiles["BLOCK_P"])
         self.device = v.device
@@ -451,7 +469,7 @@ class _Launch:
                 BLOCK_P=CARRY_CHANNELS,
                 BLOCK_M=block(M),
                 **shared,
-                **options(carry_kernel),
+                **options(carry_kernel, v.dtype),
             )
         return ends, final
 
@@ -493,6 +511,7 @@ def ssd_scan_chunks(
             starts,
             y,
             *launch.sizes,
+            REVERSE=False,
             **launch.switches,
             **launch.tiles,
         )
@@ -521,27 +540,29 @@ def ssd_scan_chunks_backward(
     of_heads = v.new_empty(2, B, launch.L, E, 2 * M, dtype=torch.float32)
     grad_decay, grad_step = v.new_empty(2, B, K, E, T, dtype=torch.float32)
     grad_turn = v.new_empty(B, K, E, M, dtype=torch.float32)
+    of_system = *launch.turns, launch.decay, launch.step, launch.numbers
     with on_device(v.device):
-        gradient_kernel[launch.grid[:2]](
-            grad_y,
-            v,
-            b,
-            c,
-            *launch.turns,
-            launch.decay,
-            launch.step,
-            launch.numbers,
-            starts,
-            asked,
-            grad_v,
-            *of_heads,
-            grad_decay,
-            grad_step,
-            grad_turn,
-            *launch.sizes,
-            **launch.switches,
-            **launch.tiles,
+        emit_kernel[launch.grid](
+            grad_y, c, b, *of_system, asked, grad_v, *launch.sizes, REVERSE=True, **launch.switches, **launch.tiles
         )
+        for gradient, reverse in ((of_heads[1], False), (of_heads[0], True)):
+            vectors_kernel[launch.grid[:2]](
+                grad_y,
+                v,
+                b,
+                c,
+                *of_system,
+                starts,
+                asked,
+                gradient,
+                grad_decay,
+                grad_step,
+                grad_turn,
+                *launch.sizes,
+                REVERSE=reverse,
+                **launch.switches,
+                **launch.tiles,
+            )
     grad_angle = _gradient_of_angles(of_heads, (b, c), grad_turn, launch)
     if step.dim() == 2:
         grad_angle, grad_decay, grad_step = (

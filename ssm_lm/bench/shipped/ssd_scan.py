@@ -11,49 +11,102 @@ from ...modeling.triton_ssd_scan import (
     carry_kernel,
     emit_kernel,
     ends_kernel,
-    gradient_kernel,
     options,
+    vectors_kernel,
 )
 
-SIZES = {"L": "i32", "T": "i32:16", "chunks": "i32", "E": "i32:16", "P": "i32:16", "M": "i32:16"}
+SIZES = dict.fromkeys(("L", "T", "chunks", "E"), "i32") | {"P": "i32:16", "M": "i32:16"}
+TYPES = {torch.float32: ("fp32", 4), torch.bfloat16: ("bf16", 2)}
+
+# B rows of L tokens, E heads of P channels, N states, chunks of T
+B, L, E, P, N, T = 8, 8192, 16, 64, 64, LONGEST_SSD_CHUNK
+ELEMENTS, VECTORS, STATES = B * L * E * P, B * L * N, B * L // T * E * P * N
+
+# kernel, in reverse, tensors of the tokens' dtype, those of float32; numbers moved of either; products a token and head
+KERNELS = {
+    "ends forward": (ends_kernel, False, "v b", "ends", ELEMENTS + VECTORS, STATES, P * N),
+    "ends reverse": (ends_kernel, True, "v b", "ends", ELEMENTS + VECTORS, STATES, P * N),
+    "emit": (emit_kernel, False, "v b c y", "starts", 2 * ELEMENTS + 2 * VECTORS, STATES, P * N + T * (N + P)),
+    "gradient of v": (emit_kernel, True, "v b c y", "starts", 2 * ELEMENTS + 2 * VECTORS, STATES, P * N + T * (N + P)),
+}
+for name, reverse, states, pairs in (("gradient of c", False, STATES, N), ("gradient of b", True, 2 * STATES, 0)):
+    of_tokens = "starts asked gradient grad_decay grad_step grad_turn"
+    moved = 2 * ELEMENTS + 2 * VECTORS, states + E * VECTORS
+    KERNELS[name] = vectors_kernel, reverse, "g v b c", of_tokens, *moved, P * N + T * (N + P + pairs)
 
 
 def compile_cases(arch: str) -> list[dict]:
-    """The configurations that are shipped for `arch`. The work is that of B = 8, L = 8192, 16 heads of 64 channels, 64
-    states, in float32, with documents.
+    """The configurations that are shipped for `arch`. The work is that of constant steps with documents. The
+    other end of the switches, selective steps without documents, is listed for one target, and is to spill nowhere too.
     """
     if limit_of_ssd_scan(arch, torch.float32, 64):
         return []
-    B, L, E, P, N, T = 8, 8192, 16, 64, 64, LONGEST_SSD_CHUNK
-    elements, vectors, states = B * L * E * P, B * L * N, B * L // T * E * P * N
-    f32, numbers = "*fp32:16", "*i32:16"
+    switches = {"": {"RESETS": True, "SHARED": True}}
+    if arch == "sm_90":
+        switches[" selective, one document"] = {"RESETS": False, "SHARED": False}
     cases = []
-
-    def add(name, kernel, tensors, moved, products, tiles):
-        tensors = dict.fromkeys(tensors.split(), f32) | {"numbers": numbers}
-        work = {"bytes": 4 * moved, "flops": 8 * states if kernel is carry_kernel else 0}
-        if products:  # multiplications and additions of matrix products, a token and head
-            work["flops"] = 2 * products * B * L * E
-        cases.append(
-            {
-                "name": f"ssd_scan {name}",
-                "kernel": kernel,
-                "arguments": tensors | SIZES,
-                "constexprs": {"RESETS": True, "SHARED": True, **tiles},
-                "options": options(kernel),
-                "work": work,
-            }
-        )
-
-    tiles = {"BLOCK_T": block(T), "BLOCK_P": CHANNELS, "BLOCK_M": block(N // 2), "PRECISION": PRECISION}
-    ends = "v b cos sin decay step ends"
-    for name, reverse in (("forward", False), ("reverse", True)):
-        add(f"ends {name}", ends_kernel, ends, elements + vectors + states, P * N, {"REVERSE": reverse, **tiles})
-        of_carry = {"REVERSE": reverse, "INITIAL": True, "BLOCK_P": CARRY_CHANNELS, "BLOCK_M": block(N // 2)}
-        add(f"carry {name}", carry_kernel, "ends initial final cos sin decay", 2 * states, 0, of_carry)
-    emit = "v b c cos sin decay step starts y"
-    add("emit", emit_kernel, emit, 2 * elements + 2 * vectors + states, P * N + T * (N + P), tiles)
-    gradient = "g v b c cos sin decay step starts asked grad_v grad_b grad_c grad_decay grad_step grad_turn"
-    moved = 3 * elements + 2 * vectors + 2 * states + 2 * E * vectors
-    add("gradient", gradient_kernel, gradient, moved, 3 * P * N + T * (3 * N + 2 * P), tiles)
+    for label, switch in switches.items():
+        cases += [_carry_case(label, switch, reverse) for reverse in (False, True)]
+        cases += [_case(name, label, switch, dtype) for dtype in TYPES for name in KERNELS]
     return cases
+
+
+def _case(name, label, switch, dtype) -> dict:
+    kernel, reverse, of_tokens, of_float32, moved, moved_in_float32, products = KERNELS[name]
+    kind, size = TYPES[dtype]
+    on_tensor_cores = dtype == torch.bfloat16
+    flops = 2 * products * B * L * E
+    return {
+        "name": f"ssd_scan {name} {kind}{label}",
+        "kernel": kernel,
+        "arguments": dict.fromkeys(of_tokens.split(), f"*{kind}:16")
+        | dict.fromkeys(f"cos sin decay step {of_float32}".split(), "*fp32:16")
+        | SIZES
+        | _numbers(switch),
+        "constexprs": {
+            "REVERSE": reverse,
+            **_switches(switch),
+            "BLOCK_T": block(T),
+            "BLOCK_P": CHANNELS,
+            "BLOCK_M": block(N // 2),
+            "PRECISION": PRECISION,
+        },
+        "options": options(kernel, dtype),
+        "tensor_cores": on_tensor_cores,
+        "variant": bool(label),
+        "work": {
+            "bytes": size * moved + 4 * moved_in_float32,
+            "flops": 0 if on_tensor_cores else flops,
+            "tensor_flops": flops if on_tensor_cores else 0,
+            "tensor_dtype": "bf16",
+        },
+    }
+
+
+def _carry_case(label, switch, reverse) -> dict:
+    """In float32, whatever the tokens' dtype. A variant begins with a zero state."""
+    pointers = "ends final cos sin decay" + ("" if label else " initial")
+    return {
+        "name": f"ssd_scan carry {'reverse' if reverse else 'forward'}{label}",
+        "kernel": carry_kernel,
+        "arguments": dict.fromkeys(pointers.split(), "*fp32:16") | SIZES | _numbers(switch),
+        "constexprs": {
+            "REVERSE": reverse,
+            **_switches(switch),
+            "INITIAL": not label,
+            "BLOCK_P": CARRY_CHANNELS,
+            "BLOCK_M": block(N // 2),
+        }
+        | ({"initial": None} if label else {}),
+        "options": options(carry_kernel, torch.float32),
+        "variant": bool(label),
+        "work": {"bytes": 8 * STATES, "flops": 8 * STATES},
+    }
+
+
+def _numbers(switch) -> dict:
+    return {"numbers": "*i32:16"} if switch["RESETS"] else {}
+
+
+def _switches(switch) -> dict:
+    return switch if switch["RESETS"] else {**switch, "numbers": None}
