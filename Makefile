@@ -3,11 +3,13 @@
 # make long-test:  claims of accuracy, memory and endurance, two tests at a time; then those of speed, one at a time
 # make test-triton TRITON=3.9.0: the kernels interpreted, and all compiled, with another Triton than the one that is
 #                  pinned; KERNEL_TESTS=tests/kernels for all of their tests
+# make gpu:        all that a GPU must show, in at most eight minutes: one JSON and pictures in build/gpu. It takes the
+#                  Python that is given, the environment of `make venv`, or python3, and installs nothing; tests/gpu/first_day.py
 # make docs:       the pages of docs/ and the API as a site, in build/site; a broken link is an error
 # make matrix:     the fast tests at the lowest and at the highest versions of pyproject.toml's ranges, in environments
 #                  below build/; SETS=lowest for one of them, TESTS=tests/modeling for a part
-# All make the virtual environment if it is missing: quickstart with what the commands need, the others (and `make venv`)
-# with what the tests need beside it.
+# All but gpu make the virtual environment if it is missing: quickstart with what the commands need, the others (and
+# `make venv`) with what the tests need beside it.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,10 +22,13 @@ TESTS ?= tests
 WORKERS ?= 3
 TRITON ?= 3.9.0
 SETS ?= lowest highest
+GPU_OUTPUT ?= build/gpu
+# --device cpu: a rehearsal of `make gpu` without a GPU; --parts NAME,...: these alone
+GPU ?=
 KERNEL_TESTS ?= tests/kernels/test_kernels_interpreted.py::test_interpreted tests/kernels/test_kernel_launches.py \
 	tests/kernels/test_kernel_resources.py
 
-.PHONY: quickstart test long-test test-triton docs matrix fast-test lint format venv clean
+.PHONY: quickstart test long-test test-triton gpu docs matrix fast-test lint format venv clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ssm-lm prepare --dataset builtin --tokenizer bpe:4096 --output data/builtin
@@ -49,6 +54,9 @@ long-test: venv
 test-triton: venv
 	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -m pytest -n 2 --dist worksteal $(KERNEL_TESTS)
+
+gpu:
+	$(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(BIN)/python)),$(PYTHON)) -m tests.gpu.first_day --output $(GPU_OUTPUT) $(GPU)
 
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

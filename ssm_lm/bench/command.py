@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--lengths", metavar="N,...", help="tokens of text, prompt or sequence")
     models.add_argument("--batch", type=int, metavar="N", help="texts at once, of generate and prefill (default: 1)")
     models.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32)")
+    models.add_argument("--device", choices=("cpu", "cuda"), help="where they run (default: a GPU, where there is one)")
     models.add_argument("--turns", type=int, metavar="N", help="how often each is timed (default: 5)")
     models.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw tokens a second against the length, .png or .svg"
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist; make it first")
     of_kernels = {"--compile-only": args.compile_only or None, "--target": args.target, "--kernel": args.kernel}
-    of_models = ("models", "size", "lengths", "batch", "dtype", "turns", "plot")
+    of_models = ("models", "size", "lengths", "batch", "dtype", "turns", "plot", "device")
     of_models = {f"--{name}": getattr(args, name) for name in of_models}
     for flag, value in (of_models if args.task == KERNEL_TASK else of_kernels).items():
         if value is not None:
@@ -88,12 +89,16 @@ def model_rows(args: argparse.Namespace) -> list[dict]:
 
     from .speed import machine, measure
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU on this machine; leave it out, or see `ssm-lm doctor`")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, size = getattr(torch, args.dtype or "float32"), SIZES[args.size or "25M"]
-    here = machine()
+    here = machine(device)
     console, rows = Console(), []
-    console.print(f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, {args.dtype or 'float32'}")
+    threads = "" if device.type == "cuda" else f"{here['threads']} threads, "
+    console.print(f"{here['processor']}, {threads}torch {here['torch']}, {args.dtype or 'float32'}")
     for length in lengths:
-        found = measure(args.task, names, size, length, args.batch or 1, dtype, args.turns or 5)
+        found = measure(args.task, names, size, length, args.batch or 1, dtype, args.turns or 5, device)
         console.print(_table(args.task, length, found))
         rows += [row | here for row in found]
     if args.plot is not None:

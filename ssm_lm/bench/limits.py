@@ -13,8 +13,9 @@ from ..costs.flops import total, training_flops
 from ..modeling.configuration_s4 import S4Config
 from .timing import host_seconds
 
+CPU = torch.device("cpu")
 TRIES = 5
-MATRIX = 1024  # rows and columns of the product
+MATRIX = {"cpu": 1024, "cuda": 8192}  # rows and columns of the product
 
 
 def bytes_of_a_token(model: nn.Module, cache) -> int:
@@ -34,16 +35,17 @@ def _tensors(held) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-def read_bandwidth(size: int) -> float:
-    """Bytes/s of reading `size` bytes in a row, with torch's threads, the best of some tries."""
-    buffer = torch.ones(max(1, size // 4))
-    return 4 * len(buffer) / _best(lambda: torch.dot(buffer, buffer))
+def read_bandwidth(size: int, device: torch.device = CPU) -> float:
+    """Bytes/s of reading `size` bytes in a row, with torch's threads or on a GPU, the best of some tries."""
+    buffer = torch.ones(max(1, size // 4), device=device)
+    return 4 * len(buffer) / _best(lambda: torch.dot(buffer, buffer), device)
 
 
-def matrix_product(dtype: torch.dtype) -> float:
-    """FLOP/s of one large matrix product of numbers of that dtype, with torch's threads, the best of some tries."""
-    a = torch.ones(MATRIX, MATRIX, dtype=dtype)
-    return 2 * MATRIX**3 / _best(lambda: a @ a)
+def matrix_product(dtype: torch.dtype, device: torch.device = CPU) -> float:
+    """FLOP/s of one large matrix product of numbers of that dtype, on the same terms."""
+    size = MATRIX[device.type]
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / _best(lambda: a @ a, device)
 
 
 def flops_of_a_step(config, batch: int, length: int) -> float:
@@ -52,6 +54,6 @@ def flops_of_a_step(config, batch: int, length: int) -> float:
     return total(count(config, batch, length))
 
 
-def _best(run) -> float:
+def _best(run, device: torch.device) -> float:
     run()
-    return min(host_seconds(run) for _ in range(TRIES))
+    return min(host_seconds(run, device) for _ in range(TRIES))

@@ -37,10 +37,15 @@ def measure(function: Callable[[], object], device: torch.device, repeats: int =
     return statistics.median(_gpu_seconds(function, flush) for _ in range(repeats)), peak
 
 
-def host_seconds(function: Callable[[], object]) -> float:
-    """Seconds of one call, by the host's clock."""
+def host_seconds(function: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds of one call, by the host's clock; on a GPU until it has done what it was given."""
+    on_gpu = device is not None and device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     function()
+    if on_gpu:
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from ssm_lm.bench import speed
 from ssm_lm.bench.limits import bytes_of_a_token
 from ssm_lm.bench.peers import OURS, SIZES, build
+from ssm_lm.bench.timing import host_seconds
 from ssm_lm.cli import main
 
 TINY = ["--size", "tiny", "--turns", "2", "--lengths", "8,12"]
@@ -39,8 +41,8 @@ def test_rows(task, models, tmp_path, capsys):
 
 def test_the_bytes_of_a_token_are_weights_without_tables_and_the_cache():
     for name, cache in (("s4d", 2 * 2 * 64 * 8), ("gpt2", 2 * 2 * 8 * 64)):  # states of two sublayers; keys and values
-        model = build(name, SIZES["tiny"], 16, speed.torch.float32)
-        output = model(speed.torch.ones(2, 8, dtype=int), use_cache=True)
+        model = build(name, SIZES["tiny"], 16, torch.float32)
+        output = model(torch.ones(2, 8, dtype=int), use_cache=True)
         read = model.num_parameters() - (16 * 64 if name == "gpt2" else 0)  # positions; the head reads the other table
         assert bytes_of_a_token(model, output.past_key_values) == 4 * (read + cache)
 
@@ -48,7 +50,7 @@ def test_the_bytes_of_a_token_are_weights_without_tables_and_the_cache():
 def test_contenders_are_of_one_size():
     counts = {}
     for name in (*OURS, "gpt2", "llama", "mamba", "mamba2"):
-        model = build(name, SIZES["25M"]._replace(layers=1, vocabulary=16), 64, speed.torch.float32)
+        model = build(name, SIZES["25M"]._replace(layers=1, vocabulary=16), 64, torch.float32)
         counts[name] = model.num_parameters()
     assert max(counts.values()) < 1.25 * min(counts.values()), counts
 
@@ -67,6 +69,18 @@ def test_a_peer_that_fails_is_said(tmp_path, monkeypatch, capsys):
     assert "llama did not run" in capsys.readouterr().out
 
 
+def test_on_a_gpu_a_call_ends_when_its_work_is_done(monkeypatch):
+    """And a step of training has the share of the maker's peak beside that of a product that was measured."""
+    done, card = [], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert host_seconds(lambda: done.append("call"), card) >= 0
+    assert done == ["wait", "call", "wait"]
+    turn = speed.Turn("s4", 1, 1, 1, done.clear, work=98.94e12)
+    found = speed._limit("train", turn, 1.0, 300e12, torch.bfloat16, card)
+    assert found == pytest.approx({"flops_per_second": 98.94e12, "share_of_limit": 0.3298, "mfu": 0.1})
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -74,6 +88,7 @@ def test_a_peer_that_fails_is_said(tmp_path, monkeypatch, capsys):
         (["generate", "--lengths", "1,x"], "--lengths 1,x: give numbers of at least 2"),
         (["train", "--turns", "0"], "--turns 0: give a number of at least 1"),
         (["prefill", "--plot", "x.txt"], "--plot x.txt: give a name that ends in .png or .svg"),
+        (["train", "--device", "cuda"], "--device cuda: torch sees no GPU on this machine"),
         (["prefill", "--target", "sm_90"], "--target is not for bench prefill"),
         (["kernels", "--compile-only", "--size", "25M"], "--size is not for bench kernels"),
     ],

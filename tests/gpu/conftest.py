@@ -1,7 +1,8 @@
 """What a first day with a card asks. Each test runs twice: on a GPU at real sizes, where it is skipped without one, and
 tiny on the CPU, where the twins run instead of the kernels, so that no test is read for the first time on that day.
 
-    make test TESTS=tests/gpu
+    make gpu                      # these, self-checks, timings and a training: first_day.py
+    make test TESTS=tests/gpu     # these alone
 """
 
 from typing import NamedTuple
