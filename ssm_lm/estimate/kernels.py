@@ -97,16 +97,17 @@ def _s5_scan(u, log_re, log_im, initial_state=None, begins=None):
 
 class _SSDScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, v, b, c, angle, decay, step, state):
+    def forward(ctx, v, b, c, angle, decay, step, state, has_output):
         (B, L, H), (E, T), N = v.shape, step.shape[-2:], b.shape[-1]
         turns, of_tokens = (angle.cos().float(), angle.sin().float()), (decay.float(), step.float())
         starts = v.new_zeros(B, -(-L // T), E, H // E, N, dtype=torch.float32)
         _read(v, b, state, starts, starts, *turns, *turns, *of_tokens, *of_tokens)
         starts.zero_()  # in the place of what the chunks add
-        _read(v, b, c)
+        if has_output:
+            _read(v, b, c)
         ctx.save_for_backward(v, b, c, angle, decay, step, starts)
         ctx.has_state = state is not None
-        return torch.zeros_like(v), v.new_zeros(B, H, N, dtype=torch.float32)
+        return torch.zeros_like(v) if has_output else v.new_zeros(0), v.new_zeros(B, H, N, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx, grad_y, grad_final):
@@ -115,17 +116,19 @@ class _SSDScan(torch.autograd.Function):
         asked = torch.zeros_like(starts)
         _read(grad_y, c, grad_final, asked, asked.zero_(), *turns, *turns)
         grad_initial = torch.zeros_like(grad_final)
-        _read(grad_y, v, b, c, starts)
+        _read(grad_y, b, c, asked, *turns)  # for grad_v, then of c's gradient and of b's
+        _read(grad_y, v, b, c, starts, *turns)
+        _read(grad_y, v, b, c, starts, asked, *turns)
         of_heads = v.new_zeros(2, *v.shape[:2], step.shape[-2], b.shape[-1], dtype=torch.float32)
-        grad_v, (grad_b, grad_c) = torch.zeros_like(v), (part.sum(2) for part in of_heads)
+        grad_v, (grad_b, grad_c) = torch.zeros_like(v), (part.sum(2).to(b.dtype) for part in of_heads)
         parts = of_heads[0, ..., ::2] * of_heads[1, ..., ::2]
         gradients = parts.sum() + torch.zeros_like(angle), torch.zeros_like(decay), torch.zeros_like(step)
-        return grad_v, grad_b, grad_c, *gradients, grad_initial if ctx.has_state else None
+        return grad_v, grad_b, grad_c, *gradients, grad_initial if ctx.has_state else None, None
 
 
-def _ssd_scan(v, b, c, dt, decay, omega, state, begins, T):
+def _ssd_scan(v, b, c, dt, decay, omega, state, begins, T, has_output=True):
     angle, total, step = since_start_of_chunks(dt, decay, omega, v.shape[1], T)
-    return _SSDScan.apply(v, b, c, angle, total, step, state)
+    return _SSDScan.apply(v, b, c, angle, total, step, state, has_output)
 
 
 # operation -> what stands in for its kernel; the others, of mode fft and of decoding, are counted in plain PyTorch

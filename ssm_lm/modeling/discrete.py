@@ -107,11 +107,13 @@ class DiscreteSSD(NamedTuple):
     Lambda_bar: torch.Tensor | None
 
     def read(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """x (..., H + 2N (+ E)) -> v (..., H), b and c (..., N), dt float64, (E,) or (..., E)."""
+        """x (..., H + 2N (+ E)) -> v (..., H), b and c (..., N), dt float64, (E,) or (..., E). v and what b and c are
+        made of may be bfloat16; b and c are in the dtype of the parameters.
+        """
         N, raw = self.scale.shape[-1], 0 if self.inverse is None else len(self.dt)
         v, b, c, raw = x.split([x.shape[-1] - 2 * N - raw, N, N, raw], -1)
-        b, c = (
-            F.rms_norm(part, (N,), self.scale[i], NORM_EPSILON) + self.bias[i]  # a loop over them is no part of a scan
+        b, c = (  # a loop over them is no part of a scan
+            F.rms_norm(part.to(self.scale.dtype), (N,), self.scale[i], NORM_EPSILON) + self.bias[i]
             for i, part in enumerate((b, c))
         )
         return v, b, c, self.dt if self.inverse is None else F.softplus(raw.double() + self.inverse)

@@ -92,11 +92,11 @@ LONGEST_SSD_CHUNK, LARGEST_SSD_STATE = 32, 64  # beyond these, tiles leave the r
 
 
 def limit_of_ssd_scan(architecture: str, dtype: torch.dtype, N: int) -> str | None:
-    """A scan of N states a channel, parameters in `dtype`; of longer chunks it makes several."""
+    """A scan of N states a channel, of tokens in `dtype`, parameters in float32; of longer chunks it makes several."""
     if family(architecture) == "hip":
         return "its backward does not fit the registers of AMD's cards"
-    if dtype != torch.float32:
-        return f"parameters of {dtype}"
+    if dtype not in SCAN_DTYPES:
+        return f"its numbers are {dtype}, not bfloat16 or float32"
     return f"its state has {N} numbers a channel, more than {LARGEST_SSD_STATE}" if N > LARGEST_SSD_STATE else None
 
 

@@ -117,18 +117,24 @@ class SSD(StateSpace):
 
     def run_chunk(self, x, state, documents, execution, reverse=False):
         begins = None if documents is None else documents.begins
-        system, T = self.discretize(), min(execution.chunk_size, x.shape[1])
-        if execution.kernel:
-            y, state = ssd_scan(*system.read(x), system.decay, system.omega, state, begins, T)
-        else:
-            y, state = scan_chunks(system, x, state, begins, T)
+        x = self._as_scanned(x, execution)
+        y, state = self._scan(x, state, begins, execution)
         return torch.addcmul(y, self.skipped(x), self.D), state
 
     def scan_to_end(self, x, state, execution):
-        if execution.kernel:
-            return self.run_chunk(x, state, None, execution)[1]
-        T = min(execution.chunk_size, x.shape[1])
-        return scan_chunks(self.discretize(), x, state, None, T, has_output=False)[1]
+        return self._scan(self._as_scanned(x, execution), state, None, execution, has_output=False)[1]
+
+    def _as_scanned(self, x, execution):
+        """The kernel takes tokens in bfloat16; without it all is in the dtype of the parameters."""
+        return x if execution.kernel else x.to(self.log_dt.dtype)
+
+    def _scan(self, x, state, begins, execution, has_output=True):
+        system, T = self.discretize(), min(execution.chunk_size, x.shape[1])
+        if not execution.kernel:
+            return scan_chunks(system, x, state, begins, T, has_output)
+        v, b, c, dt = system.read(x)
+        of_tokens = v, b.to(v.dtype), c.to(v.dtype), dt
+        return ssd_scan(*of_tokens, system.decay, system.omega, state, begins, T, has_output)
 
     def transition(self, length):
         """(H, N); ValueError with `selective`, where `transition_over` has it."""
@@ -148,11 +154,9 @@ class SSD(StateSpace):
     def convolve(self, signal, reverse):
         raise ValueError("mode fft is for time-invariant layers, not for ssd")
 
-    def scan_dtype(self, dtype):
-        return self.log_dt.dtype
-
     def scan_kernel(self, architecture, dtype):
-        return "ssd_scan", limit_of_ssd_scan(architecture, dtype, self.state_size), ()
+        unsupported = limit_of_ssd_scan(architecture, dtype, self.state_size)
+        return "ssd_scan", unsupported, (dtype, self.head_dim, self.state_size)
 
     def longest_chunk(self, dtype):
         return LONGEST_SSD_CHUNK

@@ -34,8 +34,11 @@ def scan_chunks(
     return _scan_whole_chunks(*vectors, system.decay, system.omega, state, begins, min(T, L), has_output)
 
 
-def scan_vectors(v, b, c, dt, decay, omega, state, begins, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scan of what `DiscreteSSD.read` returns: what triton_ssd_scan.py does, in plain PyTorch.
+def scan_vectors(
+    v, b, c, dt, decay, omega, state, begins, T: int, has_output=True
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The scan of what `DiscreteSSD.read` returns: what triton_ssd_scan.py does, in plain PyTorch. y is None without
+    has_output.
 
     v (B, L, H), b and c (B, L, N); dt (E,) or (B, L, E), decay (E,), omega (N/2,): float64; state, begins: as above.
     """
@@ -47,10 +50,10 @@ def scan_vectors(v, b, c, dt, decay, omega, state, begins, T: int) -> tuple[torc
         first = None if begins is None else begins[:, part]
         size = min(T, L - start)
         y, state = _scan_whole_chunks(
-            v[:, part], b[:, part], c[:, part], step, decay, omega, state, first, size, has_output=True
+            v[:, part], b[:, part], c[:, part], step, decay, omega, state, first, size, has_output
         )
         ys.append(y)
-    return torch.cat(ys, 1), state
+    return (torch.cat(ys, 1) if has_output else None), state
 
 
 def since_start_of_chunks(dt, decay, omega, L: int, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -178,10 +178,12 @@ def carry_kernel(
     RESETS: tl.constexpr,
     SHARED: tl.constexpr,
     INITIAL: tl.constexpr,
+    KEEPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Put the state that a chunk starts from in the place of what it adds, in `ends`; final: the one after the last.
+    """Put the state that a chunk starts from in the place of what it adds, in `ends`, where KEEPS says that it will be
+    read; final: the one after the last.
 
     In reverse, from the gradient `initial` of the final state: in the place of what the chunk's outputs ask of its
     start, the gradient of the state at its end before the turn; final: that of the initial state.
@@ -211,8 +213,9 @@ def carry_kernel(
         e_im = tl.load(where + M, mask=inside, other=0.0)
         if REVERSE:
             s_re, s_im = co * s_re + si * s_im, co * s_im - si * s_re
-        tl.store(where, s_re, mask=inside)
-        tl.store(where + M, s_im, mask=inside)
+        if KEEPS:
+            tl.store(where, s_re, mask=inside)
+            tl.store(where + M, s_im, mask=inside)
         s_re, s_im = keep * s_re + e_re, keep * s_im + e_im
         if not REVERSE:
             s_re, s_im = co * s_re - si * s_im, co * s_im + si * s_re
@@ -447,8 +450,8 @@ class _Launch:
         self.grid = B * self.chunks, E, triton.cdiv(self.P, self.tiles["BLOCK_P"])
         self.device = v.device
 
-    def states(self, v, b, initial, reverse) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, chunks, E, P, 2 M) and (B, E P, 2 M): the first two launches."""
+    def states(self, v, b, initial, reverse, keeps=True) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, chunks, E, P, 2 M), the starts where they are kept, and (B, E P, 2 M): the first two launches."""
         B, E, P, M = self.B, self.E, self.P, self.M
         ends = v.new_empty(B, self.chunks, E, P, 2 * M, dtype=torch.float32)
         final = v.new_empty(B, E * P, 2 * M, dtype=torch.float32)
@@ -466,6 +469,7 @@ class _Launch:
                 self.numbers,
                 *self.sizes,
                 INITIAL=initial is not None,
+                KEEPS=keeps,
                 BLOCK_P=CARRY_CHANNELS,
                 BLOCK_M=block(M),
                 **shared,
@@ -488,16 +492,21 @@ def ssd_scan_chunks(
     step: torch.Tensor,
     initial_state: torch.Tensor | None,
     begins: torch.Tensor | None,
+    has_output: bool = True,
+    save: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """v (B, L, E P), b and c (B, L, N), float32 or bfloat16, all of one dtype. angle (E, T, N / 2), decay and step
     (E, T): turns and decays since a chunk's start, steps, of all rows and chunks; or (B, chunks, ...), of each.
     initial_state (B, E P, N) or None for zero; begins (B, L) bool or None. Differentiable in all but begins.
 
-    Returns y as v, the final state (B, E P, N) and every chunk's start (B, chunks, E, P, N), both float32.
+    save: whether a backward is to come. Returns y as v, the final state (B, E P, N) and every chunk's start
+    (B, chunks, E, P, N), both float32; y without has_output and starts without save are empty.
     """
     v, b, c = v.contiguous(), b.contiguous(), c.contiguous()
     launch = _Launch(v, b, angle, decay, step, begins)
-    starts, final = launch.states(v, b, _float32(initial_state), reverse=False)
+    starts, final = launch.states(v, b, _float32(initial_state), reverse=False, keeps=has_output or save)
+    if not has_output:
+        return v.new_empty(0), final, starts if save else starts.new_empty(0)
     y = torch.empty_like(v)
     with on_device(v.device):
         emit_kernel[launch.grid](
@@ -515,7 +524,7 @@ def ssd_scan_chunks(
             **launch.switches,
             **launch.tiles,
         )
-    return y, final, starts
+    return y, final, starts if save else starts.new_empty(0)
 
 
 @torch.library.custom_op(qualified("ssd_scan_chunks_backward"), mutates_args=())
@@ -538,7 +547,7 @@ def ssd_scan_chunks_backward(
     B, K, E, T, M = launch.B, launch.chunks, launch.E, launch.T, launch.M
     grad_v = torch.empty_like(v)
     of_heads = v.new_empty(2, B, launch.L, E, 2 * M, dtype=torch.float32)
-    grad_decay, grad_step = v.new_empty(2, B, K, E, T, dtype=torch.float32)
+    grad_decay, grad_step = (v.new_empty(B, K, E, T, dtype=torch.float32) for _ in range(2))
     grad_turn = v.new_empty(B, K, E, M, dtype=torch.float32)
     of_system = *launch.turns, launch.decay, launch.step, launch.numbers
     with on_device(v.device):
@@ -574,15 +583,10 @@ def ssd_scan_chunks_backward(
         grad_b.to(b.dtype),
         grad_c.to(c.dtype),
         grad_angle.to(angle.dtype),
-        _own(grad_decay, decay),
-        _own(grad_step, step),
+        grad_decay.to(decay.dtype),
+        grad_step.to(step.dtype),
         grad_initial,
     )
-
-
-def _own(gradient, x):
-    """In the dtype of x, in memory of its own: grad_decay and grad_step lie in one tensor."""
-    return gradient.to(x.dtype).clone() if gradient.dtype == x.dtype else gradient.to(x.dtype)
 
 
 def _gradient_of_angles(of_heads, vectors, grad_turn, launch) -> torch.Tensor:
@@ -599,11 +603,11 @@ def _gradient_of_angles(of_heads, vectors, grad_turn, launch) -> torch.Tensor:
 
 
 @ssd_scan_chunks.register_fake
-def _(v, b, c, angle, decay, step, initial_state, begins):
+def _(v, b, c, angle, decay, step, initial_state, begins, has_output=True, save=True):
     (B, L, H), (E, T), N = v.shape, step.shape[-2:], b.shape[-1]
     final = v.new_empty(B, H, N, dtype=torch.float32)
-    starts = v.new_empty(B, -(-L // T), E, H // E, N, dtype=torch.float32)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), final, starts
+    starts = v.new_empty((B, -(-L // T), E, H // E, N) if save else 0, dtype=torch.float32)
+    return v.new_empty(v.shape if has_output else 0), final, starts
 
 
 @ssd_scan_chunks_backward.register_fake
@@ -613,7 +617,7 @@ def _(grad_y, grad_final, starts, v, b, c, angle, decay, step, begins):
 
 
 def _save(ctx, inputs, output):
-    *vectors, initial_state, begins = inputs
+    *vectors, initial_state, begins, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.of_state = None if initial_state is None else initial_state.dtype
     ctx.save_for_backward(output[2], *vectors, begins)
@@ -625,47 +629,63 @@ def _backward(ctx, grad_y, grad_final, _):
     if grad_final is None:
         grad_final = v.new_zeros(v.shape[0], v.shape[2], starts.shape[-1], dtype=torch.float32)
     *gradients, grad_initial = ssd_scan_chunks_backward(grad_y, grad_final, starts, v, *rest)
-    return *gradients, None if ctx.of_state is None else grad_initial.to(ctx.of_state), None
+    return *gradients, None if ctx.of_state is None else grad_initial.to(ctx.of_state), None, None, None
 
 
 ssd_scan_chunks.register_autograd(_backward, setup_context=_save)
 
 
-def ssd_scan(v, b, c, dt, decay, omega, state, begins, T) -> tuple[torch.Tensor, torch.Tensor]:
+def ssd_scan(v, b, c, dt, decay, omega, state, begins, T, has_output=True) -> tuple[torch.Tensor | None, torch.Tensor]:
     """`ssd_chunks.scan_vectors` by the kernels."""
     angle, since_start, step = since_start_of_chunks(dt, decay, omega, v.shape[1], T)
-    return ssd_scan_chunks(v, b, c, angle, since_start, step, state, begins)[:2]
+    inputs = v, b, c, angle, since_start, step, state
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    y, final, _ = ssd_scan_chunks(*inputs, begins, has_output, save)
+    return y if has_output else None, final
 
 
 # ---- what the registry asks for
 
 
-def self_check_cases(device: torch.device) -> list[Case]:
-    """Forward and backward, with constant steps and with the token's own, in one document and in several."""
+def self_check_cases(
+    device: torch.device, dtype: torch.dtype | None = None, P: int | None = None, N: int | None = None
+) -> list[Case]:
+    """Forward and backward of a scan of tokens in `dtype`, heads of P channels and N states, with constant steps and
+    with the token's own, from a state over documents and from zero over one. None: what models have, at small sizes.
+    """
+    return [
+        _case(device, each, B, L, E, P or channels, N or states, T, selective, whole, tolerance)
+        for each, tolerance in ((torch.bfloat16, 3e-2), (torch.float32, 2e-5))
+        if dtype in (None, each)
+        for B, L, E, channels, states, T, selective in ((2, 70, 2, 16, 32, 32, False), (1, 40, 1, 20, 6, 16, True))
+        for whole in (False, True)
+    ]
+
+
+def _case(device, dtype, B, L, E, P, N, T, selective, whole, tolerance) -> Case:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, dtype=torch.float32):
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype)
 
-    def run(scan, inputs, begins, T, grads):
-        inputs = [x.clone().requires_grad_() for x in inputs]
-        outputs = scan(*inputs, begins, T)
-        weights = [g.to(x.dtype) for g, x in zip(grads, outputs, strict=True)]
-        return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, inputs, weights))]
+    steps = (B, L, E) if selective else (E,)
+    dt, decay = normal(*steps, dtype=torch.float64).sigmoid() / 2, normal(E, dtype=torch.float64).exp()
+    omega, states = normal(N // 2, dtype=torch.float64), [] if whole else [normal(B, E * P, N)]
+    vectors = [normal(B, L, E * P).to(dtype), normal(B, L, N).to(dtype), normal(B, L, N).to(dtype)]
+    inputs = [*vectors, dt, decay, omega, *states]
+    begins = torch.zeros(B, L, dtype=torch.bool)
+    begins[-1, [1, L - 5]] = True
+    begins = None if whole else begins.to(device)
 
-    cases = []
-    for B, L, E, P, N, T, selective in ((2, 70, 2, 16, 32, 32, False), (1, 40, 1, 20, 6, 16, True)):
-        steps = (B, L, E) if selective else (E,)
-        dt, decay = normal(*steps, dtype=torch.float64).sigmoid() / 2, normal(E, dtype=torch.float64).exp()
-        omega, state = normal(N // 2, dtype=torch.float64), normal(B, E * P, N)
-        inputs = [normal(B, L, E * P), normal(B, L, N), normal(B, L, N), dt, decay, omega, state]
-        begins = torch.zeros(B, L, dtype=torch.bool)
-        begins[-1, [1, L - 5]] = True
-        for label, resets in (("with documents", begins.to(device)), ("of one document", None)):
-            rest = resets, T, (normal(B, L, E * P), normal(B, E * P, N))
-            kernel = partial(run, ssd_scan, inputs, *rest)
-            twin = partial(run, scan_vectors, [x.double() for x in inputs], *rest)
-            cases.append(
-                Case(f"a scan with {'selective' if selective else 'constant'} dt, {label}", kernel, twin, 1e-4)
-            )
-    return cases
+    def run(scan, cast):
+        leaves = [cast(x.clone()).requires_grad_() for x in inputs]
+        outputs = scan(*leaves[:6], None if whole else leaves[6], begins, T)
+        # half the sum of squares: of random gradients, what reaches a rate may be all but nothing, and then is rounding
+        gradients = torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs])
+        return [x.detach() for x in (*outputs, *gradients)]
+
+    label = (
+        f"a scan in {str(dtype).removeprefix('torch.')} with {'selective' if selective else 'constant'} dt, "
+        f"{'of one document' if whole else 'with documents'}"
+    )
+    return Case(label, partial(run, ssd_scan, lambda x: x), partial(run, scan_vectors, torch.Tensor.double), tolerance)

@@ -101,6 +101,22 @@ def test_a_step_of_the_recipe_scans_in_bfloat16():
     assert kept == [pytest.approx(8, abs=0.05), pytest.approx(20, abs=0.05)]
 
 
+def test_a_step_of_an_ssd_scans_in_bfloat16():
+    """The default block under autocast: values, write and read vectors reach the kernel in it, steps in float64."""
+    config, launched = S4Config(**SIZES | {"ssm": "ssd", "arch": ["gated", "swiglu"]}), []
+
+    def scan(v, b, c, dt, *rest):
+        launched.append([x.dtype for x in (v, b, c, dt)])
+        return STAND_INS["ssd_scan"](v, b, c, dt, *rest)
+
+    with assume("sm_90", {"ssd_scan": scan}), FakeTensorMode():
+        layer = Output(make_state_space(config), None)
+        u = torch.empty(2, 100, layer.layer.input_size, requires_grad=True)
+        for autocast in (torch.bfloat16, None):
+            trace(layer, [u], autocast)
+    assert launched == [[dtype] * 3 + [torch.float64] for dtype in (torch.bfloat16, torch.float32)]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("activation", [None, torch.nn.SiLU()], ids=["plain", "silu"])
 @pytest.mark.parametrize("layer_class", [S4, S4D, S5, SSD])

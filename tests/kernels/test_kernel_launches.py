@@ -108,6 +108,35 @@ def test_training_and_prompts_compile_what_the_self_check_has_seen(launched, mon
     assert len(seen) == compiled
 
 
+def test_another_length_of_ssd_compiles_nothing_new(launched, monkeypatch):
+    """What the self-check of a layer has compiled is what training, other lengths and more heads run; nothing is
+    compiled here.
+    """
+    from ssm_lm.modeling.triton_ssd_scan import self_check_cases, ssd_scan
+
+    seen = set()
+    launched("sm_90")
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
+    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
+    for case in self_check_cases(torch.device("cpu"), torch.bfloat16, 64, 64):
+        case.kernel()
+    compiled = len(seen)
+    assert compiled == 2 * 2 * 8  # constant and selective, packed and not; eight launches of 32 tokens or of 16
+
+    def run(B, L, E, selective, packed, state):
+        v, b, c = (torch.ones(B, L, size, dtype=torch.bfloat16, requires_grad=True) for size in (64 * E, 64, 64))
+        dt = torch.ones((B, L, E) if selective else (E,), dtype=torch.float64)
+        begins = torch.zeros(B, L, dtype=torch.bool) if packed else None
+        state = torch.zeros(B, E * 64, 64) if state else None
+        rates = torch.ones(E, dtype=torch.float64), torch.ones(32, dtype=torch.float64)
+        ssd_scan(v, b, c, dt, *rates, state, begins, 16 if selective else 32)[0].sum().backward()
+
+    for B, L, E in ((8, 1024, 2), (1, 17, 1), (3, 1001, 3)):
+        run(B, L, E, False, False, False)
+        run(B, L, E, True, True, True)
+    assert len(seen) == compiled
+
+
 def check(kernels: list, at_least: int) -> None:
     assert len(kernels) >= at_least
     for kernel in {kernel.hash: kernel for kernel in kernels}.values():

@@ -94,6 +94,7 @@ def _carry_case(label, switch, reverse) -> dict:
             "REVERSE": reverse,
             **_switches(switch),
             "INITIAL": not label,
+            "KEEPS": True,
             "BLOCK_P": CARRY_CHANNELS,
             "BLOCK_M": block(N // 2),
         }

@@ -6,9 +6,10 @@ from kernel_checks import assert_close, compare_with_twin
 from torch.library import opcheck
 
 from ssm_lm import S4Config, S4ForCausalLM
+from ssm_lm.modeling import triton_ssd_scan
 from ssm_lm.modeling.kernels_s4 import self_check
 from ssm_lm.modeling.ssd import SSD
-from ssm_lm.modeling.ssd_chunks import scan_vectors
+from ssm_lm.modeling.ssd_chunks import scan_vectors, since_start_of_chunks
 from ssm_lm.modeling.triton_ssd_scan import self_check_cases, ssd_scan, ssd_scan_chunks, ssd_scan_chunks_backward
 
 
@@ -50,6 +51,23 @@ def test_bfloat16():
 def test_whole_tiles():
     """None of a tile is masked, and a head is more channels than a program takes at a time."""
     compare(problem(1, 32, 1, 64, 32), 16)
+
+
+def test_the_final_state_alone():
+    """Without y nothing but the states is read, or kept where no gradient asks for it; with it, as ever."""
+    v, b, c, *rest = problem(2, 12, 1, 3, 4, resets=True)
+    inputs = v, b, c.detach(), *rest
+    compare_with_twin(lambda *x: ssd_scan(*x, 8, has_output=False)[1], lambda *x: scan_vectors(*x, 8)[1], inputs, 2e-5)
+    with torch.no_grad():
+        angle, decay, step = since_start_of_chunks(*inputs[3:6], 12, 8)
+        vectors = *inputs[:3], angle, decay, step, *inputs[6:]
+        expected, final, starts = ssd_scan_chunks(*vectors)
+        assert [x.numel() for x in (expected, starts)] == [v.numel(), 2 * 2 * 3 * 4]
+        for has_output in (False, True):
+            y, alone, starts = ssd_scan_chunks(*vectors, has_output, save=False)
+            assert torch.equal(alone, final)
+            assert not starts.numel()
+            assert torch.equal(y, expected) if has_output else not y.numel()
 
 
 def test_a_gradient_of_one_output_alone():
@@ -113,8 +131,11 @@ def test_layer(selective):
         assert_close(ours, theirs, 5e-5)
 
 
-def test_model():
-    """Loss and gradients of the default block."""
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_model(autocast, monkeypatch):
+    """Loss and gradients of the default block; in an autocast region of bfloat16, tokens reach the kernels in it."""
+    launched = []
+    monkeypatch.setattr(triton_ssd_scan, "ssd_scan_chunks", lambda *x: launched.append(x[:3]) or ssd_scan_chunks(*x))
     config = S4Config(
         vocab_size=19, hidden_size=8, num_hidden_layers=1, state_size=6, ssm="ssd", arch=["gated", "swiglu"],
         head_dim=4, chunk_size=8, intermediate_size=8, mode="chunk",
@@ -125,7 +146,9 @@ def test_model():
         for module in model.modules():
             if isinstance(module, SSD):
                 module.kernels = setting
-        loss = model(ids, labels=ids).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(ids, labels=ids).loss
         results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    assert {x.dtype for x in launched[0]} == {torch.bfloat16 if autocast else torch.float32}
     for ours, theirs in zip(*reversed(results), strict=True):
-        assert_close(ours, theirs, 5e-5)
+        assert_close(ours, theirs, 0.1 if autocast else 5e-5)  # autocast itself is 0.08 from float32, in C_bias
