@@ -13,12 +13,16 @@ from ssm_lm.modeling.ssm import LAYERS
 TOLERANCES = {torch.float32: (2e-5, 2e-4), torch.bfloat16: (1e-2, 3e-2)}
 
 
-KINDS = [("s4", "legs"), ("s4", "legt"), ("s4d", "lin"), ("s5", "legs")]  # legt: a low-rank part of rank 2
+KINDS = [
+    *(("s4", "legs"), ("s4", "legt"), ("s4d", "lin"), ("s5", "legs")),  # legt: a low-rank part of rank 2
+    *(("ssd", "lin"), ("ssd selective", "lin")),
+]
 
 
 def layer_and_twin(ssm: str, place, init="legs"):
     """A layer, and the same parameters in plain PyTorch and float64."""
-    layer = LAYERS[ssm](place.H, 64, init=init).to(place.device)
+    name, *selective = ssm.split()
+    layer = LAYERS[name](place.H, 64, init=init, **({"selective": True} if selective else {})).to(place.device)
     twin = copy.deepcopy(layer).double()
     twin.kernels = "torch"
     return layer, twin
@@ -37,8 +41,10 @@ def test_a_sequence_and_its_gradients(place, ssm, init, dtype, case, assert_clos
         request.applymarker(pytest.mark.xfail(reason=reason, strict=on_cpu))
     layer, twin = layer_and_twin(ssm, place, init)
     mode = case.split()[0]
+    if mode == "fft" and not layer.is_time_invariant:
+        pytest.skip("mode fft is for time-invariant layers")
     length = place.L + 5  # no whole number of chunks
-    u = torch.randn(place.B, length, place.H, device=place.device).to(dtype)
+    u = torch.randn(place.B, length, layer.input_size, device=place.device).to(dtype)
     state = torch.randn(layer.zero_state(place.B).shape, device=place.device) if "state" in case else None
     documents = None
     if "documents" in case:
@@ -103,3 +109,5 @@ def test_self_checks(place):
     where = torch.empty(0, device=place.device)
     for problem in itertools.product(TOLERANCES, (16, 32, 64, 128), (False, True)):  # each is machine code of its own
         assert use_kernel("chunk_scan", where, problem=problem) == place.has_kernels, problem
+    for dtype in TOLERANCES:
+        assert use_kernel("ssd_scan", where, problem=(dtype, 64, 64)) == place.has_kernels, dtype
