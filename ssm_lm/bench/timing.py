@@ -81,13 +81,14 @@ def contenders(u: torch.Tensor, state: int) -> Iterator[Contender]:
         # A, B and P are shared by the channels as in the WikiText-103 model; S5's state is one for all channels
         name: (layer_class(hidden) if name == "s5" else layer_class(hidden, state_size=state, n_ssm=1)).to(u.device)
         for name, layer_class in LAYERS.items()
-        if layer_class.is_time_invariant  # ssd has no kernels
+        if layer_class.is_time_invariant
     }
     for name, layer in layers.items():
         count, leaves = sum(p.numel() for p in layer.parameters()), [u, *layer.parameters()]
         for mode in ("chunk",) if name == "s5" else ("chunk", "fft"):
             model = f"{name} kernels" if mode == "chunk" else f"{name} torch.fft"
             yield Contender("sequence", model, count, length, partial(_sequence, layer, u, mode), leaves)
+    yield from ssd(u, state)
     yield from mamba_ssd(u, state)
     for name, layer in layers.items():
         count, leaves = sum(p.numel() for p in layer.parameters()), list(layer.parameters())
@@ -112,6 +113,16 @@ def _with(layer, setting, function):
         return function()
     finally:
         layer.kernels = before
+
+
+def ssd(u: torch.Tensor, state: int) -> Iterator[Contender]:
+    """The scan of an SSD, whose input has vectors of the token beside u, by its kernels and in plain PyTorch."""
+    layer = LAYERS["ssd"](u.shape[-1], state_size=state).to(u.device)
+    count = sum(p.numel() for p in layer.parameters())
+    x = torch.randn(*u.shape[:2], layer.input_size, device=u.device).to(u.dtype).requires_grad_()
+    for setting, by in (("auto", "kernels"), ("torch", "PyTorch")):
+        sequence = partial(_with, layer, setting, partial(_sequence, layer, x, "chunk"))
+        yield Contender("sequence", f"ssd {by}", count, u.shape[1], sequence, [x, *layer.parameters()])
 
 
 def mamba_ssd(u: torch.Tensor, state: int) -> Iterator[Contender]:

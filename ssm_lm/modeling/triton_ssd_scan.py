@@ -482,8 +482,7 @@ def _float32(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-@torch.library.custom_op(qualified("ssd_scan_chunks"), mutates_args=())
-def ssd_scan_chunks(
+def run_forward(
     v: torch.Tensor,
     b: torch.Tensor,
     c: torch.Tensor,
@@ -527,8 +526,7 @@ def ssd_scan_chunks(
     return y, final, starts if save else starts.new_empty(0)
 
 
-@torch.library.custom_op(qualified("ssd_scan_chunks_backward"), mutates_args=())
-def ssd_scan_chunks_backward(
+def run_backward(
     grad_y: torch.Tensor,
     grad_final: torch.Tensor,
     starts: torch.Tensor,
@@ -602,6 +600,11 @@ def _gradient_of_angles(of_heads, vectors, grad_turn, launch) -> torch.Tensor:
     return total.view(B, K, T, E, M).transpose(2, 3)
 
 
+# what the compiler and autograd see: what lies within, its buffers too, is hidden
+ssd_scan_chunks = torch.library.custom_op(qualified("ssd_scan_chunks"), run_forward, mutates_args=())
+ssd_scan_chunks_backward = torch.library.custom_op(qualified("ssd_scan_chunks_backward"), run_backward, mutates_args=())
+
+
 @ssd_scan_chunks.register_fake
 def _(v, b, c, angle, decay, step, initial_state, begins, has_output=True, save=True):
     (B, L, H), (E, T), N = v.shape, step.shape[-2:], b.shape[-1]
@@ -616,23 +619,25 @@ def _(grad_y, grad_final, starts, v, b, c, angle, decay, step, begins):
     return (*like, v.new_empty(v.shape[0], v.shape[2], b.shape[-1], dtype=torch.float32))
 
 
-def _save(ctx, inputs, output):
+def save(ctx, inputs, output):
+    """For `backward`, by autograd."""
     *vectors, initial_state, begins, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.of_state = None if initial_state is None else initial_state.dtype
     ctx.save_for_backward(output[2], *vectors, begins)
 
 
-def _backward(ctx, grad_y, grad_final, _):
+def backward(ctx, grad_y, grad_final, _, run=ssd_scan_chunks_backward):
+    """The gradients of all inputs of `ssd_scan_chunks`."""
     starts, v, *rest = ctx.saved_tensors
     grad_y = torch.zeros_like(v) if grad_y is None else grad_y
     if grad_final is None:
         grad_final = v.new_zeros(v.shape[0], v.shape[2], starts.shape[-1], dtype=torch.float32)
-    *gradients, grad_initial = ssd_scan_chunks_backward(grad_y, grad_final, starts, v, *rest)
+    *gradients, grad_initial = run(grad_y, grad_final, starts, v, *rest)
     return *gradients, None if ctx.of_state is None else grad_initial.to(ctx.of_state), None, None, None
 
 
-ssd_scan_chunks.register_autograd(_backward, setup_context=_save)
+ssd_scan_chunks.register_autograd(backward, setup_context=save)
 
 
 def ssd_scan(v, b, c, dt, decay, omega, state, begins, T, has_output=True) -> tuple[torch.Tensor | None, torch.Tensor]:

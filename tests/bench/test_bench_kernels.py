@@ -78,6 +78,7 @@ def test_times():
         "s4 torch.fft, forward and backward",
     ]
     assert {"s5 kernels, forward", "s4 taps, PyTorch, forward", "s5 step, kernels, forward"} <= set(models)
+    assert {f"ssd {by}, forward and backward" for by in ("kernels", "PyTorch")} <= set(models)
     assert "s5 step, kernels, forward and backward" not in models
     ours = {row["model"]: row["ratio_to_ours"] for row in found}
     assert (
