@@ -1,6 +1,6 @@
 # make quickstart: the whole way from text to a generating model, on this machine, in minutes
 # make test:       every test that needs no GPU and no cluster, but for the long ones
-# make long-test:  claims of accuracy, memory and endurance, two tests at a time; then those of speed, one at a time
+# make long-test:  claims of accuracy, memory and endurance, three tests at a time; then those of speed, one at a time
 # make test-triton TRITON=3.9.0: the kernels interpreted, and all compiled, with another Triton than the one that is
 #                  pinned; KERNEL_TESTS=tests/kernels for all of their tests
 # make gpu:        all that a GPU must show, in at most eight minutes: one JSON and pictures in build/gpu. It takes the
@@ -48,7 +48,7 @@ test: venv
 
 # pytest ends with 5 where none of $(TESTS) is of a kind
 long-test: venv
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long and not alone" $(TESTS) || test $$? = 5
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "long and not alone" $(TESTS) || test $$? = 5
 	$(BIN)/python -m pytest -m "long and alone" $(TESTS) || test $$? = 5
 
 test-triton: venv

@@ -17,6 +17,7 @@ import sys
 import time
 
 from . import __version__
+from .allocator import keep_freed_memory
 from .errors import UserError
 from .internals.python import leave
 from .noise import drop_known_lines
@@ -123,6 +124,7 @@ def entry(argv: list[str] | None = None) -> None:
     One rank of several leaves without taking the interpreter apart: threads of a collective backend that come back
     while Python is half gone abort the process, after all is done, and the launcher calls the run failed.
     """
+    keep_freed_memory()
     try:
         code = main(argv)
     except SystemExit as leaving:

@@ -141,13 +141,20 @@ def _table(task: str, length: int, rows: list[dict]) -> Table:
 
 
 def _draw(task: str, rows: list[dict], file: Path) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     def draw(axes):
         for name in dict.fromkeys(row["model"] for row in rows if "error" not in row):
             points = [(row["length"], row["tokens_per_second"]) for row in rows
                       if row["model"] == name and "error" not in row]  # fmt: skip
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
         axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({row["length"] for row in rows}))
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("tokens")
         axes.set_title(f"{task}: tokens a second")
 

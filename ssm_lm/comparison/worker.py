@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from ..allocator import keep_freed_memory
 from ..errors import PREEMPTED, UserError
 from ..files import write_json
 from ..internals.python import leave
@@ -122,4 +123,5 @@ def main(config: str, result: str, parent: str) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main(*sys.argv[1:]))
