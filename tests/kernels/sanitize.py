@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from tilelens.clients import SymbolicClient, SymbolicExpr, Tracer
 from tilelens.clients.sanitizer.sanitizer import SymbolicSanitizer
+from tilelens.clients.symbolic_engine import JoinSymbolicExpr
 from tilelens.core.data import Grid, Load, Store
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -122,6 +123,17 @@ class EveryProgram(SymbolicSanitizer):
     def post_run_callback(self, fn):
         self.need_full_grid = True
         return super().post_run_callback(fn)
+
+
+class Joined(JoinSymbolicExpr):
+    """Of two blocks, with the axis of two that joining adds; as it comes, it has the shape of one."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.shape = (*self.shape, 2)
+
+
+SymbolicExpr.register_op_class(Joined, ("join",))
 
 
 def bounds(module, names, launches) -> dict[str, list[str]]:
