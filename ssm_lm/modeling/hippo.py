@@ -143,6 +143,15 @@ def diagonal_real(state_size: int) -> Initialization:
     return _diagonal(-1.0 - np.arange(state_size // 2) + 0j)
 
 
+def diagonal_rope(state_size: int) -> Initialization:
+    """Lambda_n = -1/2 - i pi (N/2) 10000^(-2n/N): from S4D-Lin's highest frequency down to a tenth of a thousandth of it,
+    as rotary embeddings have them (Su et al., 2104.09864). The slow pairs tell tokens apart however far they lie, the
+    fast ones tell how far.
+    """
+    n = np.arange(state_size // 2)
+    return _diagonal(-0.5 - 1j * np.pi * (state_size // 2) * 10000.0 ** (-2 * n / state_size))
+
+
 def _diagonal(Lambda: np.ndarray) -> Initialization:
     ones = np.ones(len(Lambda), np.complex128)
     return Initialization(Lambda, np.zeros((0, len(Lambda)), np.complex128), ones)
@@ -160,5 +169,5 @@ INITIALIZATIONS = {
     },
     "s5": {"legs": diagonal_legs},  # of the order of a block
     # a head has one decay, the first of the rates, and all of the frequencies
-    "ssd": {"lin": diagonal_lin, "real": diagonal_real},
+    "ssd": {"lin": diagonal_lin, "rope": diagonal_rope, "real": diagonal_real},
 }

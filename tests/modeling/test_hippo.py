@@ -7,6 +7,7 @@ from ssm_lm.modeling.hippo import (
     diagonal_lin,
     diagonal_quad,
     diagonal_real,
+    diagonal_rope,
     fourier,
     fourier_matrices,
     legs,
@@ -89,3 +90,10 @@ def test_diagonal_initialisations():
 def test_quad_and_real():
     np.testing.assert_allclose(diagonal_quad(6).Lambda, -0.5 - 1j / np.pi * np.array([1, 9, 25]))
     np.testing.assert_allclose(diagonal_real(6).Lambda, [-1, -2, -3])
+
+
+def test_rope_goes_down_from_lin_by_equal_factors():
+    Lambda = diagonal_rope(64).Lambda
+    np.testing.assert_allclose(Lambda.real, -0.5)
+    np.testing.assert_allclose(Lambda.imag[0], -np.pi * 32)
+    np.testing.assert_allclose(Lambda.imag[1:] / Lambda.imag[:-1], 10000 ** (-1 / 32))
