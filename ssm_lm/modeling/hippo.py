@@ -144,9 +144,9 @@ def diagonal_real(state_size: int) -> Initialization:
 
 
 def diagonal_rope(state_size: int) -> Initialization:
-    """Lambda_n = -1/2 - i pi (N/2) 10000^(-2n/N): from S4D-Lin's highest frequency down to a tenth of a thousandth of it,
-    as rotary embeddings have them (Su et al., 2104.09864). The slow pairs tell tokens apart however far they lie, the
-    fast ones tell how far.
+    """Lambda_n = -1/2 - i pi (N/2) 10000^(-2n/N): from S4D-Lin's highest frequency downward by equal factors, as rotary
+    embeddings have them (Su et al., 2104.09864). The slow pairs tell tokens apart however far they lie, the fast ones
+    tell how far.
     """
     n = np.arange(state_size // 2)
     return _diagonal(-0.5 - 1j * np.pi * (state_size // 2) * 10000.0 ** (-2 * n / state_size))
