@@ -17,13 +17,18 @@ from ..errors import UserError
 from ..files import write_json
 from .tables import print_report
 
+EFFICIENCY = 0.4  # what is assumed where nothing is measured
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a training config; see configs/train/")
     parser.add_argument("--nodes", type=int, default=1, help="machines (1)")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs in each (8)")
     parser.add_argument("--device", default="h100", help=f"one of {', '.join(DEVICES)} (h100)")
-    parser.add_argument("--efficiency", type=float, default=0.4, help="share of the roofline that is reached (0.4)")
+    parser.add_argument(
+        "--efficiency", type=float, help=f"share of the roofline that is reached ({EFFICIENCY}; or --measured)"
+    )
+    parser.add_argument("--measured", metavar="FILE", help="the gpu.json of `make gpu`, whose share of it is taken")
     parser.add_argument(
         "--overlap", type=float, default=0.8, help="share of a backward that communication may use (0.8)"
     )
@@ -60,6 +65,13 @@ def check_arguments(args) -> None:
     for name in ("nodes", "gpus", "sequence_ranks", "intra", "inter"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    args.measured_on = None
+    if args.measured is not None:
+        if args.efficiency is not None:
+            raise UserError("--efficiency and --measured both say which share of the roofline is reached; give one")
+        args.efficiency, args.measured_on = measured_share(Path(args.measured))
+    elif args.efficiency is None:
+        args.efficiency = EFFICIENCY
     for name, low in (("efficiency", False), ("overlap", True)):
         value = getattr(args, name)
         if not (0 <= value <= 1 if low else 0 < value <= 1):
@@ -72,6 +84,24 @@ def check_arguments(args) -> None:
         raise UserError("--plot draws what --scaling computes; give both")
     if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
         raise UserError(f"--plot {args.plot}: name a file that ends in .svg or .png")
+
+
+def measured_share(file: Path) -> tuple[float, str]:
+    """The share of the roofline that a training reached, and the device that it ran on, of a gpu.json of `make gpu`.
+    Raises UserError.
+    """
+    try:
+        found = json.loads(file.read_text())["share_of_roofline"]
+        share, device = float(found["share"]), str(found["device"])
+    except OSError as error:
+        raise UserError(f"--measured {file}: {error.strerror or error}; `make gpu` writes it") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--measured {file}: holds no share_of_roofline; give the gpu.json of a `make gpu` that has come to it"
+        ) from error
+    if not 0 < share <= 1:
+        raise UserError(f"--measured {file}: its share of the roofline is {share:.3g}; give one between 0 and 1")
+    return share, device
 
 
 def estimate(values: dict, args: argparse.Namespace, where: str) -> dict:
@@ -92,6 +122,7 @@ def estimate(values: dict, args: argparse.Namespace, where: str) -> dict:
         "flops_per_token": run.flops_per_token(),
         **run.memory(),
         "roofline": run.roofline(),
+        "sublayers": run.sublayers(),
         "state_exchange_bytes_per_layer": run.exchange,
         "time": run.time(),
         "assumptions": run.assumed(),

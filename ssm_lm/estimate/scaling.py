@@ -16,6 +16,8 @@ from .memory import FLOAT, Pieces
 
 # bytes that AdamW moves for a parameter: reads p, g, m, v, writes p, m, v
 OPTIMIZER_TRAFFIC = 7 * FLOAT
+# seconds of the host for an operator of eager PyTorch, or a launch of a kernel of ours: assumed, not measured
+LAUNCH = 6e-6
 
 
 class Network(NamedTuple):
@@ -78,6 +80,19 @@ def roofline(
     return {piece: (arithmetic[piece], traffic[piece] / device.bandwidth) for piece in arithmetic}
 
 
+def launches(pieces: Pieces, checkpointing: bool) -> dict[str, int]:
+    """{piece: kernels that a forward and backward launches}, at least: one an operator, and those of our kernels."""
+    found = {piece: _launched(getattr(pieces, piece)) for piece in ("embedding", "head")} | {"ssm": 0, "ffn": 0}
+    for kind, sublayer in zip(pieces.kinds, pieces.block, strict=True):
+        again = sublayer.forward_launches if checkpointing else 0
+        found["ssm" if STATES[kind] else "ffn"] += pieces.blocks * (_launched(sublayer) + again)
+    return found
+
+
+def _launched(trace) -> int:
+    return trace.forward_launches + trace.backward_launches
+
+
 def _both(trace) -> int:
     return trace.forward_traffic + trace.backward_traffic
 
@@ -124,13 +139,15 @@ def step_time(
     sequence_ranks: int = 1,
     exchange: float = 0.0,
     exchanges: int = 0,
+    launched: int = 0,
 ) -> StepTime:
-    """One optimizer step. micro_batch: roofline seconds of a forward and backward on one rank.
+    """One optimizer step. micro_batch: roofline seconds of a forward and backward on one rank, which launches so many
+    kernels: a GPU that is done before the host has handed over the next one waits for it.
 
     bucket: elements a collective; exchange: bytes of a layer's state exchange, `exchanges` of them in a forward and
     backward, over sequence_ranks.
     """
-    compute = accumulation * micro_batch / assumptions.efficiency
+    compute = accumulation * max(micro_batch / assumptions.efficiency, launched * LAUNCH)
     share = ranks if stage in (1, 2, 3) else 1
     optimizer = OPTIMIZER_TRAFFIC * parameters / share / device.bandwidth / assumptions.efficiency
     beside, after = volumes(parameters, ranks, stage, accumulation)

@@ -7,7 +7,7 @@ import torch
 from ..costs.devices import DEVICES
 from ..costs.flops import on_paper, total, training_execution, training_flops
 from .memory import Memory, count_pieces, rank_memory
-from .scaling import Assumptions, Network, StepTime, roofline, state_exchange, step_time
+from .scaling import LAUNCH, Assumptions, Network, StepTime, launches, roofline, state_exchange, step_time
 from .subject import Subject
 
 STAGES = (None, 0, 1, 2, 3)
@@ -42,6 +42,7 @@ class OnPaper:
         self.limits = roofline(
             self.pieces, self.parts, self.device, subject.precision, subject.ssm_precision, subject.checkpointing
         )
+        self.launches = launches(self.pieces, subject.checkpointing)
         self.micro_batch = sum(max(pair) for pair in self.limits.values())  # seconds of it
         self.exchange, self.exchanges = state_exchange(config, subject.batch, subject.sequence_ranks)
 
@@ -81,6 +82,7 @@ class OnPaper:
             sequence_ranks=self.subject.sequence_ranks,
             exchange=self.exchange,
             exchanges=self.exchanges,
+            launched=sum(self.launches.values()),
         )
 
     # ---- sections
@@ -148,7 +150,29 @@ class OnPaper:
         }
 
     def roofline(self) -> dict:
-        return {piece: {"arithmetic": a, "memory": m} for piece, (a, m) in self.limits.items()}
+        return {
+            piece: {"arithmetic": a, "memory": m, "launches": self.launches[piece]}
+            for piece, (a, m) in self.limits.items()
+        }
+
+    def sublayers(self) -> dict:
+        """Of one sublayer of each kind, forward and backward: bytes that are moved, those of our kernels, launches."""
+        kinds = dict(zip(self.pieces.kinds, self.pieces.block, strict=True))
+        return {
+            kind: {
+                "forward": {
+                    "bytes": trace.forward_traffic,
+                    "in_kernels": trace.forward_in_kernels,
+                    "launches": trace.forward_launches,
+                },
+                "backward": {
+                    "bytes": trace.backward_traffic,
+                    "in_kernels": trace.backward_in_kernels,
+                    "launches": trace.backward_launches,
+                },
+            }
+            for kind, trace in kinds.items()
+        }
 
     def time(self) -> dict:
         subject = self.subject
@@ -166,6 +190,8 @@ class OnPaper:
     def assumed(self) -> dict:
         return {
             "efficiency": self.args.efficiency,
+            "measured": getattr(self.args, "measured_on", None),
+            "launch_seconds": LAUNCH,
             "overlap": self.args.overlap,
             "intra_bytes_per_second": self.network.intra,
             "inter_bytes_per_second": self.network.inter,
@@ -176,7 +202,6 @@ class OnPaper:
 
     def scaling(self) -> list[dict]:
         """A row for each stage of ZeRO and number of ranks; the batch of a rank stays."""
-        one = self.micro_batch * self.subject.accumulation / self.args.efficiency  # seconds, without a network
         rows = []
         for stage in STAGES[1:]:
             for ranks in RANKS:
@@ -187,7 +212,7 @@ class OnPaper:
                 rows.append(
                     {"stage": stage, "sequences_per_step": sequences, "tokens_per_second": speed}
                     | step._asdict()
-                    | {"step": step.step, "scaling_efficiency": one / step.step}
+                    | {"step": step.step, "scaling_efficiency": step.compute / step.step}
                 )
         return rows
 

@@ -17,6 +17,7 @@ def print_report(report: dict) -> None:
     _print_flops(console, report["flops_per_token"])
     _print_memory(console, report)
     _print_roofline(console, report["roofline"])
+    _print_sublayers(console, report["sublayers"])
     _print_time(console, report)
     if "scaling" in report:
         _print_scaling(console, report["scaling"])
@@ -85,15 +86,37 @@ def _print_memory(console: Console, report: dict) -> None:
 
 def _print_roofline(console: Console, limits: dict) -> None:
     table = Table(
-        "seconds at the peak", "arithmetic", "memory", title="Roofline of a micro-batch", title_justify="left"
+        "seconds at the peak",
+        "arithmetic",
+        "memory",
+        "launches",
+        title="Roofline of a micro-batch",
+        title_justify="left",
     )
     for piece, row in limits.items():
-        table.add_row(piece, f"{row['arithmetic']:.4f}", f"{row['memory']:.4f}")
+        table.add_row(piece, f"{row['arithmetic']:.4f}", f"{row['memory']:.4f}", f"{row['launches']:,}")
+    console.print(table)
+
+
+def _print_sublayers(console: Console, sublayers: dict) -> None:
+    table = Table(
+        *("sublayer", "forward, MB", "of our kernels", "launches", "backward, MB", "of our kernels", "launches"),
+        title="One sublayer of a micro-batch",
+        title_justify="left",
+    )
+    for kind, ways in sublayers.items():
+        numbers = (
+            f"{way['bytes'] / 1e6:,.0f} {way['in_kernels'] / 1e6:,.0f} {way['launches']}" for way in ways.values()
+        )
+        table.add_row(kind, *" ".join(numbers).split())
     console.print(table)
 
 
 def _print_time(console: Console, report: dict) -> None:
     plan, time, assumed = report["run"], report["time"], report["assumptions"]
+    launched = sum(row["launches"] for row in report["roofline"].values()) * assumed["launch_seconds"]
+    launched *= plan["gradient_accumulation_steps"]
+    measured = f", as measured on {assumed['measured']}" if assumed["measured"] else ""
     budget = "no token budget: the config has no max_steps and its data is not there"
     if time["days"] is not None:
         budget = f"{time['tokens']:,} tokens in {plan['steps']:,} steps: {time['days']:,.2f} days"
@@ -103,8 +126,11 @@ def _print_time(console: Console, report: dict) -> None:
         f"{time['sequence']:.4f} "
         f"exchanging states\n"
         f"{time['tokens_per_second']:,.0f} tokens/s, MFU {time['mfu']:.1%}; {budget}\n\n"
-        f"assumed   {assumed['efficiency']:.0%} of the roofline is reached; every operator of PyTorch reads and writes "
-        f"device memory, and a Triton kernel what it asks for\n"
+        f"assumed   {assumed['efficiency']:.0%} of the roofline is reached{measured}; every operator of PyTorch reads "
+        f"and writes device memory, and a Triton kernel what it asks for; bytes and launches are counted, not "
+        f"measured\n"
+        f"          the host takes {assumed['launch_seconds'] * 1e6:g} us a launch: {launched:.4f} s a step, beside "
+        f"which the GPU computes\n"
         f"          network {assumed['intra_bytes_per_second'] / 1e9:g} GB/s within a node, "
         f"{assumed['inter_bytes_per_second'] / 1e9:g} GB/s a GPU between nodes, "
         f"{assumed['latency_seconds'] * 1e6:g} us "

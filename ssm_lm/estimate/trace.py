@@ -5,6 +5,8 @@ of any size is counted in a moment, and the count follows the code when that cha
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -23,10 +25,15 @@ NO_TRAFFIC = (
     "detach",
     "alias",
 )
+# operators that only write; that read of their first tensor, or change there, only what an index names
+READ_BY_INDEX = ("embedding", "gather", "index_select")
+FILLED = ("zeros_like", "new_zeros", "ones_like", "new_ones", "full_like", "new_full", "zero_", "fill_", "bernoulli_")
+ADDED_BY_INDEX = ("scatter_", "scatter_add_", "index_add_")
 
 
 class StorageCounter(TorchDispatchMode):
-    """Bytes of the storages that are alive, their peak, and the bytes that operators read and wrote.
+    """Bytes of the storages that are alive, their peak, the bytes that operators read and wrote, and how many kernels a
+    GPU launches for them: one an operator, and what `kernel_launches` says.
 
     Every storage counts from the operator that made it to the moment nothing refers to it. What lives inside one
     operator (the workspace of a matmul or an FFT) is not seen.
@@ -34,8 +41,17 @@ class StorageCounter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = self.traffic = 0
+        self.live = self.peak = self.traffic = self.launches = self.in_kernels = 0
+        self.within_kernels = False
         self._known = {}
+
+    def __enter__(self):
+        _running.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        _running.pop()
+        return super().__exit__(*exception)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -44,8 +60,10 @@ class StorageCounter(TorchDispatchMode):
         for tensor in made:
             self.add(tensor)
         if function.namespace == "aten" and not function.is_view and operator_name(function) not in NO_TRAFFIC:
-            # an expanded tensor is read once
-            self.traffic += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in read + made)
+            moved = _moved(operator_name(function), read, made)
+            self.traffic += moved
+            self.launches += not self.within_kernels
+            self.in_kernels += moved * self.within_kernels
         return result
 
     def add(self, tensor: torch.Tensor) -> None:
@@ -64,8 +82,39 @@ class StorageCounter(TorchDispatchMode):
 
     def start(self) -> int:
         """Measure the peak and the traffic from here on; returns what is alive."""
-        self.peak, self.traffic = self.live, 0
+        self.peak, self.traffic, self.launches, self.in_kernels = self.live, 0, 0, 0
         return self.live
+
+
+_running: list[StorageCounter] = []
+
+
+@contextmanager
+def kernel_launches(count: int) -> Iterator[None]:
+    """Within, operators stand in for `count` launches of kernels of our own."""
+    counter = _running[-1] if _running else StorageCounter()
+    counter.launches += count
+    counter.within_kernels = True
+    try:
+        yield
+    finally:
+        counter.within_kernels = False
+
+
+def _moved(operator: str, read: list[torch.Tensor], made: list[torch.Tensor]) -> int:
+    """Bytes that an operator reads and writes."""
+    if operator in FILLED:  # whatever has the shape is not read
+        return sum(map(_bytes, made))
+    if operator in READ_BY_INDEX:
+        return sum(map(_bytes, read[1:])) + 2 * sum(map(_bytes, made))
+    if operator in ADDED_BY_INDEX:
+        return sum(map(_bytes, read[1:])) + 2 * _bytes(read[-1])
+    return sum(map(_bytes, read + made))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """An expanded tensor is read once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 class Trace(NamedTuple):
@@ -74,7 +123,7 @@ class Trace(NamedTuple):
     kept: alive after the forward: what the backward needs, and the output. forward_peak: the most during the forward.
     backward_peak: the most during the backward, with what was kept and the output's gradient; parameter gradients are
     in it as they come. gradients: of the parameters, after the backward. forward_traffic, backward_traffic: what the
-    operators read and wrote, each on its own, as PyTorch runs them without fusion.
+    operators read and wrote, each on its own, as PyTorch runs them without fusion, and our kernels what they ask for.
     """
 
     kept: int
@@ -83,6 +132,10 @@ class Trace(NamedTuple):
     gradients: int
     forward_traffic: int
     backward_traffic: int
+    forward_launches: int
+    backward_launches: int
+    forward_in_kernels: int  # of the traffic, what our kernels move
+    backward_in_kernels: int
 
 
 def trace(module: nn.Module, inputs: list[torch.Tensor], autocast: torch.dtype | None, **kwargs) -> Trace:
@@ -99,11 +152,14 @@ def trace(module: nn.Module, inputs: list[torch.Tensor], autocast: torch.dtype |
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             output = module(*inputs, **kwargs)
         kept, forward_peak, forward_traffic = counter.live - before, counter.peak - before, counter.traffic
+        forward = counter.launches, counter.in_kernels
         gradient = torch.empty_like(output)
         counter.start()
         output.backward(gradient)
         backward_peak, backward_traffic = counter.peak - before, counter.traffic
+        launches, in_kernels = zip(forward, (counter.launches, counter.in_kernels), strict=True)
         del output, gradient
         input_gradients = sum(x.grad.numel() * x.grad.element_size() for x in inputs if x.grad is not None)
         gradients = counter.live - before - input_gradients
-    return Trace(kept, forward_peak, backward_peak, gradients, forward_traffic, backward_traffic)
+    traffic = forward_traffic, backward_traffic
+    return Trace(kept, forward_peak, backward_peak, gradients, *traffic, *launches, *in_kernels)

@@ -1,5 +1,6 @@
 """What a GPU would run is counted by the decision that the layers make there, for a GPU that is not here."""
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.activations import GELUActivation
 
 from ssm_lm import S4Config
+from ssm_lm.bench.compile import compile_cases
 from ssm_lm.config.reading import read_train_config
 from ssm_lm.costs.flops import on_paper, total, training_execution, training_flops
+from ssm_lm.estimate import kernels
 from ssm_lm.estimate.kernels import STAND_INS
 from ssm_lm.estimate.memory import count_pieces
-from ssm_lm.estimate.trace import trace
+from ssm_lm.estimate.trace import StorageCounter, trace
 from ssm_lm.modeling.kernel_launch import assume
 from ssm_lm.modeling.mixers import make_state_space
 from ssm_lm.modeling.ssm import S4, S4D, S5, SSD
@@ -70,12 +73,12 @@ def test_a_gpu_moves_less_than_pytorch_would():
 class Output(torch.nn.Module):
     """A layer's output alone."""
 
-    def __init__(self, layer, activation):
+    def __init__(self, layer, activation, mode="auto"):
         super().__init__()
-        self.layer, self.activation = layer, activation
+        self.layer, self.activation, self.mode = layer, activation, mode
 
     def forward(self, u):
-        return self.layer(u, output_final_state=False, activation=self.activation)[0]
+        return self.layer(u, mode=self.mode, output_final_state=False, activation=self.activation)[0]
 
 
 def test_a_step_of_the_recipe_scans_in_bfloat16():
@@ -143,7 +146,109 @@ def opened_ssd_scan(monkeypatch):
     return module.ssd_scan
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+# The report's rows of a layer of B = 8, L = 8192, H = 1024, N = 64 (S5: 1,024 states, in float32) in the mode, forward
+# and backward. The gradient of a layer's output lies in rows already, and is not turned.
+OF_CHUNKS = (
+    "to rows bf16, ends {0} bf16, link {0}, training gelu {0} bf16 N=64",
+    "ends {0} bf16, link {0}, reverse {0} bf16 N=64, gradients of operators bf16, from rows bf16",
+)
+ROWS = {
+    (S4, "chunk"): ("chunk_scan", *(way.format("dense") for way in OF_CHUNKS)),
+    (S4D, "chunk"): ("chunk_scan", *(way.format("diagonal") for way in OF_CHUNKS)),
+    (S5, "chunk"): ("s5_scan", "ends forward, carry, emit forward", "ends reverse, carry, emit reverse"),
+    (SSD, "chunk"): (
+        "ssd_scan",
+        "ends forward fp32, carry forward, emit fp32",
+        "ends reverse fp32, carry reverse, gradient of v fp32, gradient of c fp32, gradient of b fp32",
+    ),
+    (S4, "fft"): ("cauchy_forward rank 1", "", ""),
+    (S4D, "fft"): ("vandermonde_forward", "", ""),
+}
+
+
+def bytes_of_rows(layer_class, mode) -> list[float]:
+    """Forward and backward: the sums of the report's rows, each the first whose name begins so."""
+    found = {case["name"]: case["work"]["bytes"] for case in compile_cases("sm_90")}
+    kernel, *ways = ROWS[layer_class, mode]
+    if mode == "fft":
+        return [found[kernel], found[kernel.replace("forward", "backward")]]
+    starts = ([f"{kernel} {row}" for row in way.split(", ")] for way in ways)
+    return [sum(next(size for name, size in found.items() if name.startswith(row)) for row in way) for way in starts]
+
+
+@needs_triton
+@pytest.mark.parametrize(("layer_class", "mode"), ROWS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_kernel_moves_what_its_report_says(layer_class, mode):
+    low = layer_class in (S4, S4D) and mode == "chunk"
+    with assume("sm_90", STAND_INS), FakeTensorMode():
+        layer = layer_class(1024, 1024 if layer_class is S5 else 64)
+        u = torch.empty(8, 8192, layer.input_size, requires_grad=True)
+        found = trace(Output(layer, GELUActivation(), mode), [u], torch.bfloat16 if low else None)
+    moved = [found.forward_in_kernels, found.backward_in_kernels]
+    assert moved == pytest.approx(bytes_of_rows(layer_class, mode), rel=0.01)
+
+
+@needs_triton
+def test_the_recipe_is_counted_by_the_rows_of_the_report():
+    """On an H100, with the eight windows of the report."""
+    values = read_train_config(str(REPO / "configs" / "train" / "wikitext103.yaml"), {})
+    config = S4Config(**values["model"] | {"vocab_size": 1000, "adaptive_cutoffs": None, "head_dropout": 0.0})
+    pieces = count_pieces(config, 8, values["sequence_length"], autocast=torch.bfloat16, architecture="sm_90")
+    ssm = pieces.block[pieces.kinds.index("ssm")]
+    moved = [ssm.forward_in_kernels, ssm.backward_in_kernels]
+    assert moved == pytest.approx(bytes_of_rows(S4, "chunk"), rel=0.01)
+    assert moved < [ssm.forward_traffic, ssm.backward_traffic]  # the rest is of operators of PyTorch
+
+
+@needs_triton
+@pytest.mark.parametrize(("layer_class", "mode"), ROWS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_kernel_is_launched_as_often_as_is_counted(layer_class, mode, monkeypatch):
+    """The launchers run on the CPU, and what they would launch is counted; a batch of 2 and 16 chunks: segments."""
+    from triton.runtime.jit import JITFunction
+
+    from ssm_lm.modeling.triton_cauchy import cauchy_products_kernel
+    from ssm_lm.modeling.triton_chunk_scan import FUSED
+    from ssm_lm.modeling.triton_s5_scan import s5_scan
+    from ssm_lm.modeling.triton_ssd_scan import ssd_scan
+    from ssm_lm.modeling.triton_vandermonde import vandermonde_kernel
+
+    of_gpu = {"chunk_scan": FUSED, "s5_scan": s5_scan, "ssd_scan": ssd_scan}
+    of_gpu |= {"cauchy": cauchy_products_kernel, "vandermonde": vandermonde_kernel}
+    launched, counted = [], []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launched.append(self.fn.__name__))
+    monkeypatch.setattr(kernels, "kernel_launches", lambda count: contextlib.nullcontext(counted.append(count)))
+    totals = []
+    for which in (of_gpu, STAND_INS):
+        with assume("sm_90", which), contextlib.nullcontext() if which is of_gpu else FakeTensorMode():
+            layer = layer_class(16, 8)
+            u = torch.zeros(2, 512, layer.input_size, requires_grad=True)
+            y, _ = layer(u, mode=mode, output_final_state=False)
+            totals.append((len(launched), sum(counted)))
+            y.sum().backward()
+            totals.append((len(launched), sum(counted)))
+    (forward, _), (both, _), (_, counted_forward), (_, counted_both) = totals
+    assert 0 < forward < both
+    assert (counted_forward, counted_both) == (forward, both)
+
+
+def test_what_an_index_names_and_what_is_filled_are_counted_alone():
+    with FakeTensorMode():
+        table, index = torch.empty(1000, 10), torch.zeros(5, 1, dtype=torch.long)
+        for operator, expected in (
+            (lambda: table.gather(1, index), 5 * 8 + 2 * 5 * 4),
+            (lambda: torch.nn.functional.embedding(index, table), 5 * 8 + 2 * 50 * 4),
+            (lambda: table.scatter_add_(1, index, torch.empty(5, 1)), 5 * 8 + 3 * 5 * 4),
+            (lambda: torch.zeros_like(table), 40_000),
+            (lambda: table.zero_(), 40_000),
+            (lambda: table.exp_(), 80_000),
+        ):
+            with StorageCounter() as counter:
+                operator()
+            assert (counter.traffic, counter.launches) == (expected, 1)
+
+
+@needs_triton
 @pytest.mark.parametrize("activation", [None, torch.nn.SiLU()], ids=["plain", "silu"])
 @pytest.mark.parametrize("layer_class", [S4, S4D, S5, SSD])
 @pytest.mark.parametrize("length", [96, 50])
@@ -153,8 +258,8 @@ def test_a_stand_in_holds_what_its_kernel_holds(layer_class, activation, length,
     from ssm_lm.modeling.triton_s5_scan import s5_scan
 
     found = []
-    for kernels in ({"chunk_scan": FUSED, "s5_scan": s5_scan, "ssd_scan": opened_ssd_scan}, STAND_INS):
-        with assume("sm_90", kernels), FakeTensorMode():
+    for which in ({"chunk_scan": FUSED, "s5_scan": s5_scan, "ssd_scan": opened_ssd_scan}, STAND_INS):
+        with assume("sm_90", which), FakeTensorMode():
             layer = layer_class(16, 8)
             u = torch.empty(3, length, layer.input_size, requires_grad=True)
             found.append(trace(Output(layer, activation), [u], None))

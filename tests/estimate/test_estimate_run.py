@@ -72,12 +72,37 @@ def test_report(config, tmp_path, capsys):
     assert all(0 < row["scaling_efficiency"] <= 1 for row in report["scaling"])
 
 
+def test_a_measured_share_of_the_roofline_is_taken(config, tmp_path, capsys):
+    measured, target = tmp_path / "gpu.json", tmp_path / "report.json"
+    measured.write_text(json.dumps({"share_of_roofline": {"device": "h200", "share": 0.25}}))
+    assert main(["estimate", config(), "--measured", str(measured), "--json", str(target)]) == 0
+    assumed = json.loads(target.read_text())["assumptions"]
+    assert (assumed["efficiency"], assumed["measured"]) == (0.25, "h200")
+    assert "25% of the roofline is reached, as measured on h200;" in capsys.readouterr().out
+    measured.write_text(json.dumps({"share_of_roofline": {"device": "h200", "share": 25}}))
+    assert main(["estimate", config(), "--measured", str(measured)]) == 2
+    assert "its share of the roofline is 25; give one between 0 and 1" in capsys.readouterr().err
+
+
+def test_a_small_model_waits_for_the_host():
+    """1,000 launches of 6 us on a GPU that needs a millisecond."""
+    keys = {"stage": None, "accumulation": 3}
+    of_host, of_gpu = (
+        step_time(1, 10, micro_batch, DEVICES["h100"], Network(), Assumptions(0.5), launched=1000, **keys).compute
+        for micro_batch in (0.0005, 0.01)
+    )
+    assert (of_host, of_gpu) == (pytest.approx(3 * 0.006), pytest.approx(3 * 0.02))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--device", "abacus"], "--device abacus is not known"),
         (["--nodes", "0"], "--nodes must be positive"),
         (["--efficiency", "1.5"], "--efficiency is a share"),
+        (["--measured", "/nowhere/gpu.json"], "--measured /nowhere/gpu.json: No such file"),
+        (["--measured", str(REPO / "mkdocs.yml")], "holds no share_of_roofline"),
+        (["--measured", "x", "--efficiency", "0.3"], "give one"),
         (["--plot", "x.svg"], "--plot draws what --scaling computes"),
         (["--scaling", "--plot", "x.gif"], "ends in .svg or .png"),
         (["--sequence-ranks", "3"], "must divide the 8 GPUs"),

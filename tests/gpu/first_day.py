@@ -260,8 +260,10 @@ def share_of_roofline(report: dict, entries: list[dict]) -> dict:
     """Which share of the roofline the training has reached: seconds of a step by `ssm-lm estimate` at the device's
     peaks, over the seconds that it took.
     """
-    run, time = report["run"], report["time"]
-    on_paper = (time["compute"] + time["optimizer"]) * report["assumptions"]["efficiency"]
+    run = report["run"]
+    micro_batch = sum(max(row["arithmetic"], row["memory"]) for row in report["roofline"].values())
+    on_paper = run["gradient_accumulation_steps"] * micro_batch
+    on_paper += report["time"]["optimizer"] * report["assumptions"]["efficiency"]
     measured = run["tokens_per_step"] / speed_of(entries)
     return {"device": run["device"], "share": on_paper / measured, "on_paper": on_paper, "measured": measured}
 

@@ -84,9 +84,9 @@ def test_the_parts_of_a_card_fit_into_eight_minutes(tmp_path):
 
 def test_the_share_of_the_roofline():
     """On paper half a second of 2,000 tokens at a whole roofline, measured at 1,000 tokens a second."""
-    time_on_paper = {"compute": 1.2, "optimizer": 0.05}
-    run = {"device": "h100", "tokens_per_step": 2000}
-    report = {"run": run, "time": time_on_paper, "assumptions": {"efficiency": 0.4}}
+    run = {"device": "h100", "tokens_per_step": 2000, "gradient_accumulation_steps": 2}
+    limits = {"ssm": {"arithmetic": 0.01, "memory": 0.2}, "ffn": {"arithmetic": 0.04, "memory": 0.02}}
+    report = {"run": run, "roofline": limits, "time": {"optimizer": 0.05}, "assumptions": {"efficiency": 0.4}}
     entries = [{"tokens_per_second": speed} for speed in (10, 1000, 990, 1010)]
     found = first_day.share_of_roofline(report, entries)
     assert found == {"device": "h100", "share": pytest.approx(0.25), "on_paper": pytest.approx(0.5), "measured": 2}
