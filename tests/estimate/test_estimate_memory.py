@@ -53,13 +53,13 @@ def test_zero_stages(tmp_path, stage, ranks):
 
     keys = SMALL | {"ssm": "s4d", "hidden_size": 256}
     arguments = {"keys": keys, "batch_size": 1, "length": 32, "stage": stage, "bucket": 200_000}
-    expected, peaks = estimated(keys, 1, 32, stage=stage, ranks=ranks, reduce_bucket=200_000), []
-    # a thread of DeepSpeed lets go of what it has gathered sooner or later: of stage 3, 37 to 44 MB were seen as the
-    # peak of one training. The estimate is of the highest.
-    while len(peaks) < (3 if stage == 3 else 1) and expected != pytest.approx(max(peaks, default=0), rel=TOLERANCE):
-        forked.run([peak_of_training.__file__, json.dumps(arguments), str(tmp_path / "peak.json")], ranks)
-        peaks.append(json.loads((tmp_path / "peak.json").read_text()))
-    assert expected == pytest.approx(max(peaks), rel=TOLERANCE)
+    expected = estimated(keys, 1, 32, stage=stage, ranks=ranks, reduce_bucket=200_000)
+    forked.run([peak_of_training.__file__, json.dumps(arguments), str(tmp_path / "peak.json")], ranks)
+    peak = json.loads((tmp_path / "peak.json").read_text())
+    # of stage 3 a thread of DeepSpeed lets go of what it has gathered sooner or later: 37 to 44 MB were seen as the
+    # peak of one training, and the estimate is of the highest
+    least = 0.8 if stage == 3 else 1 - TOLERANCE
+    assert least * expected <= peak <= (1 + TOLERANCE) * expected
 
 
 def test_counting_allocates_nothing():
