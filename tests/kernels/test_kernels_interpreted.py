@@ -35,6 +35,7 @@ def test_interpreted():
 
 
 @pytest.mark.long
+@pytest.mark.seconds(70)
 @pytest.mark.parametrize("name", SLOW_FILES)
 def test_interpreted_slow(name):
     run([FOLDER / name], "slow")

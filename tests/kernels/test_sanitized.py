@@ -41,6 +41,7 @@ def sanitize(name: str) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.seconds(40)
 @pytest.mark.parametrize("name", kernel_names())
 def test_no_kernel_leaves_its_tensors_or_races(name):
     report = sanitize(name)

@@ -210,6 +210,7 @@ def test_inductor(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.seconds(110)
 def test_inductor_in_training():
     """The real compiler, forward and backward. Every mixer."""
     torch._dynamo.reset()

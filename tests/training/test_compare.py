@@ -205,6 +205,7 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> No
 
 
 @pytest.mark.long
+@pytest.mark.seconds(75)
 def test_a_killed_comparison_goes_on_and_ends_as_an_undisturbed_one(contest, straight, tmp_path):
     """SIGKILL to the command alone, in the middle of a run: its run ends too; SIGTERM is 75; then it is finished."""
     train = {"save_strategy": "steps", "save_steps": 10, "max_steps": 60}

@@ -263,7 +263,7 @@ def test_a_few_sequences_of_edits(corpus, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
+@pytest.mark.seconds(180)
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("first", [1000, 1100])
 def test_a_hundred_sequences_of_edits(corpus, tmp_path, first):

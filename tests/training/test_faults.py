@@ -338,6 +338,7 @@ def saved_at_every_step(write_config, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.seconds(190)
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("sent", "times"), [(signal.SIGKILL, 30), (signal.SIGTERM, 10)])
 def test_killed_at_random_again_and_again(saved_at_every_step, tmp_path, sent, times):

@@ -25,6 +25,7 @@ def test_a_model_is_made_and_loaded_in_parts(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.seconds(80)
 def test_no_rank_holds_all_of_a_model_of_300_million(tmp_path):
     assert share("make", tmp_path, 1024, 44, at_least=1.1e9) < 0.65
     assert share("load", tmp_path, 1024, 44) < 0.65

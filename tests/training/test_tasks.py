@@ -28,6 +28,7 @@ EPOCHS = {"s4": 20, "s4d": 15, "s5": 30}  # of the config's 40
 
 
 @pytest.mark.long
+@pytest.mark.seconds(85)
 @pytest.mark.parametrize("ssm", EPOCHS)
 def test_digits_are_learnt(digits_config, tmp_path, ssm):
     """The config with each layer, in less than its time: 96% of the test digits."""
