@@ -433,12 +433,12 @@ class _Launch:
         self.chunks, self.E, self.M = triton.cdiv(L, T), E, b.shape[-1] // 2
         self.P, self.T, self.L, self.B = H // E, T, L, B
         self.sizes = (L, T, self.chunks, E, self.P, self.M)
-        self.turns = angle.cos().float().contiguous(), angle.sin().float().contiguous()
-        self.decay, self.step = decay.float().contiguous(), step.float().contiguous()
-        self.numbers = None
+        numbers = None
         if begins is not None:  # of documents, in each chunk; 0 goes on from the one before
             whole = F.pad(begins, (0, self.chunks * T - L)).view(B, self.chunks, T)
-            self.numbers = whole.cumsum(-1, dtype=torch.int32)
+            numbers = whole.cumsum(-1, dtype=torch.int32)
+        of_chunks = (x.float().contiguous() for x in (angle.cos(), angle.sin(), decay, step))
+        self.system = *of_chunks, numbers  # what all launches read, but that the carry needs no steps
         self.switches = {"RESETS": begins is not None, "SHARED": step.dim() == 2}
         self.tiles = {
             "BLOCK_T": block(T),
@@ -456,17 +456,17 @@ class _Launch:
         ends = v.new_empty(B, self.chunks, E, P, 2 * M, dtype=torch.float32)
         final = v.new_empty(B, E * P, 2 * M, dtype=torch.float32)
         shared = {"REVERSE": reverse, **self.switches}
+        cos, sin, decay, _, numbers = self.system
         with on_device(self.device):
-            ends_kernel[self.grid](
-                v, b, *self.turns, self.decay, self.step, self.numbers, ends, *self.sizes, **shared, **self.tiles
-            )
+            ends_kernel[self.grid](v, b, *self.system, ends, *self.sizes, **shared, **self.tiles)
             carry_kernel[B * E, triton.cdiv(P, CARRY_CHANNELS)](
                 ends,
                 initial,
                 final,
-                *self.turns,
-                self.decay,
-                self.numbers,
+                cos,
+                sin,
+                decay,
+                numbers,
                 *self.sizes,
                 INITIAL=initial is not None,
                 KEEPS=keeps,
@@ -509,19 +509,7 @@ def run_forward(
     y = torch.empty_like(v)
     with on_device(v.device):
         emit_kernel[launch.grid](
-            v,
-            b,
-            c,
-            *launch.turns,
-            launch.decay,
-            launch.step,
-            launch.numbers,
-            starts,
-            y,
-            *launch.sizes,
-            REVERSE=False,
-            **launch.switches,
-            **launch.tiles,
+            v, b, c, *launch.system, starts, y, *launch.sizes, REVERSE=False, **launch.switches, **launch.tiles
         )
     return y, final, starts if save else starts.new_empty(0)
 
@@ -547,10 +535,9 @@ def run_backward(
     of_heads = v.new_empty(2, B, launch.L, E, 2 * M, dtype=torch.float32)
     grad_decay, grad_step = (v.new_empty(B, K, E, T, dtype=torch.float32) for _ in range(2))
     grad_turn = v.new_empty(B, K, E, M, dtype=torch.float32)
-    of_system = *launch.turns, launch.decay, launch.step, launch.numbers
     with on_device(v.device):
         emit_kernel[launch.grid](
-            grad_y, c, b, *of_system, asked, grad_v, *launch.sizes, REVERSE=True, **launch.switches, **launch.tiles
+            grad_y, c, b, *launch.system, asked, grad_v, *launch.sizes, REVERSE=True, **launch.switches, **launch.tiles
         )
         for gradient, reverse in ((of_heads[1], False), (of_heads[0], True)):
             vectors_kernel[launch.grid[:2]](
@@ -558,7 +545,7 @@ def run_backward(
                 v,
                 b,
                 c,
-                *of_system,
+                *launch.system,
                 starts,
                 asked,
                 gradient,
