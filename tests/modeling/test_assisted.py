@@ -219,11 +219,11 @@ def repetitive(ssm):
 
 @pytest.mark.long
 @pytest.mark.alone
-@pytest.mark.parametrize("ssm", ["s4d", "s5"])
-def test_drafts_save_time_on_a_repetitive_text(ssm):
+@pytest.mark.parametrize(("ssm", "looked_up"), [("s4d", 1.3), ("s5", 1.5)])
+def test_drafts_save_time_on_a_repetitive_text(ssm, looked_up):
     """In one run, medians of interleaved calls. With 160 new tokens after 80, decoding is nearly all of the time.
 
-    By the machine and the layer 1.4 to 2.0 times as fast.
+    On one machine s4d was 1.44 to 1.5 times as fast, before and after a change, and s5 1.8 to 2.0.
     """
     model, text = repetitive(ssm)
     ways = {
@@ -242,4 +242,5 @@ def test_drafts_save_time_on_a_repetitive_text(ssm):
     assert torch.equal(found["plain"][0, 80:120], text[0, :40])  # it does repeat
     median = {name: statistics.median(times) for name, times in seconds.items()}
     print({name: f"{median['plain'] / value:.2f}x, {value:.3f} s" for name, value in median.items()})
-    assert median["plain"] > 1.25 * max(median["prompt lookup"], median["token recycling"])
+    assert median["plain"] > looked_up * median["prompt lookup"]
+    assert median["plain"] > 1.3 * median["token recycling"]
