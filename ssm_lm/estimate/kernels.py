@@ -10,12 +10,9 @@ import torch
 
 from ..modeling.activations import ACTIVATIONS
 from ..modeling.chunked import ChunkOperators, Implementation, Saved, operator_gradients, to_rows
-from ..modeling.kernel_limits import chunks_in_a_row, segments
+from ..modeling.kernel_limits import VANDERMONDE_POLES, chunks_in_a_row, s5_chunk_length, segments
 from ..modeling.ssd_chunks import since_start_of_chunks
 from .trace import kernel_launches
-
-S5_CHUNK, S5_CHUNKS = 64, 1024  # the shortest chunk of S5's scan, and the most of them
-POLES = 16  # of a program of the Vandermonde product's backward, each of which reads the gradient
 
 
 def _read(*tensors: torch.Tensor | None) -> None:
@@ -112,7 +109,7 @@ class _S5Scan(torch.autograd.Function):
 def _starts_of_s5(u):
     """States where the chunks begin: written, then summed where they stand, then read."""
     B, L, P = u.shape
-    starts = u.new_zeros(B, -(-L // max(S5_CHUNK, 1 << (-(-L // S5_CHUNKS) - 1).bit_length())), P, dtype=torch.float32)
+    starts = u.new_zeros(B, -(-L // s5_chunk_length(L)), P, dtype=torch.float32)
     _read(starts, starts.zero_(), starts)
     return starts
 
@@ -205,7 +202,7 @@ class _Vandermonde(torch.autograd.Function):
         v_re, _, log_re, log_im = ctx.saved_tensors
         rates = log_re.float(), log_im.double()
         with kernel_launches(1):
-            _read(*[grad] * -(-v_re.shape[1] // POLES), *rates)
+            _read(*[grad] * -(-v_re.shape[1] // VANDERMONDE_POLES), *rates)
             sums = v_re.new_zeros(len(v_re), 4, v_re.shape[1])
         _read(sums)
         return *(torch.zeros_like(x) for x in ctx.saved_tensors), None

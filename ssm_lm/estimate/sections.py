@@ -160,16 +160,12 @@ class OnPaper:
         kinds = dict(zip(self.pieces.kinds, self.pieces.block, strict=True))
         return {
             kind: {
-                "forward": {
-                    "bytes": trace.forward_traffic,
-                    "in_kernels": trace.forward_in_kernels,
-                    "launches": trace.forward_launches,
-                },
-                "backward": {
-                    "bytes": trace.backward_traffic,
-                    "in_kernels": trace.backward_in_kernels,
-                    "launches": trace.backward_launches,
-                },
+                way: {
+                    "bytes": getattr(trace, f"{way}_traffic"),
+                    "in_kernels": getattr(trace, f"{way}_in_kernels"),
+                    "launches": getattr(trace, f"{way}_launches"),
+                }
+                for way in ("forward", "backward")
             }
             for kind, trace in kinds.items()
         }
@@ -190,7 +186,7 @@ class OnPaper:
     def assumed(self) -> dict:
         return {
             "efficiency": self.args.efficiency,
-            "measured": getattr(self.args, "measured_on", None),
+            "measured": self.args.measured_on,
             "launch_seconds": LAUNCH,
             "overlap": self.args.overlap,
             "intra_bytes_per_second": self.network.intra,

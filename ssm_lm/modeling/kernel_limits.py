@@ -88,6 +88,16 @@ def limit_of_s5_scan(dtype: torch.dtype) -> str | None:
     return None if dtype == torch.float32 else f"parameters of {dtype}"
 
 
+SHORTEST_S5_CHUNK, MOST_S5_CHUNKS = 64, 1024
+
+
+def s5_chunk_length(L: int) -> int:
+    """Tokens a chunk: few enough to fill the GPU and to keep rounding Lambda harmless; no more chunks than
+    MOST_S5_CHUNKS, which follow one another in `carry_kernel`.
+    """
+    return max(SHORTEST_S5_CHUNK, 1 << (-(-L // MOST_S5_CHUNKS) - 1).bit_length())
+
+
 LONGEST_SSD_CHUNK, LARGEST_SSD_STATE = 32, 64  # beyond these, tiles leave the registers
 
 
@@ -114,6 +124,9 @@ def limit_of_cauchy(dtype: torch.dtype, rank: int) -> str | None:
     if dtype == torch.float32 and rank in (1, 2):
         return None
     return f"{dtype}, rank {rank}; it has float32 and rank 1 and 2"
+
+
+VANDERMONDE_POLES = 16  # of a program of the backward, each of which reads the gradient
 
 
 def limit_of_vandermonde(dtype: torch.dtype) -> str | None:

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 
 from .kernel_launch import on_device, qualified
+from .kernel_limits import s5_chunk_length
 from .kernels_s4 import Case
 from .prefix_scans import complex_scan
 from .real_form import powers
@@ -31,7 +32,6 @@ except ImportError:  # `kernels_s4` asks for this module in a `try` of its own, 
 
 
 UNROLL, CARRY_UNROLL = 8, 16  # tokens, and chunks, that are loaded before the first of them is needed
-SHORTEST_CHUNK = 64
 
 
 @triton.jit
@@ -276,13 +276,6 @@ def emit_reverse_kernel(
     tl.store(grad_initial + b * 2 * HALF + HALF + p, r_im, mask=inside & (c == 0))
 
 
-def chunk_length(L: int) -> int:
-    """Tokens a chunk: few enough to fill the GPU and to keep rounding Lambda harmless; 1024 chunks at most, which
-    follow one another in `carry_kernel`.
-    """
-    return max(SHORTEST_CHUNK, triton.next_power_of_2(triton.cdiv(L, 1024)))
-
-
 def state_blocks(half: int) -> dict[str, int]:
     """States a program, on one warp, and what else every launch takes."""
     return {"UNROLL": UNROLL, "BLOCK": min(64, triton.next_power_of_2(half)), "num_warps": 1, "num_stages": 1}
@@ -293,7 +286,7 @@ class _Launch:
 
     def __init__(self, shape, log_re, log_im, begins):
         self.B, self.L, P = shape
-        self.half, self.T = P // 2, chunk_length(self.L)
+        self.half, self.T = P // 2, s5_chunk_length(self.L)
         self.chunks = triton.cdiv(self.L, self.T)
         # float64 powers: (2, P) on the device, for nothing may wait for it
         exponents = torch.ones(2, 1, dtype=torch.float64, device=log_re.device)

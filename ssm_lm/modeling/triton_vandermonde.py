@@ -15,6 +15,7 @@ import math
 import torch
 
 from .kernel_launch import on_device, qualified
+from .kernel_limits import VANDERMONDE_POLES
 from .kernels_s4 import Case
 from .vandermonde import vandermonde
 
@@ -27,7 +28,7 @@ except ImportError:  # raised again; standing in a `try`, it does not make Trito
 # rows and columns of a tile, warps; the same on every GPU. Larger tiles spill
 FORWARD = (32, 64, 4)
 BACKWARD = (16, 32, 4)
-BLOCK_N = 16  # poles of a matrix product, real and imaginary part each
+BLOCK_N = VANDERMONDE_POLES  # of a matrix product, real and imaginary part each
 PROGRAMS, STEPS = 1024, 4  # how many the backward splits the taps for, where channels are few, and into what at least
 
 

@@ -1,9 +1,9 @@
 """The configurations of S5's scan that are shipped, with what one launch of each moves and computes."""
 
+from ...modeling.kernel_limits import s5_chunk_length
 from ...modeling.triton_s5_scan import (
     CARRY_UNROLL,
     carry_kernel,
-    chunk_length,
     emit_kernel,
     emit_reverse_kernel,
     ends_kernel,
@@ -18,7 +18,7 @@ def compile_cases(arch: str) -> list[dict]:
     B, L, P = 8, 8192, 1024
     blocks = state_blocks(P // 2)
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
-    elements, carried = B * L * P, B * L * P // chunk_length(L)
+    elements, carried = B * L * P, B * L * P // s5_chunk_length(L)
     f32 = "*fp32:16"
     sizes = {"L": "i32", "T": "i32:16", "chunks": "i32", "HALF": "i32:16"}
     cases = []

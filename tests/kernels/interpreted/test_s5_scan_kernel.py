@@ -8,7 +8,7 @@ from kernel_checks import assert_close, compare_with_twin, gapped
 from torch.library import opcheck
 
 from ssm_lm import S4Config, S4ForCausalLM
-from ssm_lm.modeling import triton_s5_scan
+from ssm_lm.modeling import kernel_limits, triton_s5_scan
 from ssm_lm.modeling.kernels_s4 import self_check
 from ssm_lm.modeling.prefix_scans import complex_scan
 from ssm_lm.modeling.ssm import S5
@@ -18,7 +18,7 @@ from ssm_lm.modeling.triton_s5_scan import s5_scan, s5_scan_backward, self_check
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
     """Of 8 tokens, so that a short sequence has several."""
-    monkeypatch.setattr(triton_s5_scan, "SHORTEST_CHUNK", 8)
+    monkeypatch.setattr(kernel_limits, "SHORTEST_S5_CHUNK", 8)
     monkeypatch.setattr(triton_s5_scan, "UNROLL", 4)
     monkeypatch.setattr(triton_s5_scan, "CARRY_UNROLL", 2)
 
@@ -135,7 +135,7 @@ def test_custom_operators():
 
 
 def test_self_check(monkeypatch):
-    monkeypatch.setattr(triton_s5_scan, "SHORTEST_CHUNK", 64)
+    monkeypatch.setattr(kernel_limits, "SHORTEST_S5_CHUNK", 64)
     cause, worst = self_check(self_check_cases, torch.device("cpu"))
     assert cause is None
     assert 0 < worst < 1
