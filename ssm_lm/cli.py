@@ -9,6 +9,7 @@ by a signal and can go on; 1 anything else.
 
 import argparse
 import difflib
+import gc
 import importlib
 import os
 import re
@@ -107,6 +108,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 PATIENCE = 15  # seconds
+# after which Python looks for cycles among them. At its own 700 it looks a thousand times while torch and transformers
+# are imported, whose objects all stay: an eighth of the start
+NEW_OBJECTS = 10_000
 
 
 def wait_for_the_first_rank() -> None:
@@ -125,6 +129,7 @@ def entry(argv: list[str] | None = None) -> None:
     while Python is half gone abort the process, after all is done, and the launcher calls the run failed.
     """
     keep_freed_memory()
+    gc.set_threshold(NEW_OBJECTS)
     try:
         code = main(argv)
     except SystemExit as leaving:

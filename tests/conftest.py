@@ -1,5 +1,6 @@
 """One thread a test process: the models are tiny, and the suite runs several processes on few cores."""
 
+import gc
 import itertools
 import os
 
@@ -7,6 +8,7 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+gc.set_threshold(50_000)  # for cycles Python looks a seventieth as often; a tenth of the time
 
 
 SLOW = 7  # seconds that a slow test takes where no mark says more: seconds(number)
