@@ -93,7 +93,7 @@ class DiscreteMIMO(NamedTuple):
 class DiscreteSSD(NamedTuple):
     """SSD. S_t = a_t R(dt_t omega) S_(t-1) + dt_t b_t v_t^T,  y_t = S_t^T c_t; see ssd.py.
 
-    dt, decay (E,) and omega (N/2,): float64, a step and a rate a head, frequencies. scale, bias: (2, N), of b and c.
+    dt, decay (E,) and omega (E, N/2): float64, a head's step, rate and frequencies. scale, bias: (2, N), of b and c.
     inverse: softplus^-1(dt) (E,), to which the token's raw step is added; None: dt is that of every token, and
     Lambda_bar (E, N) the transition over it. A state is (B, H, N), channel after channel of the heads.
     """

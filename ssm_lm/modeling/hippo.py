@@ -168,6 +168,11 @@ INITIALIZATIONS = {
         "real": diagonal_real,
     },
     "s5": {"legs": diagonal_legs},  # of the order of a block
-    # a head has one decay, the first of the rates, and all of the frequencies
-    "ssd": {"lin": diagonal_lin, "rope": diagonal_rope, "real": diagonal_real},
+    # a head has one decay, the first of the rates, and all of the frequencies; of several, heads take them in turns
+    "ssd": {
+        "lin": diagonal_lin,
+        "lin+real": (diagonal_lin, diagonal_real),
+        "rope": diagonal_rope,
+        "real": diagonal_real,
+    },
 }

@@ -162,7 +162,7 @@ void step_states(I B, I T, I P, float *states, float *state, const float *Lambda
 
 /* DiscreteSSD.step, D v included: x (B, T, H + 2 N (+ E)), y (B, T, H), H = E P. scale, bias (2, N) of b and c; bc
    room for (B, T, 2 N). Lambda_bar (E, N), dt (E); or, where inverse, softplus^-1(dt) (E), is no NULL, every token has
-   a step of its own, the rates are decay (E) and omega (N / 2), and room is for (B, E, N) */
+   a step of its own, the rates are decay (E) and omega (E, N / 2), and room is for (B, E, N) */
 void step_ssd(I B, I T, I E, I P, I N, const float *x, float *state, const float *Lambda_bar, const double *dt,
               const double *decay, const double *omega, const double *inverse, const float *scale, const float *bias,
               float eps, const float *D, float *bc, float *room, float *y, I threads) {
@@ -185,7 +185,7 @@ void step_ssd(I B, I T, I E, I P, I N, const float *x, float *state, const float
                     const double raw = token[H + 2 * N + e] + inverse[e];
                     step = raw > 20 ? raw : log1p(exp(raw));
                     for (I n = 0; n < half; n++) {
-                        const double size = exp(-step * decay[e]), angle = step * omega[n];
+                        const double size = exp(-step * decay[e]), angle = step * omega[e * half + n];
                         own[n] = size * cos(angle);
                         own[half + n] = size * sin(angle);
                     }

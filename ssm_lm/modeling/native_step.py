@@ -308,7 +308,7 @@ class Program:
         E, N = len(system.dt), state.shape[2]
         y, bc, room = self.room(state.shape[1]), self.room(2 * N), torch.empty(self.shape[0], E, N)
         sizes = (*self.shape, E, state.shape[1] // E, N)
-        rates = system.dt, system.decay, system.omega, system.inverse
+        rates = system.dt, system.decay, system.omega.contiguous(), system.inverse
         normed = system.scale, system.bias, NORM_EPSILON
         self.call("step_ssd", *sizes, x, state, system.Lambda_bar, *rates, *normed, D, bc, room, y, self.threads)
         return y

@@ -148,12 +148,10 @@ SSD_SCAN = Operation("ssd_scan", scan_vectors, _load_ssd_scan)
 
 
 def ssd_scan(
-    v, b, c, dt, decay, omega, state, begins, T: int, has_output: bool = True
+    run_kernel: bool, v, b, c, dt, decay, omega, state, begins, T: int, has_output: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """`scan_vectors` by its Triton kernels. Where they do not run, a layer takes `scan_chunks`, which has one chunk's
-    matmuls for all chunks.
-    """
-    return SSD_SCAN.either(True)(v, b, c, dt, decay, omega, state, begins, T, has_output)
+    """`scan_vectors` of ssd_chunks.py, by its Triton kernels if run_kernel."""
+    return SSD_SCAN.either(run_kernel)(v, b, c, dt, decay, omega, state, begins, T, has_output)
 
 
 # ---- a step. Its twin is the `step` of the discrete system itself, in discrete.py

@@ -26,7 +26,6 @@ from .discrete import DiscreteSSD
 from .hippo import INITIALIZATIONS
 from .kernel_limits import LONGEST_SSD_CHUNK, limit_of_ssd_scan
 from .ops import ssd_scan
-from .ssd_chunks import scan_chunks
 from .state_space import MIN_DECAY, StateSpace
 
 
@@ -68,7 +67,7 @@ class SSD(StateSpace):
         self._declare(
             log_dt=(self.heads,),
             Lambda_log_re=(self.heads,),  # the decay: Re Lambda = -exp(this) < 0
-            Lambda_im=(state_size // 2,),  # omega
+            Lambda_im=(*(() if len(self.kinds) == 1 else (self.heads,)), state_size // 2),  # omega
             B_scale=(state_size,),
             B_bias=(state_size,),
             C_scale=(state_size,),
@@ -77,19 +76,26 @@ class SSD(StateSpace):
         )
 
     def initial_values(self):
-        """The first rate of the initialisation for the decay, all of its frequencies; scales and biases of 1."""
-        Lambda = torch.from_numpy(INITIALIZATIONS[self.name][self.init](self.state_size).Lambda)
+        """The first rate of a head's initialisation for its decay, all of the frequencies; scales and biases of 1."""
+        Lambda = torch.stack([torch.from_numpy(kind(self.state_size).Lambda) for kind in self.kinds])
+        of_heads = torch.arange(self.heads) % len(Lambda)
         ones = torch.ones(self.state_size)
         return {
             "log_dt": self._random_dt(),
-            "Lambda_log_re": (-Lambda.real[:1]).clamp(min=MIN_DECAY).log().expand(self.heads),
-            "Lambda_im": Lambda.imag,
+            "Lambda_log_re": (-Lambda.real[of_heads, 0]).clamp(min=MIN_DECAY).log(),
+            "Lambda_im": Lambda.imag[0] if len(Lambda) == 1 else Lambda.imag[of_heads],
             "B_scale": ones,
             "B_bias": ones,
             "C_scale": ones,
             "C_bias": ones,
             "D": torch.ones(self.hidden_size),
         }
+
+    @property
+    def kinds(self):
+        """The initialisations that the heads take in turns; of one alone, the heads share the frequencies."""
+        kinds = INITIALIZATIONS[self.name][self.init]
+        return kinds if isinstance(kinds, tuple) else (kinds,)
 
     @property
     def unconvolved(self):
@@ -104,7 +110,7 @@ class SSD(StateSpace):
         """In float64 but for the norms of b and c."""
         dt = self.log_dt.double().exp()
         scale, bias = torch.stack([self.B_scale, self.C_scale]), torch.stack([self.B_bias, self.C_bias])
-        rates = self.Lambda_log_re.double().exp(), self.Lambda_im.double()
+        rates = self.Lambda_log_re.double().exp(), self.Lambda_im.double().expand(self.heads, -1)
         if self.selective:
             return DiscreteSSD(dt, *rates, scale, bias, dt + torch.log(-torch.expm1(-dt)), None)
         system = DiscreteSSD(dt, *rates, scale, bias, None, None)
@@ -130,11 +136,9 @@ class SSD(StateSpace):
 
     def _scan(self, x, state, begins, execution, has_output=True):
         system, T = self.discretize(), min(execution.chunk_size, x.shape[1])
-        if not execution.kernel:
-            return scan_chunks(system, x, state, begins, T, has_output)
         v, b, c, dt = system.read(x)
         of_tokens = v, b.to(v.dtype), c.to(v.dtype), dt
-        return ssd_scan(*of_tokens, system.decay, system.omega, state, begins, T, has_output)
+        return ssd_scan(execution.kernel, *of_tokens, system.decay, system.omega, state, begins, T, has_output)
 
     def transition(self, length):
         """(H, N); ValueError with `selective`, where `transition_over` has it."""

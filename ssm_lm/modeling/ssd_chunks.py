@@ -7,53 +7,30 @@ rows. The equations stand in ssd.py.
 import torch
 import torch.nn.functional as F
 
-from .discrete import DiscreteSSD
 from .real_form import apply_diagonal
-
-
-def scan_chunks(
-    system: DiscreteSSD,
-    x: torch.Tensor,
-    state: torch.Tensor | None,
-    begins: torch.Tensor | None,
-    T: int,
-    has_output=True,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """x (B, L, H + 2N (+ E)) in the dtype of the parameters -> y (B, L, H) without D v, the final state (B, H, N).
-
-    state: (B, H, N) or None for zero. begins: (B, L) bool, tokens before which the state becomes zero, or None.
-    """
-    L = x.shape[1]
-    whole = L // T * T
-    if 0 < whole < L:  # what is left is a chunk of its own length
-        first, rest = (None, None) if begins is None else (begins[:, :whole], begins[:, whole:])
-        y, state = scan_chunks(system, x[:, :whole], state, first, T, has_output)
-        y_rest, state = scan_chunks(system, x[:, whole:], state, rest, T, has_output)
-        return (torch.cat([y, y_rest], 1) if has_output else None), state
-    vectors = system.read(x)
-    return _scan_whole_chunks(*vectors, system.decay, system.omega, state, begins, min(T, L), has_output)
 
 
 def scan_vectors(
     v, b, c, dt, decay, omega, state, begins, T: int, has_output=True
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The scan of what `DiscreteSSD.read` returns: what triton_ssd_scan.py does, in plain PyTorch. y is None without
-    has_output.
+    """The scan of what `DiscreteSSD.read` returns -> y (B, L, H) without D v, None without has_output; the final state
+    (B, H, N).
 
-    v (B, L, H), b and c (B, L, N); dt (E,) or (B, L, E), decay (E,), omega (N/2,): float64; state, begins: as above.
+    v (B, L, H), b and c (B, L, N); dt (E,) or (B, L, E), decay (E,), omega (E, N/2): float64. state: (B, H, N) or None
+    for zero. begins: (B, L) bool, tokens before which the state becomes zero, or None.
     """
     L = v.shape[1]
+    whole = L // T * T
     ys = []
-    for start in range(0, L, T):
-        part = slice(start, start + T)
+    for part, size in ((slice(whole), T), (slice(whole, L), L - whole)):  # what is left is a chunk of its own length
+        vectors = [x[:, part] for x in (v, b, c)]
+        if vectors[0].shape[1] == 0:
+            continue
         step = dt if dt.dim() == 1 else dt[:, part]
         first = None if begins is None else begins[:, part]
-        size = min(T, L - start)
-        y, state = _scan_whole_chunks(
-            v[:, part], b[:, part], c[:, part], step, decay, omega, state, first, size, has_output
-        )
+        y, state = _scan_whole_chunks(*vectors, step, decay, omega, state, first, size, has_output)
         ys.append(y)
-    return (torch.cat(ys, 1) if has_output else None), state
+    return (torch.cat(ys, 1) if has_output and len(ys) > 1 else ys[0]), state
 
 
 def since_start_of_chunks(dt, decay, omega, L: int, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,7 +44,7 @@ def since_start_of_chunks(dt, decay, omega, L: int, T: int) -> tuple[torch.Tenso
         chunks = -(-L // T)
         dt = F.pad(dt, (0, 0, 0, chunks * T - L)).view(len(dt), chunks, T, -1).transpose(2, 3)
     since_start = dt.cumsum(-1)
-    return since_start[..., None] * omega, since_start * decay[:, None], dt
+    return since_start[..., None] * omega[:, None], since_start * decay[:, None], dt
 
 
 def _scan_whole_chunks(v, b, c, dt, rate, omega, state, begins, T, has_output):
@@ -79,7 +56,7 @@ def _scan_whole_chunks(v, b, c, dt, rate, omega, state, begins, T, has_output):
     # dt (E,) is that of every token and chunk: (1, 1, E, T); or (B, L, E)
     dt = dt[:, None].expand(E, T)[None, None] if dt.dim() == 1 else dt.reshape(B, -1, T, E).transpose(2, 3)
     since_start = dt.cumsum(-1)
-    angle = since_start[..., None] * omega  # float64: many turns, of which the rest must keep its digits
+    angle = since_start[..., None] * omega[:, None]  # float64: many turns, of which the rest must keep its digits
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)  # (1 or B, 1 or K, E, T, N / 2)
     turn_back = torch.cat([cos, -sin], -1)
     b, c = apply_diagonal(turn_back, b), apply_diagonal(turn_back, c) if has_output else None  # (B, K, E, T, N)

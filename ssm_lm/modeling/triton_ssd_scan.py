@@ -662,7 +662,7 @@ def _case(device, dtype, B, L, E, P, N, T, selective, whole, tolerance) -> Case:
 
     steps = (B, L, E) if selective else (E,)
     dt, decay = normal(*steps, dtype=torch.float64).sigmoid() / 2, normal(E, dtype=torch.float64).exp()
-    omega, states = normal(N // 2, dtype=torch.float64), [] if whole else [normal(B, E * P, N)]
+    omega, states = normal(E, N // 2, dtype=torch.float64), [] if whole else [normal(B, E * P, N)]
     vectors = [normal(B, L, E * P).to(dtype), normal(B, L, N).to(dtype), normal(B, L, N).to(dtype)]
     inputs = [*vectors, dt, decay, omega, *states]
     begins = torch.zeros(B, L, dtype=torch.bool)

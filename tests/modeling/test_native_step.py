@@ -22,7 +22,14 @@ MODELS = {
     "h3": {"ssm": "s4d", "arch": ["h3", "swiglu"]},
     "gated": {"ssm": "s5", "arch": ["gated", "ffn"], "conv_size": 3},
     "ssd": {"ssm": "ssd", "arch": "gated", "head_dim": 8},
-    "ssd-selective": {"ssm": "ssd", "arch": ["gated", "swiglu"], "expand": 1, "head_dim": 4, "selective_dt": True},
+    "ssd-selective": {
+        "ssm": "ssd",
+        "arch": ["gated", "swiglu"],
+        "expand": 1,
+        "head_dim": 4,
+        "selective_dt": True,
+        "ssm_init": "lin+real",
+    },
 }
 
 

@@ -48,10 +48,11 @@ def sum_over_pairs(layer, u, state):
 
 
 @pytest.mark.parametrize("selective", [False, True], ids=["constant", "selective"])
-@pytest.mark.parametrize("length", [1, 7, 8, 37])
-def test_modes_equal_the_definition(selective, length):
+@pytest.mark.parametrize("init", ["lin", "lin+real"])
+@pytest.mark.parametrize("length", [1, 8, 37])
+def test_modes_equal_the_definition(selective, init, length):
     """Output, final state, and the gradients of the input, the first state and every parameter."""
-    layer = make(selective, chunk_size=8)
+    layer = make(selective, chunk_size=8, init=init)
     u = torch.randn(2, length, layer.input_size, dtype=torch.float64, requires_grad=True)
     state = torch.randn(2, H, N, dtype=torch.float64, requires_grad=True)
     wanted = [u, state, *layer.parameters()]
@@ -135,11 +136,20 @@ def test_transition_is_what_the_tokens_leave_of_a_state():
         make(True).transition(21)
 
 
+def test_heads_take_initialisations_in_turns():
+    lin, real, both = (SSD(H, N, init=init, head_dim=P).initial_values() for init in ("lin", "real", "lin+real"))
+    assert both["Lambda_im"].shape == (H // P, N // 2)
+    assert lin["Lambda_im"].shape == (N // 2,)
+    for head, kind in enumerate((lin, real, lin)):
+        assert torch.equal(both["Lambda_im"][head], kind["Lambda_im"])
+        assert both["Lambda_log_re"][head] == kind["Lambda_log_re"][head]
+
+
 def test_what_makes_no_ssd():
     for keys, said in (
         ({"head_dim": 5}, "head_dim must divide the channels of an ssd .12., and 5 does not"),
         ({"bidirectional": True}, "reads its input from the front"),
-        ({"init": "legs"}, "init of ssd is one of lin, rope, real"),
+        ({"init": "legs"}, "init of ssd is one of lin, lin.real, rope, real"),
     ):
         with pytest.raises(ValueError, match=said):
             SSD(H, N, **({"head_dim": P} | keys))

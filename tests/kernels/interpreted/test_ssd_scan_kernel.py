@@ -17,7 +17,7 @@ def problem(B, L, E, P, N, selective=False, initial=True, resets=False, dtype=to
     """v, b, c, dt, decay, omega, state, begins"""
     v, b, c = torch.randn(B, L, E * P), torch.randn(B, L, N), torch.randn(B, L, N)
     dt = 0.01 + torch.rand((B, L, E) if selective else (E,)).double() / 2
-    rates = 0.2 + torch.rand(E).double(), 3 * torch.rand(N // 2).double()
+    rates = 0.2 + torch.rand(E).double(), 3 * torch.rand(E, N // 2).double()
     inputs = [*(x.to(dtype) for x in (v, b, c)), dt, *rates]
     state = torch.randn(B, E * P, N).requires_grad_() if initial else None
     return *(x.requires_grad_() for x in inputs), state, torch.rand(B, L) < 0.15 if resets else None
@@ -81,7 +81,7 @@ def test_a_gradient_of_one_output_alone():
 def test_long_memory_keeps_its_phase():
     """A head that hardly decays and turns quickly, over many chunks."""
     v, b, c, dt, decay, omega, state, _ = problem(1, 300, 1, 2, 4, initial=False)
-    omega = torch.tensor([123.4567, 1.7654321]).double()
+    omega = torch.tensor([[123.4567, 1.7654321]]).double()
     compare((*(x.detach() for x in (v, b, c, dt, decay * 1e-4)), omega, state, None), 32, 5e-5)
 
 
