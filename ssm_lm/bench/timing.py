@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 from ..internals.torch import spin
+from ..modeling.kernel_limits import MOST_TAPS
+from ..modeling.short_convolution import ShortConvolution
 from ..modeling.single_steps import Memo
 from ..modeling.ssm import LAYERS
 from . import roofline
@@ -75,7 +77,7 @@ class Contender(NamedTuple):
 
 
 def contenders(u: torch.Tensor, state: int) -> Iterator[Contender]:
-    """Sequences by the kernels, by FFT and by mamba-ssm; kernels of convolutions; steps. u (B, L, H)."""
+    """Sequences by the kernels, by FFT and by mamba-ssm; short and long convolutions; steps. u (B, L, H)."""
     _, length, hidden = u.shape
     layers = {
         # A, B and P are shared by the channels as in the WikiText-103 model; S5's state is one for all channels
@@ -90,6 +92,7 @@ def contenders(u: torch.Tensor, state: int) -> Iterator[Contender]:
             yield Contender("sequence", model, count, length, partial(_sequence, layer, u, mode), leaves)
     yield from ssd(u, state)
     yield from mamba_ssd(u, state)
+    yield from taps(u)
     for name, layer in layers.items():
         count, leaves = sum(p.numel() for p in layer.parameters()), list(layer.parameters())
         for setting, by in (("auto", "kernels"), ("torch", "PyTorch")):
@@ -123,6 +126,19 @@ def ssd(u: torch.Tensor, state: int) -> Iterator[Contender]:
     for setting, by in (("auto", "kernels"), ("torch", "PyTorch")):
         sequence = partial(_with, layer, setting, partial(_sequence, layer, x, "chunk"))
         yield Contender("sequence", f"ssd {by}", count, u.shape[1], sequence, [x, *layer.parameters()])
+
+
+def taps(u: torch.Tensor) -> Iterator[Contender]:
+    """The short convolution of the block gated, with its activation, by its kernel and in plain PyTorch."""
+    layer = ShortConvolution(u.shape[-1], MOST_TAPS).to(u.device)
+    count, leaves = sum(p.numel() for p in layer.parameters()), [u, *layer.parameters()]
+    for setting, by in (("auto", "kernels"), ("torch", "PyTorch")):
+        convolve = partial(_with, layer, setting, partial(_convolved, layer, u))
+        yield Contender("short convolution", f"short convolution, {by}", count, u.shape[1], convolve, leaves)
+
+
+def _convolved(layer, u):
+    return layer(u, output_final_state=False, activation="silu")[0]
 
 
 def mamba_ssd(u: torch.Tensor, state: int) -> Iterator[Contender]:

@@ -10,7 +10,13 @@ import torch
 
 from ..modeling.activations import ACTIVATIONS
 from ..modeling.chunked import ChunkOperators, Implementation, Saved, operator_gradients, to_rows
-from ..modeling.kernel_limits import VANDERMONDE_POLES, chunks_in_a_row, s5_chunk_length, segments
+from ..modeling.kernel_limits import (
+    VANDERMONDE_POLES,
+    chunks_in_a_row,
+    convolved_tokens,
+    s5_chunk_length,
+    segments,
+)
 from ..modeling.ssd_chunks import since_start_of_chunks
 from .trace import kernel_launches
 
@@ -162,6 +168,38 @@ def _ssd_scan(v, b, c, dt, decay, omega, state, begins, T, has_output=True):
     return _SSDScan.apply(v, b, c, angle, total, step, state, has_output)
 
 
+# ---- the short convolution
+
+
+class _ShortConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, weight, bias, tail, begins, seq_idx, has_tail):
+        (B, L, C), K = u.shape, weight.shape[1]
+        ctx.save_for_backward(u, weight, bias, tail, begins, seq_idx)
+        ctx.set_materialize_grads(False)
+        with kernel_launches(1):
+            _read(u, weight, bias, tail, begins, seq_idx)
+            return u.new_zeros(B, L, C), u.new_zeros((B, K - 1, C) if has_tail else 0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_tail):
+        u, weight, bias, tail, begins, seq_idx = ctx.saved_tensors
+        B, L, C = u.shape
+        with kernel_launches(1):
+            _read(grad_y, u, weight, bias, tail, begins, seq_idx)
+            programs = B * convolved_tokens(B, L, C)[1]
+            grad_u = u.new_zeros(B, L, C)
+            of_weight, of_bias = (u.new_zeros(programs, *x.shape, dtype=torch.float32) for x in (weight, bias))
+            grad_tail = None if tail is None else torch.zeros_like(tail)
+        grad_weight, grad_bias = of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(bias.dtype)
+        return grad_u, grad_weight, grad_bias, grad_tail, None, None, None
+
+
+def _short_convolution(u, weight, bias, tail, begins, seq_idx, activation="identity", has_tail=True):
+    y, new_tail = _ShortConvolution.apply(u, weight, bias, tail, begins, seq_idx, has_tail)
+    return y, new_tail if has_tail else None
+
+
 # ---- of the mode fft: what makes a convolution's kernel, complex numbers at the nodes, or the taps
 
 
@@ -217,6 +255,7 @@ STAND_INS = {
     "chunk_scan": Implementation(_forward, _backward, to_rows),
     "s5_scan": _s5_scan,
     "ssd_scan": _ssd_scan,
+    "short_convolution": _short_convolution,
     "cauchy": _cauchy,
     "vandermonde": _vandermonde,
 }

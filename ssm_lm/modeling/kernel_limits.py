@@ -110,6 +110,30 @@ def limit_of_ssd_scan(architecture: str, dtype: torch.dtype, N: int) -> str | No
     return f"its state has {N} numbers a channel, more than {LARGEST_SSD_STATE}" if N > LARGEST_SSD_STATE else None
 
 
+MOST_TAPS = 4  # of the short convolution; the inputs that they see stay in registers
+CONVOLVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CONVOLVED_ROWS, CONVOLVED_CHANNELS = 8, 128  # of a program, which walks the tokens of as many segments at once
+
+
+def limit_of_short_convolution(u: torch.dtype, parameters: torch.dtype, K: int, activation: str) -> str | None:
+    """Of inputs of dtype `u`, K taps of dtype `parameters`, and what follows."""
+    if not {u, parameters} <= set(CONVOLVED_DTYPES):
+        return f"inputs of {u}, parameters of {parameters}"
+    if activation not in ("identity", "silu"):
+        return f"the activation {activation}"
+    return f"{K} taps, more than {MOST_TAPS}" if K > MOST_TAPS else None
+
+
+def convolved_tokens(B: int, L: int, C: int) -> tuple[int, int]:
+    """(tokens of a segment, programs a row of the batch). A segment reads K - 1 tokens beside its own, so that they are
+    long where they still fill the GPU, and a program's sums of the backward few.
+    """
+    rows = B * L * -(-C // CONVOLVED_CHANNELS)  # of CONVOLVED_CHANNELS numbers
+    fair = max(1, rows // (2048 * CONVOLVED_ROWS))
+    T = max(1, min(L, 128, max(8, 1 << (fair.bit_length() - 1))))
+    return T, max(1, -(-L // (T * CONVOLVED_ROWS)))
+
+
 LARGEST_STEP_STATE = 1024  # of a channel, which one program of the step's kernel holds
 
 

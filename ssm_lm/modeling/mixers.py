@@ -124,11 +124,14 @@ class ConvolvedMixer(Mixer):
         self.tail_index = state_index
         convolved = convolved or self.ssm.input_size - self.ssm.unconvolved
         self.conv = ShortConvolution(convolved, config.conv_size)
+        self.conv.kernels = config.kernels
 
-    def convolve(self, x, cache, documents: Documents | None) -> torch.Tensor:
-        """conv(x), from the tail in the cache, which it takes to the last token."""
+    def convolve(self, x, cache, documents: Documents | None, activation: str = "identity") -> torch.Tensor:
+        """activation(conv(x)), from the tail in the cache, which it takes to the last token."""
         tail = None if cache is None else cache.get_state(self.tail_index)
-        y, tail = self.conv(x, initial_state=tail, output_final_state=cache is not None, seq_idx=documents)
+        y, tail = self.conv(
+            x, initial_state=tail, output_final_state=cache is not None, seq_idx=documents, activation=activation
+        )
         if cache is not None:
             cache.update_state(self.tail_index, tail, x.shape[1], self.conv, x, documents)
         return y
@@ -212,7 +215,7 @@ class GatedMixer(ConvolvedMixer):
         cache = self.cache_of(past_key_values)
         x = self.in_proj(masked(hidden_states, attention_mask))
         u, rest, gate = x.split([self.conv.channels, self.ssm.unconvolved, self.norm.normalized_shape[0]], -1)
-        u = nn.functional.silu(self.convolve(u, cache, documents))
+        u = self.convolve(u, cache, documents, "silu")
         u = torch.cat([u, rest], -1) if self.ssm.unconvolved else u
         y, _ = self.scan(masked(u, attention_mask), cache, documents)
         return self.out_proj(self.norm(y * nn.functional.silu(gate)))

@@ -5,6 +5,7 @@
     S5's scan     prefix_scans.py, token by token           triton_s5_scan.py
     SSD's scan    ssd_chunks.py                             triton_ssd_scan.py
     a step        discrete.py                               triton_step.py
+    short taps    short_taps.py                             triton_short_convolution.py
     Cauchy        cauchy.py                                 triton_cauchy.py
     Vandermonde   vandermonde.py                            triton_vandermonde.py
 
@@ -25,6 +26,7 @@ from .kernel_limits import limit_of_cauchy, limit_of_vandermonde
 from .kernels_s4 import Operation, kernel_status, use_kernel
 from .prefix_scans import associative_scan, complex_scan
 from .real_form import apply_diagonal, powers
+from .short_taps import convolve_taps
 from .ssd_chunks import scan_vectors
 from .vandermonde import vandermonde as plain_vandermonde
 
@@ -41,6 +43,7 @@ __all__ = [
     "mimo_step",
     "powers",
     "s5_scan",
+    "short_convolution",
     "siso_step",
     "ssd_scan",
     "toeplitz",
@@ -152,6 +155,33 @@ def ssd_scan(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """`scan_vectors` of ssd_chunks.py, by its Triton kernels if run_kernel."""
     return SSD_SCAN.either(run_kernel)(v, b, c, dt, decay, omega, state, begins, T, has_output)
+
+
+# ---- the short convolution
+
+
+def _load_short_convolution():
+    from .triton_short_convolution import self_check_cases, short_convolution
+
+    return short_convolution, self_check_cases
+
+
+SHORT_CONVOLUTION = Operation("short_convolution", convolve_taps, _load_short_convolution)
+
+
+def short_convolution(
+    u,
+    weight,
+    bias,
+    tail,
+    begins,
+    seq_idx,
+    activation: str = "identity",
+    has_tail: bool = True,
+    run_kernel: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`convolve_taps`, or its Triton kernel with run_kernel, whose limits the caller knows."""
+    return SHORT_CONVOLUTION.either(run_kernel)(u, weight, bias, tail, begins, seq_idx, activation, has_tail)
 
 
 # ---- a step. Its twin is the `step` of the discrete system itself, in discrete.py

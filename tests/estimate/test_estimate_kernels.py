@@ -19,6 +19,7 @@ from ssm_lm.estimate.memory import count_pieces
 from ssm_lm.estimate.trace import StorageCounter, trace
 from ssm_lm.modeling.kernel_launch import assume
 from ssm_lm.modeling.mixers import make_state_space
+from ssm_lm.modeling.short_convolution import ShortConvolution
 from ssm_lm.modeling.ssm import S4, S4D, S5, SSD
 
 REPO = Path(__file__).parents[2]
@@ -146,6 +147,33 @@ def opened_ssd_scan(monkeypatch):
     return module.ssd_scan
 
 
+@pytest.fixture
+def opened_short_convolution(monkeypatch):
+    """The same of the short convolution."""
+    from ssm_lm.modeling import triton_short_convolution as module
+
+    class Convolve(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = module.run_forward(*inputs)
+            module.save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return module.backward(ctx, *gradients, run=module.run_backward)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append(1)
+
+    launched = []
+    for name in ("convolve_kernel", "convolve_backward_kernel"):
+        monkeypatch.setattr(module, name, Kernel())
+    monkeypatch.setattr(module, "convolve_tokens", Convolve.apply)
+    return module.short_convolution, launched
+
+
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 # The report's rows of a layer of B = 8, L = 8192, H = 1024, N = 64 (S5: 1,024 states, in float32) in the mode, forward
 # and backward. The gradient of a layer's output lies in rows already, and is not turned.
@@ -268,3 +296,47 @@ def test_a_stand_in_holds_what_its_kernel_holds(layer_class, activation, length,
     assert ours.gradients == theirs.gradients
     assert ours.forward_peak == pytest.approx(theirs.forward_peak, rel=0.1)
     assert ours.backward_peak == pytest.approx(theirs.backward_peak, rel=0.1)
+
+
+class Convolution(torch.nn.Module):
+    """As a gated mixer has it: over the first channels of a wider tensor, with silu."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = ShortConvolution(channels, 4)
+
+    def forward(self, x):
+        return self.conv(x[..., : self.conv.channels], output_final_state=False, activation="silu")[0]
+
+
+@needs_triton
+def test_the_short_convolution_moves_what_its_report_says():
+    """8 rows of 8,192 tokens, 1,024 channels, in bfloat16; of an element 4 bytes are kept: the input's, and y's."""
+    with assume("sm_90", STAND_INS), FakeTensorMode():
+        x = torch.empty(8, 8192, 2048, dtype=torch.bfloat16, requires_grad=True)
+        found = trace(Convolution(1024), [x], torch.bfloat16)
+    cases = {case["name"]: case["work"]["bytes"] for case in compile_cases("sm_90")}
+    expected = [cases[f"short_convolution {way} silu bf16"] for way in ("forward", "backward")]
+    assert [found.forward_in_kernels, found.backward_in_kernels] == pytest.approx(expected, rel=0.01)
+    assert found.forward_launches == 1
+    assert found.kept == pytest.approx(8 * 8192 * 1024 * 2, rel=0.01)  # y; its input is part of x
+
+
+@needs_triton
+@pytest.mark.parametrize("length", [96, 2048])
+def test_the_stand_in_of_the_short_convolution_holds_what_its_kernel_holds(length, opened_short_convolution):
+    kernel, launched = opened_short_convolution
+    found = []
+    for which in (kernel, STAND_INS["short_convolution"]):
+        with assume("sm_90", {"short_convolution": which}), FakeTensorMode():
+            x = torch.empty(3, length, 40, requires_grad=True)
+            found.append(trace(Convolution(24), [x], None))
+    theirs, ours = found
+    assert len(launched) == 2
+    assert ours.kept == theirs.kept
+    assert ours.gradients == theirs.gradients
+    assert ours.forward_peak == pytest.approx(theirs.forward_peak, rel=0.1)
+    assert ours.backward_peak == pytest.approx(theirs.backward_peak, rel=0.1)
+    # what is hidden from the counter are the two launches; the rest, of PyTorch's operators, is the same
+    assert ours.forward_launches == theirs.forward_launches + 1
+    assert ours.backward_launches == theirs.backward_launches + 1

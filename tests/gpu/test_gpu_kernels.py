@@ -6,7 +6,9 @@ import itertools
 import pytest
 import torch
 
+from ssm_lm.modeling.documents import find_documents
 from ssm_lm.modeling.kernels_s4 import kernel_status, use_kernel
+from ssm_lm.modeling.short_convolution import ShortConvolution
 from ssm_lm.modeling.ssm import LAYERS
 
 # of outputs and of gradients. A bfloat16 input has 8 bits; its gradients are sums of many rounded products
@@ -98,6 +100,35 @@ def test_single_steps(place, ssm, assert_close):
     assert_close(final, expected_final, 2e-5, "final state")
 
 
+@pytest.mark.parametrize("activation", ["silu", "identity"])
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "bfloat16"])
+def test_short_convolution_and_its_gradients(place, dtype, documents, activation, assert_close):
+    """Over part of a wider tensor, from a tail and with one."""
+    layer = ShortConvolution(place.H, 4).to(place.device)
+    twin = copy.deepcopy(layer).double()
+    twin.kernels = "torch"
+    length = place.L + 5
+    x = torch.randn(place.B, length, place.H + 16, device=place.device).to(dtype)
+    tail, seq_idx = layer.zero_state(place.B).normal_(), None
+    if documents:
+        numbers = torch.arange(length, device=place.device) // (length // 3 + 1)
+        seq_idx = find_documents(torch.where(numbers == 1, -1, numbers).expand(place.B, -1), 64)
+    results, weights = [], None
+    for one, signal, first in ((layer, x, tail), (twin, x.double(), tail.double())):
+        signal, first = signal.clone().requires_grad_(), first.clone().requires_grad_()
+        outputs = one(signal[..., : place.H], initial_state=first, seq_idx=seq_idx, activation=activation)
+        weights = weights or [torch.randn_like(part) for part in outputs]
+        inputs = [signal, first, *one.parameters()]
+        of_outputs = [w.to(part.dtype) for w, part in zip(weights, outputs, strict=True)]
+        gradients = torch.autograd.grad(outputs, inputs, of_outputs)
+        results.append((outputs, gradients))
+    near, gradients_near = TOLERANCES[dtype]
+    for tolerance, found, expected in zip((near, gradients_near), *results, strict=True):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs, tolerance)
+
+
 def test_self_checks(place):
     """On a card every kernel that can run there has passed; elsewhere the report says what runs instead."""
     if not place.has_kernels and torch.cuda.is_available():
@@ -111,3 +142,6 @@ def test_self_checks(place):
         assert use_kernel("chunk_scan", where, problem=problem) == place.has_kernels, problem
     for dtype in TOLERANCES:
         assert use_kernel("ssd_scan", where, problem=(dtype, 64, 64)) == place.has_kernels, dtype
+        for activation, documents in itertools.product(("silu", "identity"), (False, True)):
+            problem = (dtype, torch.float32, 4, activation, documents, True)
+            assert use_kernel("short_convolution", where, problem=problem) == place.has_kernels, problem

@@ -137,6 +137,40 @@ def test_another_length_of_ssd_compiles_nothing_new(launched, monkeypatch):
     assert len(seen) == compiled
 
 
+def test_another_length_of_the_short_convolution_compiles_nothing_new(launched, monkeypatch):
+    """What the self-check of a layer has compiled, two kernels in training and one else, is what batches, prompts and
+    tokens of decoding run, whole or part of a wider tensor; nothing is compiled here.
+    """
+    from ssm_lm.modeling.triton_short_convolution import self_check_cases, short_convolution
+
+    seen = set()
+    launched("sm_90")
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
+    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
+
+    def run(B, L, trains, packed, tail):
+        u = torch.empty(B, L, 2176, dtype=torch.bfloat16)[..., :1152].requires_grad_(trains)
+        weight, bias = torch.ones(1152, 4, requires_grad=trains), torch.ones(1152, requires_grad=trains)
+        documents = (
+            (torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, dtype=torch.long)) if packed else (None, None)
+        )
+        tail = torch.zeros(B, 3, 1152) if tail else None
+        y, new_tail = short_convolution(u, weight, bias, tail, *documents, "silu", has_tail=tail is not None)
+        if trains:
+            (y.sum() + (0 if tail is None else new_tail.sum())).backward()
+
+    for packed, trains in ((False, True), (True, True), (False, False)):
+        before = len(seen)
+        for case in self_check_cases(torch.device("cpu"), torch.bfloat16, torch.float32, 4, "silu", packed, trains):
+            case.kernel()
+        compiled = len(seen)
+        assert compiled - before == (2 if trains else 0)  # inference's is among those of training
+        for B, L in ((2, 512), (1, 1), (3, 17), (2, 2), (1, 1001), (16, 1)):
+            for tail in (False, True):
+                run(B, L, trains, packed, tail)
+        assert len(seen) == compiled
+
+
 def check(kernels: list, at_least: int) -> None:
     assert len(kernels) >= at_least
     for kernel in {kernel.hash: kernel for kernel in kernels}.values():
