@@ -154,7 +154,7 @@ def convolve_kernel(
     b, block, first, c = place(L, T, ROWS, BLOCK_C)
     if (block == 0) & (has_tail != 0):  # first, so that its addresses hold no registers in the loop
         at = tl.arange(0, ROWS)
-        last = tl.where(at < K - 1, L - K + 1 + at, L)
+        last = L - K + 1 + at
         kept = read_before(u, initial, seq_idx, b, last, c, L, C, row, has_initial, K, RESETS)
         if RESETS:
             for later in tl.static_range(1, K - 1):
