@@ -25,7 +25,8 @@ The largest of these is the peak. Not in it: the CUDA context and NCCL's buffers
 fragmentation, and the inside of library calls (cuBLAS, cuFFT).
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from torch import nn
 from ..internals.torch import FakeTensorMode
 from ..modeling.configuration_s4 import S4Config
 from ..modeling.kernel_launch import assume
+from .fused import FusedNorms
 from .kernels import STAND_INS
 from .trace import Trace, trace
 
@@ -105,6 +107,13 @@ class _ClassificationHead(nn.Module):
         return nn.functional.cross_entropy(logits.float(), labels)
 
 
+@contextmanager
+def on_gpu(architecture: str) -> Iterator[None]:
+    """Within, models run as they would on a GPU of this architecture, on tensors without data."""
+    with assume(architecture, STAND_INS), FusedNorms():
+        yield
+
+
 def count_pieces(
     config: S4Config,
     batch_size: int,
@@ -127,7 +136,7 @@ def count_pieces(
     config = type(config).from_dict(config.to_dict() | {"use_cache": False})
     parameters, largest = parameter_counts(config, task)
     one = type(config).from_dict(config.to_dict() | {"num_hidden_layers": 1})
-    with assume(architecture, STAND_INS) if architecture else nullcontext(), FakeTensorMode():
+    with on_gpu(architecture) if architecture else nullcontext(), FakeTensorMode():
         causal = task == "lm"
         model = (S4ForCausalLM if causal else S4ForSequenceClassification)(one).train()
         if causal and one.adaptive_cutoffs is not None:

@@ -42,7 +42,7 @@ class StorageCounter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.live = self.peak = self.traffic = self.launches = self.in_kernels = 0
-        self.within_kernels = False
+        self.within_kernels = self.within_ours = False
         self._known = {}
 
     def __enter__(self):
@@ -63,7 +63,7 @@ class StorageCounter(TorchDispatchMode):
             moved = _moved(operator_name(function), read, made)
             self.traffic += moved
             self.launches += not self.within_kernels
-            self.in_kernels += moved * self.within_kernels
+            self.in_kernels += moved * self.within_ours
         return result
 
     def add(self, tensor: torch.Tensor) -> None:
@@ -90,15 +90,15 @@ _running: list[StorageCounter] = []
 
 
 @contextmanager
-def kernel_launches(count: int) -> Iterator[None]:
-    """Within, operators stand in for `count` launches of kernels of our own."""
+def kernel_launches(count: int, ours: bool = True) -> Iterator[None]:
+    """Within, operators stand in for `count` launches of kernels, of our own or of PyTorch's."""
     counter = _running[-1] if _running else StorageCounter()
     counter.launches += count
-    counter.within_kernels = True
+    counter.within_kernels, counter.within_ours = True, ours
     try:
         yield
     finally:
-        counter.within_kernels = False
+        counter.within_kernels = counter.within_ours = False
 
 
 def _moved(operator: str, read: list[torch.Tensor], made: list[torch.Tensor]) -> int:

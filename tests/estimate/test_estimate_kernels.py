@@ -15,10 +15,11 @@ from ssm_lm.config.reading import read_train_config
 from ssm_lm.costs.flops import on_paper, total, training_execution, training_flops
 from ssm_lm.estimate import kernels
 from ssm_lm.estimate.kernels import STAND_INS
-from ssm_lm.estimate.memory import count_pieces
+from ssm_lm.estimate.memory import count_pieces, on_gpu
 from ssm_lm.estimate.trace import StorageCounter, trace
 from ssm_lm.modeling.kernel_launch import assume
 from ssm_lm.modeling.mixers import make_state_space
+from ssm_lm.modeling.norms_and_dropout import RMSNorm
 from ssm_lm.modeling.short_convolution import ShortConvolution
 from ssm_lm.modeling.ssm import S4, S4D, S5, SSD
 
@@ -258,6 +259,22 @@ def test_a_kernel_is_launched_as_often_as_is_counted(layer_class, mode, monkeypa
     (forward, _), (both, _), (_, counted_forward), (_, counted_both) = totals
     assert 0 < forward < both
     assert (counted_forward, counted_both) == (forward, both)
+
+
+def test_an_rms_norm_is_one_kernel_on_a_gpu_and_two_back():
+    """It reads its input and writes its output, and keeps a number a row beside them; a CPU takes six operators."""
+    found, size = [], 3 * 50 * 64 * 4
+    for architecture in ("sm_90", None):
+        with on_gpu(architecture) if architecture else contextlib.nullcontext(), FakeTensorMode():
+            x = torch.empty(3, 50, 64, requires_grad=True)
+            found.append(trace(RMSNorm(64), [x], None))
+    gpu, cpu = found
+    assert (gpu.forward_launches, gpu.backward_launches, gpu.forward_in_kernels) == (1, 2, 0)
+    assert gpu.forward_traffic == pytest.approx(2 * size, rel=0.02)
+    assert gpu.backward_traffic == pytest.approx(5 * size, rel=0.02)  # the gradient and the input are read twice
+    assert gpu.kept == size + 3 * 50 * 4
+    assert cpu.forward_launches > 4
+    assert cpu.kept == 2 * size + 3 * 50 * 4
 
 
 def test_what_an_index_names_and_what_is_filled_are_counted_alone():
