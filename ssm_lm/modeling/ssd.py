@@ -108,13 +108,18 @@ class SSD(StateSpace):
 
     def discretize(self, reverse=False) -> DiscreteSSD:
         """In float64 but for the norms of b and c."""
+        system = self._without_transition()
+        if self.selective:
+            return system
+        return system._replace(Lambda_bar=system.over(system.dt).to(self.log_dt.dtype))
+
+    def _without_transition(self) -> DiscreteSSD:
+        """What a scan asks for, which has no use for the transition over one token."""
         dt = self.log_dt.double().exp()
         scale, bias = torch.stack([self.B_scale, self.C_scale]), torch.stack([self.B_bias, self.C_bias])
         rates = self.Lambda_log_re.double().exp(), self.Lambda_im.double().expand(self.heads, -1)
-        if self.selective:
-            return DiscreteSSD(dt, *rates, scale, bias, dt + torch.log(-torch.expm1(-dt)), None)
-        system = DiscreteSSD(dt, *rates, scale, bias, None, None)
-        return system._replace(Lambda_bar=system.over(dt).to(self.log_dt.dtype))
+        inverse = dt + torch.log(-torch.expm1(-dt)) if self.selective else None
+        return DiscreteSSD(dt, *rates, scale, bias, inverse, None)
 
     # ---- what is scanned is the input itself
 
@@ -135,7 +140,7 @@ class SSD(StateSpace):
         return x if execution.kernel else x.to(self.log_dt.dtype)
 
     def _scan(self, x, state, begins, execution, has_output=True):
-        system, T = self.discretize(), min(execution.chunk_size, x.shape[1])
+        system, T = self._without_transition(), min(execution.chunk_size, x.shape[1])
         v, b, c, dt = system.read(x)
         of_tokens = v, b.to(v.dtype), c.to(v.dtype), dt
         return ssd_scan(execution.kernel, *of_tokens, system.decay, system.omega, state, begins, T, has_output)
@@ -144,14 +149,14 @@ class SSD(StateSpace):
         """(H, N); ValueError with `selective`, where `transition_over` has it."""
         if self.selective:
             raise ValueError("the transition of an ssd with selective_dt depends on its input")
-        system = self.discretize()
+        system = self._without_transition()
         return system.over(system.dt * length).repeat_interleave(self.head_dim, 0).to(self.log_dt.dtype)
 
     def transition_over(self, u):
         """(H, N), or (B, H, N) with `selective`."""
         if not self.selective:
             return self.transition(u.shape[1])
-        system = self.discretize()
+        system = self._without_transition()
         total = system.read(u.to(self.log_dt.dtype))[-1].sum(1)
         return system.over(total).repeat_interleave(self.head_dim, 1).to(self.log_dt.dtype)
 
