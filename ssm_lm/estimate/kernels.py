@@ -17,7 +17,7 @@ from ..modeling.kernel_limits import (
     s5_chunk_length,
     segments,
 )
-from ..modeling.ssd_chunks import since_start_of_chunks
+from ..modeling.ssd_chunks import since_start_of_chunks, sum_up_gradients
 from .trace import kernel_launches
 
 
@@ -157,10 +157,12 @@ class _SSDScan(torch.autograd.Function):
             _read(grad_y, v, b, c, starts, asked, *turns)
             of_heads = v.new_zeros(2, *v.shape[:2], step.shape[-2], b.shape[-1], dtype=torch.float32)
             grad_v = torch.zeros_like(v)
-        grad_b, grad_c = (part.sum(2).to(b.dtype) for part in of_heads)
-        parts = of_heads[0, ..., ::2] * of_heads[1, ..., ::2]
-        gradients = parts.sum() + torch.zeros_like(angle), torch.zeros_like(decay), torch.zeros_like(step)
-        return grad_v, grad_b, grad_c, *gradients, grad_initial if ctx.has_state else None, None
+            B, K, E, _, N = starts.shape
+            grad_turn = starts.new_zeros(B, K, E, N // 2)
+            grad_decay, grad_step = (starts.new_zeros(B, K, E, step.shape[-1]) for _ in range(2))
+        of_operators = sum_up_gradients(of_heads, (b, c), grad_turn, grad_decay, grad_step, step.dim() == 2)
+        gradients = (x.to(like.dtype) for x, like in zip(of_operators, (b, c, angle, decay, step), strict=True))
+        return grad_v, *gradients, grad_initial if ctx.has_state else None, None
 
 
 def _ssd_scan(v, b, c, dt, decay, omega, state, begins, T, has_output=True):

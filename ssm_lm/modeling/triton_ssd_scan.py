@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from .kernel_launch import on_device, qualified
 from .kernels_s4 import Case
-from .ssd_chunks import scan_vectors, since_start_of_chunks
+from .ssd_chunks import scan_vectors, since_start_of_chunks, sum_up_gradients
 
 try:
     import triton
@@ -557,34 +557,9 @@ def run_backward(
                 **launch.switches,
                 **launch.tiles,
             )
-    grad_angle = _gradient_of_angles(of_heads, (b, c), grad_turn, launch)
-    if step.dim() == 2:
-        grad_angle, grad_decay, grad_step = (
-            x.sum((0, 1), dtype=torch.float64) for x in (grad_angle, grad_decay, grad_step)
-        )
-    grad_b, grad_c = (part.sum(2) for part in of_heads)
-    return (
-        grad_v,
-        grad_b.to(b.dtype),
-        grad_c.to(c.dtype),
-        grad_angle.to(angle.dtype),
-        grad_decay.to(decay.dtype),
-        grad_step.to(step.dtype),
-        grad_initial,
-    )
-
-
-def _gradient_of_angles(of_heads, vectors, grad_turn, launch) -> torch.Tensor:
-    """(B, chunks, E, T, M): b~ = e^(-i angle) b, so that it is Re g Im b - Im g Re b, of c as well; and the turn."""
-    B, K, E, T, M = launch.B, launch.chunks, launch.E, launch.T, launch.M
-    total = 0
-    for gradient, x in zip(of_heads, vectors, strict=True):
-        (g_re, g_im), (x_re, x_im) = gradient.chunk(2, -1), x.float()[:, :, None].chunk(2, -1)
-        total = total + g_re * x_im - g_im * x_re  # (B, L, E, M)
-    last = torch.arange(1, K + 1, device=total.device) * T - 1
-    total.index_add_(1, last.clamp(max=launch.L - 1), grad_turn)
-    total = F.pad(total, (0, 0, 0, 0, 0, K * T - launch.L))
-    return total.view(B, K, T, E, M).transpose(2, 3)
+    of_operators = sum_up_gradients(of_heads, (b, c), grad_turn, grad_decay, grad_step, step.dim() == 2)
+    gradients = (x.to(like.dtype) for x, like in zip(of_operators, (b, c, angle, decay, step), strict=True))
+    return grad_v, *gradients, grad_initial
 
 
 # what the compiler and autograd see: what lies within, its buffers too, is hidden
