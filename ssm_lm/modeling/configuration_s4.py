@@ -48,7 +48,7 @@ class S4Config(PreTrainedConfig):
         with B and C from the token, in the sublayer gated alone.
     state_size: order N of every real system, even: N/2 conjugate pairs. For s5 it is the state of the whole layer.
     ssm_init: "legs", the default but for ssd; for s4 also "legt" (rank 2) and "fourier"; for s4d also "lin", "inv",
-        "quad" and "real"; for ssd "lin", its default, "rope", frequencies as of rotary embeddings,
+        "quad" and "real"; for ssd "rope", its default, frequencies as of rotary embeddings, "lin",
         "real", without any, and "lin+real", each for every other head.
     discretization: "bilinear", the only one for s4; "zoh", the default for s4d and s5.
     dt_min, dt_max: a channel's step, for s5 a state's, is drawn log-uniformly between them.

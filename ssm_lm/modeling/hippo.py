@@ -157,7 +157,7 @@ def _diagonal(Lambda: np.ndarray) -> Initialization:
     return Initialization(Lambda, np.zeros((0, len(Lambda)), np.complex128), ones)
 
 
-# which initialisations a layer accepts, by the name in S4Config.ssm
+# which initialisations a layer accepts, by the name in S4Config.ssm; the first is the default
 INITIALIZATIONS = {
     "s4": {"legs": legs, "legt": legt, "fourier": fourier},
     "s4d": {
@@ -170,9 +170,9 @@ INITIALIZATIONS = {
     "s5": {"legs": diagonal_legs},  # of the order of a block
     # a head has one decay, the first of the rates, and all of the frequencies; of several, heads take them in turns
     "ssd": {
-        "lin": diagonal_lin,
-        "lin+real": (diagonal_lin, diagonal_real),
         "rope": diagonal_rope,
+        "lin": diagonal_lin,
         "real": diagonal_real,
+        "lin+real": (diagonal_lin, diagonal_real),
     },
 }

@@ -15,8 +15,9 @@ In a chunk, with s_i = dt_1 + ... + dt_i and rows turned back to its start, b~_j
 which is attention with a decay for a mask (the "duality"), and a recurrence over the chunks: O(L), by matmuls.
 
 Source: Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
-Duality" (2024), section 6; the rotation is S4D-Lin's (Gu et al. 2022). b and c pass an RMS norm and get a bias that
-starts at 1, so that a head begins close to the time-invariant system.
+Duality" (2024), section 6; the rotation by the frequencies of rotary embeddings (hippo.py), or by S4D-Lin's (Gu et al.
+2022). b and c pass an RMS norm and get a bias that starts at 1, so that a head begins close to the time-invariant
+system.
 """
 
 import torch
@@ -49,7 +50,7 @@ class SSD(StateSpace):
         self,
         hidden_size: int,
         state_size: int = 64,
-        init: str = "lin",
+        init: str = "rope",
         discretization: str | None = None,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
