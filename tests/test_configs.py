@@ -13,6 +13,7 @@ from ssm_lm.config.model import model_config, new_language_model
 from ssm_lm.config.reading import read_train_config, read_yaml
 from ssm_lm.data.recall import RECALL_TASKS
 from ssm_lm.data.sequences import TASKS
+from ssm_lm.modeling.mixers import make_state_space
 
 REPO = Path(__file__).parents[1]
 CONFIGS = REPO / "configs"
@@ -55,10 +56,15 @@ def test_comparisons(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_key_of_a_model_is_explained(path):
+def test_models(path):
+    """Every key is explained, and on a GPU, under autocast, the scan is one that a kernel does."""
     lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
     assert all("#" in line for line in lines)
-    S4Config(**read_yaml(path))
+    config = S4Config(**read_yaml(path))
+    with torch.device("meta"):
+        layer = make_state_space(config)
+    _, unsupported, _ = layer.scan_kernel("sm_90", torch.bfloat16)
+    assert unsupported is None
 
 
 def test_every_key_of_the_deepspeed_configs_is_explained():
