@@ -6,6 +6,7 @@ words; whatever else a library has to say still arrives.
 """
 
 import logging
+import os
 import re
 
 # (logger, words of the line, why it concerns no user of a verb, the newest version that was seen to write it)
@@ -33,6 +34,11 @@ _FILTERS = {logger: KnownLines(pattern) for logger, pattern, _, _ in LINES}
 
 
 def drop_known_lines() -> None:
-    """Keep the lines above from the terminal, in this process. It may be called again, and imports nothing."""
+    """Keep the lines above from the terminal, in this process. It may be called again, and imports nothing.
+
+    torch's profiler, which samples the share of communication, writes "USDT: ... profiler_start" from C++, at a level
+    above its errors. Who wants to see those sets KINETO_LOG_LEVEL.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     for name, known in _FILTERS.items():
         logging.getLogger(name).addFilter(known)

@@ -161,6 +161,7 @@ def test_the_other_blocks_run_in_order(checkout):
     def run(*command: str) -> None:
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        assert "profiler_start" not in done.stdout + done.stderr  # the ranks of the quickstart sample their collectives
 
     for block in blocks():
         code = block["code"]

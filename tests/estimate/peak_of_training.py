@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from tiny import checkpoint_activations
 from torch.profiler import ProfilerActivity, profile
 
 from ssm_lm import S4Config, S4ForCausalLM
@@ -39,7 +40,7 @@ def measure(keys: dict, batch_size: int, length: int, checkpointing=False, bf16=
         torch.manual_seed(0)
         model = S4ForCausalLM(config).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 1e-3, 0.1), fused=True)
         engine = model
         if stage is not None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import checkpoint_activations
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssm_lm import S4Config, S4ForCausalLM, S4ForSequenceClassification
@@ -18,7 +19,7 @@ SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_siz
 
 def counted(model, checkpointing=False, **inputs) -> int:
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         model.train()(**inputs).loss.backward()
     return counter.get_total_flops()

@@ -212,7 +212,8 @@ def create(hub, body, query):
     name = f"{asked['organization']}/{asked['name']}"
     if name in hub.repos:
         raise Refusal(409, message="You already created this model repo")
-    hub.repos[name] = Repo(asked.get("visibility") == "private")
+    # huggingface_hub 1.5 says it by "private"
+    hub.repos[name] = Repo(asked.get("visibility") == "private" or asked.get("private") is True)
     return reply({"url": f"{hub.url}/{name}", "name": name})
 
 

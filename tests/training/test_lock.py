@@ -40,6 +40,12 @@ def exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def wait_for(condition, seconds=20) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def leave_behind(folder, **facts):
     """A lock as another machine's process would have left it."""
     (folder / LOCK_FILE).write_text(json.dumps(describe("theirs") | {"host": "elsewhere", "machine": "else"} | facts))
@@ -131,10 +137,13 @@ def test_of_several_that_take_over_one_does(tmp_path):
 
     def work():
         with locked(tmp_path):
-            time.sleep(1)
+            wait_for((tmp_path / "refused").exists)
 
-    codes = [exit_code(child) for child in [in_a_fork(work) for _ in range(4)]]
-    assert sorted(codes) == [0, 2, 2, 2]
+    children = [in_a_fork(work) for _ in range(4)]
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    wait_for(lambda: sum(os.waitid(os.P_PID, child, ended) is not None for child in children) == 3)
+    (tmp_path / "refused").touch()
+    assert sorted(map(exit_code, children)) == [0, 2, 2, 2]
 
 
 def test_who_has_lost_the_lock_ends(tmp_path):
