@@ -14,6 +14,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
@@ -102,7 +103,12 @@ def test_a_second_push_sends_nothing(folder, hub):
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\nMore.\n")
     push(folder, "--message", "More")
     assert (hub.uploads, hub.received) == (uploads, received)
-    assert hub.repos["user/tiny"].commits[-1] == ("main", "More", {"README.md": "file"})
+    branch, message, sent = hub.repos["user/tiny"].commits[-1]
+    assert (branch, message) == ("main", "More")
+    if huggingface_hub.__version__.startswith("1.5."):  # sends again what goes into the commit itself, no weights
+        assert "README.md" in sent
+    else:
+        assert sent == {"README.md": "file"}
 
 
 def break_in_a_file(folder, hub) -> int:
