@@ -18,8 +18,9 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # more keys for the training of the quickstart, such as QUICKSTART="--max_steps 50"
 QUICKSTART ?=
 TESTS ?= tests
-# tests at a time: one more than the two cores that the suite is made for, as tests often wait for what they started
-WORKERS ?= 3
+# tests at a time, on the two cores that the suite is made for: tests often wait for what they started, long ones less
+WORKERS ?= 4
+LONG_WORKERS ?= 3
 TRITON ?= 3.9.0
 SETS ?= lowest highest
 GPU_OUTPUT ?= build/gpu
@@ -48,7 +49,7 @@ test: venv
 
 # pytest ends with 5 where none of $(TESTS) is of a kind
 long-test: venv
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "long and not alone" $(TESTS) || test $$? = 5
+	$(BIN)/python -m pytest -n $(LONG_WORKERS) --dist worksteal -m "long and not alone" $(TESTS) || test $$? = 5
 	$(BIN)/python -m pytest -m "long and alone" $(TESTS) || test $$? = 5
 
 test-triton: venv
