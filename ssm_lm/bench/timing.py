@@ -18,6 +18,7 @@ from . import roofline
 
 WARM_UP, REPEATS = 3, 20
 OTHERS = "mamba-ssm"  # how a model of somebody else's code is called
+SETTINGS = (("auto", "kernels"), ("torch", "PyTorch"))  # of a layer's `kernels`, and by what it then runs
 # of a GPU, before a call is timed: more bytes than its caches hold, and cycles, 10 ms or so, in which the host hands
 # over all launches of the call, so that the GPU's time is measured and not the host's
 CACHE_BYTES, AHEAD = 256 << 20, 20_000_000
@@ -95,7 +96,7 @@ def contenders(u: torch.Tensor, state: int) -> Iterator[Contender]:
     yield from taps(u)
     for name, layer in layers.items():
         count, leaves = sum(p.numel() for p in layer.parameters()), list(layer.parameters())
-        for setting, by in (("auto", "kernels"), ("torch", "PyTorch")):
+        for setting, by in SETTINGS:
             if name != "s5":
                 tap = partial(_with, layer, setting, partial(layer.kernel, length))
                 yield Contender(f"{name} taps", f"{name} taps, {by}", count, length, tap, leaves)
@@ -123,7 +124,7 @@ def ssd(u: torch.Tensor, state: int) -> Iterator[Contender]:
     layer = LAYERS["ssd"](u.shape[-1], state_size=state).to(u.device)
     count = sum(p.numel() for p in layer.parameters())
     x = torch.randn(*u.shape[:2], layer.input_size, device=u.device).to(u.dtype).requires_grad_()
-    for setting, by in (("auto", "kernels"), ("torch", "PyTorch")):
+    for setting, by in SETTINGS:
         sequence = partial(_with, layer, setting, partial(_sequence, layer, x, "chunk"))
         yield Contender("sequence", f"ssd {by}", count, u.shape[1], sequence, [x, *layer.parameters()])
 
@@ -132,7 +133,7 @@ def taps(u: torch.Tensor) -> Iterator[Contender]:
     """The short convolution of the block gated, with its activation, by its kernel and in plain PyTorch."""
     layer = ShortConvolution(u.shape[-1], MOST_TAPS).to(u.device)
     count, leaves = sum(p.numel() for p in layer.parameters()), [u, *layer.parameters()]
-    for setting, by in (("auto", "kernels"), ("torch", "PyTorch")):
+    for setting, by in SETTINGS:
         convolve = partial(_with, layer, setting, partial(_convolved, layer, u))
         yield Contender("short convolution", f"short convolution, {by}", count, u.shape[1], convolve, leaves)
 

@@ -68,7 +68,7 @@ class SSD(StateSpace):
         self._declare(
             log_dt=(self.heads,),
             Lambda_log_re=(self.heads,),  # the decay: Re Lambda = -exp(this) < 0
-            Lambda_im=(*(() if len(self.kinds) == 1 else (self.heads,)), state_size // 2),  # omega
+            Lambda_im=(self.heads, state_size // 2) if len(self.kinds) > 1 else (state_size // 2,),  # omega
             B_scale=(state_size,),
             B_bias=(state_size,),
             C_scale=(state_size,),
@@ -84,7 +84,7 @@ class SSD(StateSpace):
         return {
             "log_dt": self._random_dt(),
             "Lambda_log_re": (-Lambda.real[of_heads, 0]).clamp(min=MIN_DECAY).log(),
-            "Lambda_im": Lambda.imag[0] if len(Lambda) == 1 else Lambda.imag[of_heads],
+            "Lambda_im": Lambda.imag[of_heads] if len(Lambda) > 1 else Lambda.imag[0],
             "B_scale": ones,
             "B_bias": ones,
             "C_scale": ones,

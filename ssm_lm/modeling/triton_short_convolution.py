@@ -215,11 +215,8 @@ def convolve_backward_kernel(
     owed0, owed1, owed2, owed3 = zero, zero, zero, zero  # to the inputs of so many tokens ago
     sum0, sum1, sum2, sum3, total = zero, zero, zero, zero, zero
     is_near = first >= 0
-    near1, near2, near3 = (
-        is_near,
-        is_near,
-        is_near,
-    )  # whether so many tokens ago it was the same document, from `first` on
+    # whether so many tokens ago it was the same document, from `first` on
+    near1, near2, near3 = is_near, is_near, is_near
     ahead0 = read_input(u, seq_idx, b, first, c, L, C, row, RESETS)
     ahead1 = read_input(u, seq_idx, b, first + 1, c, L, C, row, RESETS)
     g_ahead0 = read(g, b * L + first, first < L, c, C, g_row)

@@ -122,12 +122,13 @@ def test_a_step_of_an_ssd_scans_in_bfloat16():
     assert launched == [[dtype] * 3 + [torch.float64] for dtype in (torch.bfloat16, torch.float32)]
 
 
-@pytest.fixture
-def opened_ssd_scan(monkeypatch):
-    """The kernel's function of ssd, made of its launches but for these, so that the buffers between them are seen."""
-    from ssm_lm.modeling import triton_ssd_scan as module
+def opened(monkeypatch, module, operation: str, *kernels: str) -> list[str]:
+    """A kernel's operation, made of its launches but for these, so that the buffers between them are seen; the list of
+    the kernels that it will have launched.
+    """
+    launched = []
 
-    class Scan(torch.autograd.Function):
+    class Operation(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             output = module.run_forward(*inputs)
@@ -139,39 +140,31 @@ def opened_ssd_scan(monkeypatch):
             return module.backward(ctx, *gradients, run=module.run_backward)
 
     class Kernel:
-        def __getitem__(self, grid):
-            return lambda *arguments, **options: None
+        def __init__(self, name):
+            self.name = name
 
-    for name in ("ends_kernel", "carry_kernel", "emit_kernel", "vectors_kernel"):
-        monkeypatch.setattr(module, name, Kernel())
-    monkeypatch.setattr(module, "ssd_scan_chunks", Scan.apply)
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append(self.name)
+
+    for name in kernels:
+        monkeypatch.setattr(module, name, Kernel(name))
+    monkeypatch.setattr(module, operation, Operation.apply)
+    return launched
+
+
+@pytest.fixture
+def opened_ssd_scan(monkeypatch):
+    from ssm_lm.modeling import triton_ssd_scan as module
+
+    opened(monkeypatch, module, "ssd_scan_chunks", "ends_kernel", "carry_kernel", "emit_kernel", "vectors_kernel")
     return module.ssd_scan
 
 
 @pytest.fixture
 def opened_short_convolution(monkeypatch):
-    """The same of the short convolution."""
     from ssm_lm.modeling import triton_short_convolution as module
 
-    class Convolve(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            output = module.run_forward(*inputs)
-            module.save(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            return module.backward(ctx, *gradients, run=module.run_backward)
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *arguments, **options: launched.append(1)
-
-    launched = []
-    for name in ("convolve_kernel", "convolve_backward_kernel"):
-        monkeypatch.setattr(module, name, Kernel())
-    monkeypatch.setattr(module, "convolve_tokens", Convolve.apply)
+    launched = opened(monkeypatch, module, "convolve_tokens", "convolve_kernel", "convolve_backward_kernel")
     return module.short_convolution, launched
 
 

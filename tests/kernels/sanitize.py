@@ -85,11 +85,12 @@ def operation(name):
     shipped = [case["kernel"] for arch in ("sm_90", "gfx942") for case in listed.compile_cases(arch)]
     names = [name for name, value in vars(module).items() if any(value is kernel for kernel in shipped)]
     cpu = torch.device("cpu")
-    # the chunk scan's are of real sizes unless they are told others: whole tiles of time, and masked ones. The
-    # short convolution's, but for what documents add, lie at the same addresses in all of its problems
-    sizes = [(None, 12, None, 16), (torch.float32, 12, None, 12)] if name == "chunk_scan" else [()]
-    sizes = module.PROBLEMS[:1] if name == "short_convolution" else sizes
-    return module, names, [case.kernel for size in sizes for case in module.self_check_cases(cpu, *size)]
+    problems = [()]
+    if name == "chunk_scan":  # of real sizes unless they are told others: whole tiles of time, and masked ones
+        problems = [(None, 12, None, 16), (torch.float32, 12, None, 12)]
+    elif name == "short_convolution":  # but for what documents add, all of its problems lie at the same addresses
+        problems = module.PROBLEMS[:1]
+    return module, names, [case.kernel for problem in problems for case in module.self_check_cases(cpu, *problem)]
 
 
 def traced(module, names, launches, make_client):
