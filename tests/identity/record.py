@@ -24,6 +24,9 @@ CASES: dict[str, tuple[dict, dict, int]] = {
     "s4 fft": ({"ssm": "s4", "mode": "fft"}, {}, 1),
     "s5": ({"ssm": "s5", "ssm_blocks": 2, "glu": "half"}, {}, 1),
     "s5 associative": ({"ssm": "s5", "mode": "associative"}, {}, 1),
+    "ssd": ({"ssm": "ssd", "arch": "gated", "expand": 2, "head_dim": 8}, {}, 1),
+    "ssd selective": ({"ssm": "ssd", "arch": ["gated", "swiglu"], "selective_dt": True}, {}, 1),
+    "h3": ({"ssm": "s4d", "arch": "h3", "head_dim": 2}, {}, 1),
     "adaptive": ({"ssm": "s4", "adaptive_cutoffs": [8, 16], "adaptive_div_val": 2}, {}, 1),
     "loss in chunks": ({"ssm": "s4d", "loss_chunk_size": 32, "dropout": 0.1}, {}, 1),
     "carried": ({"ssm": "s4"}, {"carry_state": True}, 1),
@@ -124,7 +127,8 @@ def observe(run: Path) -> dict[str, str]:
     }
     mixers = [module for module in model.modules() if hasattr(module, "ssm")]
     own = model.config.mode
-    for mode in dict.fromkeys((own, *MODES)):
+    known = [mode for mode in MODES if mode != "fft" or all(mixer.ssm.is_time_invariant for mixer in mixers)]
+    for mode in dict.fromkeys((own, *known)):
         for mixer in mixers:
             mixer.mode = mode
         with torch.no_grad():
