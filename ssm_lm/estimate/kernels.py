@@ -129,7 +129,7 @@ def _s5_scan(u, log_re, log_im, initial_state=None, begins=None):
 
 class _SSDScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, v, b, c, angle, decay, step, state, has_output):
+    def forward(ctx, v, b, c, angle, decay, step, skip, state, has_output):
         (B, L, H), (E, T), N = v.shape, step.shape[-2:], b.shape[-1]
         turns, of_tokens = (angle.cos().float(), angle.sin().float()), (decay.float(), step.float())
         with kernel_launches(3 if has_output else 2):
@@ -137,37 +137,39 @@ class _SSDScan(torch.autograd.Function):
             _read(v, b, state, starts, *turns, *turns, *of_tokens, *of_tokens)
             starts.zero_()  # in the place of what the chunks add
             if has_output:
-                _read(v, b, c, starts)
+                _read(v, b, c, skip, starts)
             y = torch.zeros_like(v) if has_output else v.new_zeros(0)
             final = v.new_zeros(B, H, N, dtype=torch.float32)
-        ctx.save_for_backward(v, b, c, angle, decay, step, starts)
+        ctx.save_for_backward(v, b, c, angle, decay, step, skip, starts)
         ctx.has_state = state is not None
         return y, final
 
     @staticmethod
     def backward(ctx, grad_y, grad_final):
-        v, b, c, angle, decay, step, starts = ctx.saved_tensors
+        v, b, c, angle, decay, step, skip, starts = ctx.saved_tensors
         turns = angle.cos().float(), angle.sin().float()
         with kernel_launches(5):  # ends, carry, then those of v, c and b
             asked = torch.zeros_like(starts)
             _read(grad_y, c, grad_final, asked.zero_(), *turns, *turns)
             grad_initial = torch.zeros_like(grad_final)
-            _read(grad_y, b, c, asked, *turns)
+            _read(grad_y, b, c, skip, asked, *turns)
             _read(grad_y, v, b, c, starts, *turns)
             _read(grad_y, v, b, c, starts, asked, *turns)
             of_heads = v.new_zeros(2, *v.shape[:2], step.shape[-2], b.shape[-1], dtype=torch.float32)
             grad_v = torch.zeros_like(v)
-            B, K, E, _, N = starts.shape
-            grad_turn = starts.new_zeros(B, K, E, N // 2)
-            grad_decay, grad_step = (starts.new_zeros(B, K, E, step.shape[-1]) for _ in range(2))
-        of_operators = sum_up_gradients(of_heads, (b, c), grad_turn, grad_decay, grad_step, step.dim() == 2)
-        gradients = (x.to(like.dtype) for x, like in zip(of_operators, (b, c, angle, decay, step), strict=True))
+            B, K, E, P, N = starts.shape
+            T = step.shape[-1]
+            grad_skip, grad_decay, grad_step = (starts.new_zeros(B, K, E, size) for size in (P, T, T))
+            grad_angle = starts.new_zeros(B, K, E, T, N // 2)
+            _read(grad_angle.zero_())
+        gradients = sum_up_gradients(of_heads, (grad_angle, grad_decay, grad_step), grad_skip, step.dim() == 2)
+        gradients = (x.to(like.dtype) for x, like in zip(gradients, (b, c, angle, decay, step, skip), strict=True))
         return grad_v, *gradients, grad_initial if ctx.has_state else None, None
 
 
-def _ssd_scan(v, b, c, dt, decay, omega, state, begins, T, has_output=True):
+def _ssd_scan(v, b, c, dt, decay, omega, skip, state, begins, T, has_output=True):
     angle, total, step = since_start_of_chunks(dt, decay, omega, v.shape[1], T)
-    return _SSDScan.apply(v, b, c, angle, total, step, state, has_output)
+    return _SSDScan.apply(v, b, c, angle, total, step, skip, state, has_output)
 
 
 # ---- the short convolution

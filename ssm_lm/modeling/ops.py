@@ -151,10 +151,10 @@ SSD_SCAN = Operation("ssd_scan", scan_vectors, _load_ssd_scan)
 
 
 def ssd_scan(
-    run_kernel: bool, v, b, c, dt, decay, omega, state, begins, T: int, has_output: bool = True
+    run_kernel: bool, v, b, c, dt, decay, omega, skip, state, begins, T: int, has_output: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """`scan_vectors` of ssd_chunks.py, by its Triton kernels if run_kernel."""
-    return SSD_SCAN.either(run_kernel)(v, b, c, dt, decay, omega, state, begins, T, has_output)
+    return SSD_SCAN.either(run_kernel)(v, b, c, dt, decay, omega, skip, state, begins, T, has_output)
 
 
 # ---- the short convolution

@@ -129,9 +129,7 @@ class SSD(StateSpace):
 
     def run_chunk(self, x, state, documents, execution, reverse=False):
         begins = None if documents is None else documents.begins
-        x = self._as_scanned(x, execution)
-        y, state = self._scan(x, state, begins, execution)
-        return torch.addcmul(y, self.skipped(x), self.D), state
+        return self._scan(self._as_scanned(x, execution), state, begins, execution)
 
     def scan_to_end(self, x, state, execution):
         return self._scan(self._as_scanned(x, execution), state, None, execution, has_output=False)[1]
@@ -144,7 +142,8 @@ class SSD(StateSpace):
         system, T = self._without_transition(), min(execution.chunk_size, x.shape[1])
         v, b, c, dt = system.read(x)
         of_tokens = v, b.to(v.dtype), c.to(v.dtype), dt
-        return ssd_scan(execution.kernel, *of_tokens, system.decay, system.omega, state, begins, T, has_output)
+        rates = system.decay, system.omega
+        return ssd_scan(execution.kernel, *of_tokens, *rates, self.D, state, begins, T, has_output)
 
     def transition(self, length):
         """(H, N); ValueError with `selective`, where `transition_over` has it."""

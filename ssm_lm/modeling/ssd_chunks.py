@@ -11,13 +11,12 @@ from .real_form import apply_diagonal
 
 
 def scan_vectors(
-    v, b, c, dt, decay, omega, state, begins, T: int, has_output=True
+    v, b, c, dt, decay, omega, skip, state, begins, T: int, has_output=True
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The scan of what `DiscreteSSD.read` returns -> y (B, L, H) without D v, None without has_output; the final state
-    (B, H, N).
+    """The scan of what `DiscreteSSD.read` returns -> y (B, L, H), None without has_output; the final state (B, H, N).
 
-    v (B, L, H), b and c (B, L, N); dt (E,) or (B, L, E), decay (E,), omega (E, N/2): float64. state: (B, H, N) or None
-    for zero. begins: (B, L) bool, tokens before which the state becomes zero, or None.
+    v (B, L, H), b and c (B, L, N); dt (E,) or (B, L, E), decay (E,), omega (E, N/2): float64; skip (H,), D. state:
+    (B, H, N) or None for zero. begins: (B, L) bool, tokens before which the state becomes zero, or None.
     """
     L = v.shape[1]
     whole = L // T * T
@@ -30,7 +29,9 @@ def scan_vectors(
         first = None if begins is None else begins[:, part]
         y, state = _scan_whole_chunks(*vectors, step, decay, omega, state, first, size, has_output)
         ys.append(y)
-    return (torch.cat(ys, 1) if has_output and len(ys) > 1 else ys[0]), state
+    if not has_output:
+        return None, state
+    return torch.addcmul(torch.cat(ys, 1) if len(ys) > 1 else ys[0], v, skip), state
 
 
 def since_start_of_chunks(dt, decay, omega, L: int, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -47,29 +48,15 @@ def since_start_of_chunks(dt, decay, omega, L: int, T: int) -> tuple[torch.Tenso
     return since_start[..., None] * omega[:, None], since_start * decay[:, None], dt
 
 
-def sum_up_gradients(
-    of_heads, vectors, grad_turn, grad_decay, grad_step, is_shared: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of b, c, angles, decays and steps, float32 or float64, of what a kernel's backward writes:
+def sum_up_gradients(of_heads, of_operators, of_skip, is_shared: bool) -> tuple[torch.Tensor, ...]:
+    """The gradients of b, c, angles, decays, steps and D, of what a kernel's backward writes in float32:
 
-    of_heads (2, B, L, E, N), those of b and c by head, for vectors b and c (B, L, N); grad_turn (B, chunks, E, N/2), of
-    the turn over a chunk, float32; grad_decay, grad_step (B, chunks, E, T). is_shared: steps are those of all rows and
-    chunks, and so are the last three of the results, (E, T, N/2) and (E, T).
-
-    b~ = e^(-i angle) b, so that an angle's gradient is Re g Im b - Im g Re b, of c as well.
+    of_heads (2, B, L, E, N), those of b and c by head; of_operators (B, chunks, E, T, N/2) and twice (B, chunks, E, T);
+    of_skip (B, chunks, E, P). is_shared: steps are those of all rows and chunks, and so are these of the results.
     """
-    (_, B, L, E, N), (_, K, _, T) = of_heads.shape, grad_decay.shape
-    of_angles = of_heads.new_zeros(B, K * T, E, N // 2)
-    inside = of_angles[:, :L]
-    for gradient, x in zip(of_heads, vectors, strict=True):
-        (g_re, g_im), (x_re, x_im) = gradient.chunk(2, -1), x.float()[:, :, None].chunk(2, -1)
-        inside.addcmul_(g_re, x_im).addcmul_(g_im, x_re, value=-1)
-    last = torch.arange(1, K + 1, device=of_angles.device) * T - 1
-    of_angles.index_add_(1, last.clamp(max=L - 1), grad_turn)
-    of_operators = of_angles.view(B, K, T, E, N // 2).transpose(2, 3), grad_decay, grad_step
     if is_shared:
         of_operators = (x.sum((0, 1), dtype=torch.float64) for x in of_operators)
-    return *(part.sum(2) for part in of_heads), *of_operators
+    return *(part.sum(2) for part in of_heads), *of_operators, of_skip.sum((0, 1)).view(-1)
 
 
 def _scan_whole_chunks(v, b, c, dt, rate, omega, state, begins, T, has_output):

@@ -4,14 +4,14 @@ A head's state is (P, N), N as [real | imaginary]. Chunks of T tokens, in three 
 
     ends      what a chunk adds to the state, (w v)^T b~                            a program a chunk and head
     carry     S_(k+1) = R_k (keep_k S_k + end_k), every chunk's start in its place   a program a head and 16 channels
-    emit      y = (c~ b~^T o W) v + e^-decay c~ S_k                                 a program a chunk and head
+    emit      y = (c~ b~^T o W) v + e^-decay c~ S_k + D v                           a program a chunk and head
 
 with b~ and c~ turned back to their chunk's start as they are read, W_ij = exp(decay_j - decay_i) dt_j for j <= i of one
 document, w_j the same seen from the chunk's end, R the turn over a chunk. The backward is the same three in reverse:
 what y asks of each start (`ends` on the gradient and c~), the recurrence from the last chunk on, and the gradient of v
 (`emit` with b~ and c~ in each other's place). Then
 
-    vectors   the gradient of c~, and in reverse that of b~, with those of dt and decay   a program a chunk and head
+    vectors   the gradient of c~, and in reverse that of b~, with those of dt, decay and D   a program a chunk and head
 
 each by itself, for the tiles of both are more than the registers hold. All heads share b and c: their gradients are
 written a head, and summed in a fixed order, no atomics.
@@ -93,11 +93,12 @@ def turned_back(x, at, n, M, cos, sin, BLOCK_T: tl.constexpr, BLOCK_M: tl.conste
 
 
 @triton.jit
-def values(x, at, n, head, first, E, P, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
-    """A head's channels from `first` on, of tokens from the row `at` of (rows, E P), float32."""
+def values(x, stride, at, n, head, first, P, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
+    """A head's channels from `first` on, of tokens from the row `at` on, in rows `stride` apart, float32."""
     t, p = tl.arange(0, BLOCK_T), first + tl.arange(0, BLOCK_P)
     inside = (t[:, None] < n) & (p[None, :] < P)
-    return tl.load(x + (at * E + head) * P + (t[:, None] * E * P + p[None, :]), mask=inside, other=0.0).to(tl.float32)
+    where = x + at * stride + head * P + (t[:, None] * stride + p[None, :])
+    return tl.load(where, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -125,6 +126,7 @@ def ends_kernel(
     step,
     numbers,
     ends,
+    stride,
     L,
     T,
     chunks,
@@ -140,7 +142,8 @@ def ends_kernel(
     PRECISION: tl.constexpr,
 ):
     """ends (B, chunks, E, P, 2 M): sum over tokens of w v b~^T, before the turn over the chunk. In reverse, of the
-    gradient of y for v and c for b: what the chunk's outputs ask of its start. Grid: (B chunks, E, blocks of channels).
+    gradient of y for v and c for b: what the chunk's outputs ask of its start. stride: of v's rows.
+    Grid: (B chunks, E, blocks of channels).
     """
     row, chunk, head, n, at = place(L, T, chunks, E, SHARED)
     first = tl.program_id(2) * BLOCK_P
@@ -153,7 +156,7 @@ def ends_kernel(
     co, si = turns(cos, sin, at * T, n, M, BLOCK_T, BLOCK_M)
     token = row * L + chunk * T
     b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
-    x = tl.trans(values(v, token, n, head, first, E, P, BLOCK_T, BLOCK_P) * weight[:, None])
+    x = tl.trans(values(v, stride, token, n, head, first, P, BLOCK_T, BLOCK_P) * weight[:, None])
     where, inside = state_tile(ends, (row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)
     tl.store(where, multiply(x, b_re, v.dtype.element_ty, PRECISION), mask=inside)
     tl.store(where + M, multiply(x, b_im, v.dtype.element_ty, PRECISION), mask=inside)
@@ -248,8 +251,10 @@ def emit_kernel(
     decay,
     step,
     numbers,
+    skip,
     starts,
     y,
+    stride,
     L,
     T,
     chunks,
@@ -265,7 +270,7 @@ def emit_kernel(
     PRECISION: tl.constexpr,
 ):
     """y (B, L, E P) from every chunk's start. In reverse the gradient of v: from that of y for v, b and c in each
-    other's place, and the gradient of every chunk's end before its turn for the starts.
+    other's place, and the gradient of every chunk's end before its turn for the starts. stride: of v's rows.
     Grid: (B chunks, E, blocks of channels).
     """
     row, chunk, head, n, at = place(L, T, chunks, E, SHARED)
@@ -282,7 +287,8 @@ def emit_kernel(
     score = score * weights(d, number, n, REVERSE, RESETS, BLOCK_T)
     if not REVERSE:
         score = score * dt[None, :]
-    inside_chunk = multiply(score, values(v, token, n, head, first, E, P, BLOCK_T, BLOCK_P), dtype, PRECISION)
+    x = values(v, stride, token, n, head, first, P, BLOCK_T, BLOCK_P)
+    inside_chunk = multiply(score, x, dtype, PRECISION)
     where, inside = state_tile(starts, (row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)
     out = multiply(c_re, tl.trans(tl.load(where, mask=inside, other=0.0)), dtype, PRECISION)
     out += multiply(c_im, tl.trans(tl.load(where + M, mask=inside, other=0.0)), dtype, PRECISION)
@@ -290,6 +296,7 @@ def emit_kernel(
         out = (out * to_end[:, None] + inside_chunk) * dt[:, None]
     else:
         out = out * from_start[:, None] + inside_chunk
+    out += x * tl.load(skip + head * P + p, mask=p < P, other=0.0)[None, :]
     at_y = y + (token * E + head) * P + (t[:, None] * E * P + p[None, :])
     tl.store(at_y, out.to(y.dtype.element_ty), mask=(t[:, None] < n) & (p[None, :] < P))
 
@@ -320,7 +327,9 @@ def vectors_kernel(
     gradient,
     grad_decay,
     grad_step,
-    grad_turn,
+    grad_angle,
+    grad_skip,
+    stride,
     L,
     T,
     chunks,
@@ -336,13 +345,14 @@ def vectors_kernel(
     PRECISION: tl.constexpr,
 ):
     """From g, the gradient of y, that of c, a head's part, (B, L, E, 2 M), and what goes through the weights of pairs
-    of tokens and through the starts to grad_decay and grad_step (B, chunks, E, T).
+    of tokens and through the starts to grad_decay and grad_step (B, chunks, E, T); of D, grad_skip (B, chunks, E, P);
+    what goes through c to grad_angle (B, chunks, E, T, M). stride: of v's rows.
 
     In reverse that of b, from g and `asked` (B, chunks, E, P, 2 M), the gradient of every chunk's end before its turn;
-    what goes through the end is then added to both, and grad_turn (B, chunks, E, M), of the angle over the chunk, made.
-    Those of the angles of tokens follow from b's and c's. A pair's part in the gradients of its two decays is one
-    number, added and subtracted: as products of b and c with their gradients it would be two, rounded apart.
-    Grid: (B chunks, E).
+    what goes through b and the end is then added to those of decays, steps and angles. An angle turns back: its
+    gradient is Re g Im b - Im g Re b, g that of b, both turned back or neither. A pair's part in the gradients of its
+    two decays is one number, added and subtracted: as products of b and c with their gradients it would be two, rounded
+    apart. Grid: (B chunks, E).
     """
     row, chunk, head, n, at = place(L, T, chunks, E, SHARED)
     t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
@@ -359,8 +369,8 @@ def vectors_kernel(
     through = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     turn = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     for first in range(0, P, BLOCK_P):
-        dy = values(g, token, n, head, first, E, P, BLOCK_T, BLOCK_P)
-        x = values(v, token, n, head, first, E, P, BLOCK_T, BLOCK_P)
+        dy = values(g, E * P, token, n, head, first, P, BLOCK_T, BLOCK_P)
+        x = values(v, stride, token, n, head, first, P, BLOCK_T, BLOCK_P)
         where, inside = state_tile(starts, here, first, P, M, BLOCK_P, BLOCK_M)
         s_re = tl.load(where, mask=inside, other=0.0)
         s_im = tl.load(where + M, mask=inside, other=0.0)
@@ -374,6 +384,8 @@ def vectors_kernel(
             re += multiply(x, q_re, dtype, PRECISION)
             im += multiply(x, q_im, dtype, PRECISION)
         else:
+            p = first + tl.arange(0, BLOCK_P)
+            tl.store(grad_skip + here * P + p, tl.sum(dy * x, 0), mask=p < P)
             score += multiply(dy, tl.trans(x), dtype, PRECISION)
             re += multiply(dy, s_re, dtype, PRECISION)
             im += multiply(dy, s_im, dtype, PRECISION)
@@ -383,6 +395,8 @@ def vectors_kernel(
     b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
     c_re, c_im = turned_back(c, token, n, M, co, si, BLOCK_T, BLOCK_M)
     at_decay, at_step = grad_decay + here * T + t, grad_step + here * T + t
+    at_angle = grad_angle + here * T * M + (t[:, None] * M + m[None, :])
+    inside = (t[:, None] < T) & (m[None, :] < M)
     if REVERSE:
         re, im = re * to_end[:, None], im * to_end[:, None]
         reached = tl.sum(re * b_re + im * b_im, 1)
@@ -390,10 +404,11 @@ def vectors_kernel(
         d_dt = tl.load(at_step, mask=t < T, other=0.0) + reached
         d_decay = tl.load(at_decay, mask=t < T, other=0.0) + dt * reached - tl.where(t == n - 1, at_end, 0.0)
         of_turn = keep * tl.sum(turn, 0) + tl.sum((im * b_re - re * b_im) * dt[:, None], 0)
-        tl.store(grad_turn + here * M + m, of_turn, mask=m < M)
         score = score * apart
         re = (re + multiply(score, c_re, dtype, PRECISION)) * dt[:, None]
         im = (im + multiply(score, c_im, dtype, PRECISION)) * dt[:, None]
+        of_angle = tl.load(at_angle, mask=inside, other=0.0) + re * b_im - im * b_re
+        of_angle += tl.where(t[:, None] == n - 1, of_turn[None, :], 0.0)
     else:
         pairs = multiply(c_re, tl.trans(b_re), dtype, PRECISION) + multiply(c_im, tl.trans(b_im), dtype, PRECISION)
         pairs = pairs * apart * score
@@ -403,6 +418,8 @@ def vectors_kernel(
         score = score * apart * dt[None, :]
         re += multiply(score, b_re, dtype, PRECISION)
         im += multiply(score, b_im, dtype, PRECISION)
+        of_angle = re * c_im - im * c_re
+    tl.store(at_angle, of_angle, mask=inside)
     tl.store(at_decay, d_decay, mask=t < T)
     tl.store(at_step, d_dt, mask=t < T)
     store_turned(gradient, (token * E + head) * 2 * M, E * 2 * M, n, M, re, im, co, si, BLOCK_T, BLOCK_M)
@@ -458,7 +475,7 @@ class _Launch:
         shared = {"REVERSE": reverse, **self.switches}
         cos, sin, decay, _, numbers = self.system
         with on_device(self.device):
-            ends_kernel[self.grid](v, b, *self.system, ends, *self.sizes, **shared, **self.tiles)
+            ends_kernel[self.grid](v, b, *self.system, ends, v.stride(1), *self.sizes, **shared, **self.tiles)
             carry_kernel[B * E, triton.cdiv(P, CARRY_CHANNELS)](
                 ends,
                 initial,
@@ -478,6 +495,11 @@ class _Launch:
         return ends, final
 
 
+def _in_rows(v: torch.Tensor) -> torch.Tensor:
+    """v (B, L, H), the first channels of a wider tensor as they lie; else a copy."""
+    return v if v.stride(-1) == 1 and v.stride(0) == v.shape[1] * v.stride(1) else v.contiguous()
+
+
 def _float32(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.float().contiguous()
 
@@ -489,27 +511,39 @@ def run_forward(
     angle: torch.Tensor,
     decay: torch.Tensor,
     step: torch.Tensor,
+    skip: torch.Tensor,
     initial_state: torch.Tensor | None,
     begins: torch.Tensor | None,
     has_output: bool = True,
     save: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """v (B, L, E P), b and c (B, L, N), float32 or bfloat16, all of one dtype. angle (E, T, N / 2), decay and step
-    (E, T): turns and decays since a chunk's start, steps, of all rows and chunks; or (B, chunks, ...), of each.
-    initial_state (B, E P, N) or None for zero; begins (B, L) bool or None. Differentiable in all but begins.
+    (E, T): turns and decays since a chunk's start, steps, of all rows and chunks; or (B, chunks, ...), of each. skip
+    (E P,), D; initial_state (B, E P, N) or None for zero; begins (B, L) bool or None. Differentiable in all but begins.
 
     save: whether a backward is to come. Returns y as v, the final state (B, E P, N) and every chunk's start
     (B, chunks, E, P, N), both float32; y without has_output and starts without save are empty.
     """
-    v, b, c = v.contiguous(), b.contiguous(), c.contiguous()
+    v, b, c = _in_rows(v), b.contiguous(), c.contiguous()
     launch = _Launch(v, b, angle, decay, step, begins)
     starts, final = launch.states(v, b, _float32(initial_state), reverse=False, keeps=has_output or save)
     if not has_output:
         return v.new_empty(0), final, starts if save else starts.new_empty(0)
-    y = torch.empty_like(v)
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
     with on_device(v.device):
         emit_kernel[launch.grid](
-            v, b, c, *launch.system, starts, y, *launch.sizes, REVERSE=False, **launch.switches, **launch.tiles
+            v,
+            b,
+            c,
+            *launch.system,
+            skip.float(),
+            starts,
+            y,
+            v.stride(1),
+            *launch.sizes,
+            REVERSE=False,
+            **launch.switches,
+            **launch.tiles,
         )
     return y, final, starts if save else starts.new_empty(0)
 
@@ -524,20 +558,35 @@ def run_backward(
     angle: torch.Tensor,
     decay: torch.Tensor,
     step: torch.Tensor,
+    skip: torch.Tensor,
     begins: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of v, b, c, angle, decay, step, each in its dtype, and of the initial state in float32."""
-    v, b, c, grad_y = v.contiguous(), b.contiguous(), c.contiguous(), grad_y.contiguous()
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:
+    """Gradients of v, b, c, angle, decay, step, skip, each in its dtype, and of the initial state in float32."""
+    v, b, c, grad_y = _in_rows(v), b.contiguous(), c.contiguous(), grad_y.contiguous()
     launch = _Launch(v, b, angle, decay, step, begins)
     asked, grad_initial = launch.states(grad_y, c, _float32(grad_final), reverse=True)
     B, K, E, T, M = launch.B, launch.chunks, launch.E, launch.T, launch.M
-    grad_v = torch.empty_like(v)
+    grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
     of_heads = v.new_empty(2, B, launch.L, E, 2 * M, dtype=torch.float32)
     grad_decay, grad_step = (v.new_empty(B, K, E, T, dtype=torch.float32) for _ in range(2))
-    grad_turn = v.new_empty(B, K, E, M, dtype=torch.float32)
+    grad_angle = v.new_empty(B, K, E, T, M, dtype=torch.float32)
+    grad_skip = v.new_empty(B, K, E, launch.P, dtype=torch.float32)
     with on_device(v.device):
         emit_kernel[launch.grid](
-            grad_y, c, b, *launch.system, asked, grad_v, *launch.sizes, REVERSE=True, **launch.switches, **launch.tiles
+            grad_y,
+            c,
+            b,
+            *launch.system,
+            skip.float(),
+            asked,
+            grad_v,
+            grad_y.stride(1),
+            *launch.sizes,
+            REVERSE=True,
+            **launch.switches,
+            **launch.tiles,
         )
         for gradient, reverse in ((of_heads[1], False), (of_heads[0], True)):
             vectors_kernel[launch.grid[:2]](
@@ -551,14 +600,16 @@ def run_backward(
                 gradient,
                 grad_decay,
                 grad_step,
-                grad_turn,
+                grad_angle,
+                grad_skip,
+                v.stride(1),
                 *launch.sizes,
                 REVERSE=reverse,
                 **launch.switches,
                 **launch.tiles,
             )
-    of_operators = sum_up_gradients(of_heads, (b, c), grad_turn, grad_decay, grad_step, step.dim() == 2)
-    gradients = (x.to(like.dtype) for x, like in zip(of_operators, (b, c, angle, decay, step), strict=True))
+    gradients = sum_up_gradients(of_heads, (grad_angle, grad_decay, grad_step), grad_skip, step.dim() == 2)
+    gradients = (x.to(like.dtype) for x, like in zip(gradients, (b, c, angle, decay, step, skip), strict=True))
     return grad_v, *gradients, grad_initial
 
 
@@ -568,7 +619,7 @@ ssd_scan_chunks_backward = torch.library.custom_op(qualified("ssd_scan_chunks_ba
 
 
 @ssd_scan_chunks.register_fake
-def _(v, b, c, angle, decay, step, initial_state, begins, has_output=True, save=True):
+def _(v, b, c, angle, decay, step, skip, initial_state, begins, has_output=True, save=True):
     (B, L, H), (E, T), N = v.shape, step.shape[-2:], b.shape[-1]
     final = v.new_empty(B, H, N, dtype=torch.float32)
     starts = v.new_empty((B, -(-L // T), E, H // E, N) if save else 0, dtype=torch.float32)
@@ -576,8 +627,8 @@ def _(v, b, c, angle, decay, step, initial_state, begins, has_output=True, save=
 
 
 @ssd_scan_chunks_backward.register_fake
-def _(grad_y, grad_final, starts, v, b, c, angle, decay, step, begins):
-    like = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, b, c, angle, decay, step))
+def _(grad_y, grad_final, starts, v, b, c, angle, decay, step, skip, begins):
+    like = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, b, c, angle, decay, step, skip))
     return (*like, v.new_empty(v.shape[0], v.shape[2], b.shape[-1], dtype=torch.float32))
 
 
@@ -602,10 +653,12 @@ def backward(ctx, grad_y, grad_final, _, run=ssd_scan_chunks_backward):
 ssd_scan_chunks.register_autograd(backward, setup_context=save)
 
 
-def ssd_scan(v, b, c, dt, decay, omega, state, begins, T, has_output=True) -> tuple[torch.Tensor | None, torch.Tensor]:
+def ssd_scan(
+    v, b, c, dt, decay, omega, skip, state, begins, T, has_output=True
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """`ssd_chunks.scan_vectors` by the kernels."""
     angle, since_start, step = since_start_of_chunks(dt, decay, omega, v.shape[1], T)
-    inputs = v, b, c, angle, since_start, step, state
+    inputs = v, b, c, angle, since_start, step, skip, state
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, final, _ = ssd_scan_chunks(*inputs, begins, has_output, save)
     return y if has_output else None, final
@@ -639,14 +692,14 @@ def _case(device, dtype, B, L, E, P, N, T, selective, whole, tolerance) -> Case:
     dt, decay = normal(*steps, dtype=torch.float64).sigmoid() / 2, normal(E, dtype=torch.float64).exp()
     omega, states = normal(E, N // 2, dtype=torch.float64), [] if whole else [normal(B, E * P, N)]
     vectors = [normal(B, L, E * P).to(dtype), normal(B, L, N).to(dtype), normal(B, L, N).to(dtype)]
-    inputs = [*vectors, dt, decay, omega, *states]
+    inputs = [*vectors, dt, decay, omega, normal(E * P), *states]
     begins = torch.zeros(B, L, dtype=torch.bool)
     begins[-1, [1, L - 5]] = True
     begins = None if whole else begins.to(device)
 
     def run(scan, cast):
         leaves = [cast(x.clone()).requires_grad_() for x in inputs]
-        outputs = scan(*leaves[:6], None if whole else leaves[6], begins, T)
+        outputs = scan(*leaves[:7], None if whole else leaves[7], begins, T)
         # half the sum of squares: of random gradients, what reaches a rate may be all but nothing, and then is rounding
         gradients = torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs])
         return [x.detach() for x in (*outputs, *gradients)]

@@ -128,7 +128,7 @@ def test_another_length_of_ssd_compiles_nothing_new(launched, monkeypatch):
         dt = torch.ones((B, L, E) if selective else (E,), dtype=torch.float64)
         begins = torch.zeros(B, L, dtype=torch.bool) if packed else None
         state = torch.zeros(B, E * 64, 64) if state else None
-        rates = torch.ones(E, dtype=torch.float64), torch.ones(E, 32, dtype=torch.float64)
+        rates = torch.ones(E, dtype=torch.float64), torch.ones(E, 32, dtype=torch.float64), torch.ones(64 * E)
         ssd_scan(v, b, c, dt, *rates, state, begins, 16 if selective else 32)[0].sum().backward()
 
     for B, L, E in ((8, 1024, 2), (1, 17, 1), (3, 1001, 3)):

@@ -26,12 +26,14 @@ ELEMENTS, VECTORS, STATES = B * L * E * P, B * L * N, B * L // T * E * P * N
 KERNELS = {
     "ends forward": (ends_kernel, False, "v b", "ends", ELEMENTS + VECTORS, STATES, P * N),
     "ends reverse": (ends_kernel, True, "v b", "ends", ELEMENTS + VECTORS, STATES, P * N),
-    "emit": (emit_kernel, False, "v b c y", "starts", 2 * ELEMENTS + 2 * VECTORS, STATES, P * N + T * (N + P)),
-    "gradient of v": (emit_kernel, True, "v b c y", "starts", 2 * ELEMENTS + 2 * VECTORS, STATES, P * N + T * (N + P)),
 }
+for name, reverse in (("emit", False), ("gradient of v", True)):
+    moved = 2 * ELEMENTS + 2 * VECTORS, STATES
+    KERNELS[name] = emit_kernel, reverse, "v b c y", "skip starts", *moved, P * N + T * (N + P)
 for name, reverse, states, pairs in (("gradient of c", False, STATES, N), ("gradient of b", True, 2 * STATES, 0)):
-    of_tokens = "starts asked gradient grad_decay grad_step grad_turn"
-    moved = 2 * ELEMENTS + 2 * VECTORS, states + E * VECTORS
+    of_tokens = "starts asked gradient grad_decay grad_step grad_angle grad_skip"
+    # a head's vectors and angles, half as many; in reverse these are read before
+    moved = 2 * ELEMENTS + 2 * VECTORS, states + E * VECTORS * (4 if reverse else 3) // 2
     KERNELS[name] = vectors_kernel, reverse, "g v b c", of_tokens, *moved, P * N + T * (N + P + pairs)
 
 
@@ -62,6 +64,7 @@ def _case(name, label, switch, dtype) -> dict:
         "arguments": dict.fromkeys(of_tokens.split(), f"*{kind}:16")
         | dict.fromkeys(f"cos sin decay step {of_float32}".split(), "*fp32:16")
         | SIZES
+        | {"stride": "i32:16"}
         | _numbers(switch),
         "constexprs": {
             "REVERSE": reverse,

@@ -14,11 +14,11 @@ from ssm_lm.modeling.triton_ssd_scan import self_check_cases, ssd_scan, ssd_scan
 
 
 def problem(B, L, E, P, N, selective=False, initial=True, resets=False, dtype=torch.float32):
-    """v, b, c, dt, decay, omega, state, begins"""
+    """v, b, c, dt, decay, omega, skip, state, begins"""
     v, b, c = torch.randn(B, L, E * P), torch.randn(B, L, N), torch.randn(B, L, N)
     dt = 0.01 + torch.rand((B, L, E) if selective else (E,)).double() / 2
     rates = 0.2 + torch.rand(E).double(), 3 * torch.rand(E, N // 2).double()
-    inputs = [*(x.to(dtype) for x in (v, b, c)), dt, *rates]
+    inputs = [*(x.to(dtype) for x in (v, b, c)), dt, *rates, torch.randn(E * P)]
     state = torch.randn(B, E * P, N).requires_grad_() if initial else None
     return *(x.requires_grad_() for x in inputs), state, torch.rand(B, L) < 0.15 if resets else None
 
@@ -55,8 +55,8 @@ def test_whole_tiles():
 
 def test_the_final_state_alone():
     """Without y nothing but the states is read, or kept where no gradient asks for it; with it, as ever."""
-    v, b, c, *rest = problem(2, 12, 1, 3, 4, resets=True)
-    inputs = v, b, c.detach(), *rest
+    v, b, c, *rates, skip, state, begins = problem(2, 12, 1, 3, 4, resets=True)
+    inputs = v, b, c.detach(), *rates, skip.detach(), state, begins
     compare_with_twin(lambda *x: ssd_scan(*x, 8, has_output=False)[1], lambda *x: scan_vectors(*x, 8)[1], inputs, 2e-5)
     with torch.no_grad():
         angle, decay, step = since_start_of_chunks(*inputs[3:6], 12, 8)
@@ -71,8 +71,8 @@ def test_the_final_state_alone():
 
 
 def test_a_gradient_of_one_output_alone():
-    v, b, c, *rest = problem(1, 12, 1, 3, 4)
-    inputs = v, b, c.detach(), *rest  # the final state does not ask for it
+    v, b, c, *rates, skip, state, begins = problem(1, 12, 1, 3, 4)
+    inputs = v, b, c.detach(), *rates, skip.detach(), state, begins  # the final state asks for neither
     for i in (0, 1):
         compare_with_twin(lambda *x, i=i: ssd_scan(*x, 8)[i], lambda *x, i=i: scan_vectors(*x, 8)[i], inputs, 2e-5)
 
@@ -80,27 +80,28 @@ def test_a_gradient_of_one_output_alone():
 @pytest.mark.slow
 def test_long_memory_keeps_its_phase():
     """A head that hardly decays and turns quickly, over many chunks."""
-    v, b, c, dt, decay, omega, state, _ = problem(1, 300, 1, 2, 4, initial=False)
+    v, b, c, dt, decay, omega, skip, *_ = problem(1, 300, 1, 2, 4, initial=False)
     omega = torch.tensor([[123.4567, 1.7654321]]).double()
-    compare((*(x.detach() for x in (v, b, c, dt, decay * 1e-4)), omega, state, None), 32, 5e-5)
+    detached = (x.detach() for x in (v, b, c, dt, decay * 1e-4))
+    compare((*detached, omega, skip.detach(), None, None), 32, 5e-5)
 
 
 def test_the_same_bits_again():
     inputs, results = problem(2, 19, 2, 4, 6, resets=True), []
     for _ in range(2):
         y, final = ssd_scan(*inputs, 8)
-        results.append((y, final, *torch.autograd.grad((y, final), inputs[:7], (y.cos().detach(), final.detach()))))
+        results.append((y, final, *torch.autograd.grad((y, final), inputs[:8], (y.cos().detach(), final.detach()))))
     assert all(map(torch.equal, *results))
 
 
 @pytest.mark.slow
 def test_custom_operators():
-    v, b, c, *_, state, begins = problem(1, 9, 2, 4, 6, resets=True)
+    v, b, c, *_, skip, state, begins = problem(1, 9, 2, 4, 6, resets=True)
     angle, decay, step = torch.rand(2, 4, 3).double(), torch.rand(2, 4).double().cumsum(-1), torch.rand(2, 4).double()
-    inputs = v, b, c, *(x.requires_grad_() for x in (angle, decay, step)), state, begins
+    inputs = v, b, c, *(x.requires_grad_() for x in (angle, decay, step)), skip, state, begins
     opcheck(ssd_scan_chunks, inputs)
     y, final, starts = (x.detach() for x in ssd_scan_chunks(*inputs))
-    read = [x.detach() for x in inputs[:6]]
+    read = [x.detach() for x in inputs[:7]]
     opcheck(ssd_scan_chunks_backward, (torch.randn_like(y), final, starts, *read, begins))
 
 
