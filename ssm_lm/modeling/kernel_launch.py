@@ -116,6 +116,15 @@ def numbered_configuration(number: int):
         _numbered = None
 
 
+def in_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x (B, L, C), or a copy whose tokens lie evenly apart, and how far: part of a wider tensor is read where it is."""
+    B, L, C = x.shape
+    row = x.stride(1 if L > 1 else 0)
+    if x.stride(2) == 1 and row >= C and (min(B, L) <= 1 or x.stride(0) == L * row):
+        return x, row
+    return x.contiguous(), C
+
+
 def tuned(op: str, problem: str, configurations: Sequence, run: Callable[[object], None], device: torch.device):
     """The configuration to run: the only one, or the fastest on this device by a measurement that is made once and
     kept in a file for all later processes.

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from .kernel_launch import on_device, qualified
+from .kernel_launch import in_rows, on_device, qualified
 from .kernel_limits import CONVOLVED_CHANNELS, CONVOLVED_ROWS, convolved_tokens
 from .kernels_s4 import Case
 from .short_taps import convolve_taps
@@ -283,15 +283,6 @@ def convolve_backward_kernel(
 # ---- launches
 
 TILES = {"ROWS": CONVOLVED_ROWS, "BLOCK_C": CONVOLVED_CHANNELS, "num_warps": 8, "num_stages": 1}
-
-
-def in_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """x (B, L, C), or a copy whose tokens lie evenly apart, and how far: part of a wider tensor is read where it is."""
-    B, L, C = x.shape
-    row = x.stride(1 if L > 1 else 0)
-    if x.stride(2) == 1 and row >= C and (min(B, L) <= 1 or x.stride(0) == L * row):
-        return x, row
-    return x.contiguous(), C
 
 
 class _Launch:

@@ -26,7 +26,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from .kernel_launch import on_device, qualified
+from .kernel_launch import in_rows, on_device, qualified
 from .kernels_s4 import Case
 from .ssd_chunks import scan_vectors, since_start_of_chunks, sum_up_gradients
 
@@ -467,7 +467,7 @@ class _Launch:
         self.grid = B * self.chunks, E, triton.cdiv(self.P, self.tiles["BLOCK_P"])
         self.device = v.device
 
-    def states(self, v, b, initial, reverse, keeps=True) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(self, v, row, b, initial, reverse, keeps=True) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, chunks, E, P, 2 M), the starts where they are kept, and (B, E P, 2 M): the first two launches."""
         B, E, P, M = self.B, self.E, self.P, self.M
         ends = v.new_empty(B, self.chunks, E, P, 2 * M, dtype=torch.float32)
@@ -475,7 +475,7 @@ class _Launch:
         shared = {"REVERSE": reverse, **self.switches}
         cos, sin, decay, _, numbers = self.system
         with on_device(self.device):
-            ends_kernel[self.grid](v, b, *self.system, ends, v.stride(1), *self.sizes, **shared, **self.tiles)
+            ends_kernel[self.grid](v, b, *self.system, ends, row, *self.sizes, **shared, **self.tiles)
             carry_kernel[B * E, triton.cdiv(P, CARRY_CHANNELS)](
                 ends,
                 initial,
@@ -493,11 +493,6 @@ class _Launch:
                 **options(carry_kernel, v.dtype),
             )
         return ends, final
-
-
-def _in_rows(v: torch.Tensor) -> torch.Tensor:
-    """v (B, L, H), the first channels of a wider tensor as they lie; else a copy."""
-    return v if v.stride(-1) == 1 and v.stride(0) == v.shape[1] * v.stride(1) else v.contiguous()
 
 
 def _float32(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -524,9 +519,9 @@ def run_forward(
     save: whether a backward is to come. Returns y as v, the final state (B, E P, N) and every chunk's start
     (B, chunks, E, P, N), both float32; y without has_output and starts without save are empty.
     """
-    v, b, c = _in_rows(v), b.contiguous(), c.contiguous()
+    (v, row), b, c = in_rows(v), b.contiguous(), c.contiguous()
     launch = _Launch(v, b, angle, decay, step, begins)
-    starts, final = launch.states(v, b, _float32(initial_state), reverse=False, keeps=has_output or save)
+    starts, final = launch.states(v, row, b, _float32(initial_state), reverse=False, keeps=has_output or save)
     if not has_output:
         return v.new_empty(0), final, starts if save else starts.new_empty(0)
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -539,7 +534,7 @@ def run_forward(
             skip.float(),
             starts,
             y,
-            v.stride(1),
+            row,
             *launch.sizes,
             REVERSE=False,
             **launch.switches,
@@ -564,9 +559,9 @@ def run_backward(
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:
     """Gradients of v, b, c, angle, decay, step, skip, each in its dtype, and of the initial state in float32."""
-    v, b, c, grad_y = _in_rows(v), b.contiguous(), c.contiguous(), grad_y.contiguous()
+    (v, row), b, c, grad_y = in_rows(v), b.contiguous(), c.contiguous(), grad_y.contiguous()
     launch = _Launch(v, b, angle, decay, step, begins)
-    asked, grad_initial = launch.states(grad_y, c, _float32(grad_final), reverse=True)
+    asked, grad_initial = launch.states(grad_y, grad_y.shape[2], c, _float32(grad_final), reverse=True)
     B, K, E, T, M = launch.B, launch.chunks, launch.E, launch.T, launch.M
     grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
     of_heads = v.new_empty(2, B, launch.L, E, 2 * M, dtype=torch.float32)
@@ -582,7 +577,7 @@ def run_backward(
             skip.float(),
             asked,
             grad_v,
-            grad_y.stride(1),
+            E * launch.P,
             *launch.sizes,
             REVERSE=True,
             **launch.switches,
@@ -602,7 +597,7 @@ def run_backward(
                 grad_step,
                 grad_angle,
                 grad_skip,
-                v.stride(1),
+                row,
                 *launch.sizes,
                 REVERSE=reverse,
                 **launch.switches,

@@ -7,6 +7,7 @@ from torch.library import opcheck
 
 from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling import triton_short_convolution as module
+from ssm_lm.modeling.kernel_launch import in_rows
 from ssm_lm.modeling.kernels_s4 import self_check
 from ssm_lm.modeling.short_convolution import ShortConvolution
 from ssm_lm.modeling.short_taps import convolve_taps
@@ -76,8 +77,8 @@ def test_what_is_read_lies_anywhere():
     """Inputs and gradients that are part of a wider tensor are read where they are, others from a copy."""
     wide = torch.full((2, 7, 9), torch.nan)
     part = wide[..., 2:5]
-    assert module.in_rows(part)[0] is part
-    assert [module.in_rows(x)[1] for x in (part, part[:1], part[:, :1], part[:1, :1])] == [9, 9, 63, 63]
+    assert in_rows(part)[0] is part
+    assert [in_rows(x)[1] for x in (part, part[:1], part[:, :1], part[:1, :1])] == [9, 9, 63, 63]
     u, *rest = problem(2, 7, 3, 2)
     part.copy_(u.detach())
     for signal in (part, gapped(u), u.detach().mT.contiguous().mT):
