@@ -204,6 +204,37 @@ def _short_convolution(u, weight, bias, tail, begins, seq_idx, activation="ident
     return y, new_tail if has_tail else None
 
 
+# ---- the operators of a chunk of S4
+
+
+class _DPLROperators(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, E, F, G, B_bar, C_row, length):
+        H, N = E.shape
+        with kernel_launches(1):
+            _read(E, F, G, B_bar, C_row)
+            outputs = tuple(E.new_zeros(H, *size) for size in ((length,), (length, N), (N, length), (N, N)))
+        ctx.save_for_backward(E, F, G, B_bar, C_row, outputs[1], outputs[2])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, of_taps, of_emit, of_inject, of_carry):
+        E, F, G, B_bar, C_row, emit, inject = ctx.saved_tensors
+        (H, T, N), rank = emit.shape, F.shape[2]
+        with kernel_launches(2):  # of the carry, then the chains of products
+            of_E, of_B, of_C = (torch.zeros_like(E) for _ in range(3))
+            of_F, of_G = (torch.zeros_like(F, memory_format=torch.contiguous_format) for _ in range(2))
+            rows, of_rows = (E.new_zeros(H, T, rank, N) for _ in range(2))
+            _read(E, F, G, of_carry)
+            _read(E, F, G, B_bar, C_row, emit, inject, rows, of_rows, of_taps, of_emit, of_inject, of_E, of_F)
+            of_E.zero_(), of_F.zero_()  # added to
+        return of_E, of_F, of_G, of_B, of_C, None
+
+
+def _dplr_operators(E, F, G, B_bar, C_row, length):
+    return ChunkOperators(*_DPLROperators.apply(E, F, G, B_bar, C_row, length))
+
+
 # ---- of the mode fft: what makes a convolution's kernel, complex numbers at the nodes, or the taps
 
 
@@ -260,6 +291,7 @@ STAND_INS = {
     "s5_scan": _s5_scan,
     "ssd_scan": _ssd_scan,
     "short_convolution": _short_convolution,
+    "dplr_operators": _dplr_operators,
     "cauchy": _cauchy,
     "vandermonde": _vandermonde,
 }

@@ -12,8 +12,9 @@ import torch
 
 from .chunked import ChunkOperators
 from .discrete import DiscreteDPLR
+from .dplr_operators import for_powers
 from .hippo import INITIALIZATIONS
-from .ops import cauchy_products
+from .ops import cauchy_products, dplr_operators
 from .real_form import complex_product, real_form
 from .siso import SingleInputSingleOutput
 
@@ -71,21 +72,9 @@ class S4(SingleInputSingleOutput):
         E = torch.cat([2 * w[0] - 1, 2 * w[1]], -1)
         return DiscreteDPLR(E, 2 * wPM, G, B_bar, self._C_row(reverse))
 
-    def _for_powers(self, reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A_bar (H, N, N), B_bar and C_row (H, N), in the dtype in which their products are to be made.
-
-        Every squaring doubles the error of the one before: rounded as TF32 does, by 5e-4, A^64 has two digits left.
-        """
-        discrete = self.discretize(reverse)
-        if float32_is_rounded(discrete.E.device.type):
-            discrete = DiscreteDPLR(*(x.double() for x in discrete))
-        e_re, e_im = (torch.diag_embed(part) for part in discrete.E.chunk(2, -1))
-        rotation = torch.cat([torch.cat([e_re, -e_im], -1), torch.cat([e_im, e_re], -1)], -2)
-        return rotation - discrete.F @ discrete.G.transpose(1, 2), discrete.B_bar, discrete.C_row
-
     def transition(self, length):
         """(H, N, N), from the binary digits of the length, which is at least 1."""
-        square, product = self._for_powers()[0], None
+        square, product = for_powers(self.discretize())[0], None
         while length:
             if length & 1:
                 product = square if product is None else square @ product
@@ -98,33 +87,7 @@ class S4(SingleInputSingleOutput):
         return torch.einsum("hnm,bhm->bhn", transition, state)
 
     def operators(self, length: int, reverse: bool = False) -> ChunkOperators:
-        """Krylov columns A^j B and rows C A^(j+1) by doubling: log2(T) squarings of the dense real A_bar.
-
-        The powers are diagonal plus low rank, so columns, rows and A^T could do without the squarings, in 2.7 times
-        fewer operations. On a CPU that takes the same time: what replaces a squaring is a dozen passes over (H, N, T).
-        """
-        power, B_bar, C_row = self._for_powers(reverse)  # A^(2^k)
-        columns = B_bar[..., None]  # A^j B, j = 0, 1, ...
-        rows = C_row[:, None] @ power  # C A^(j+1)
-        carry = None  # A^length, from the binary digits of the length
-        remaining = length
-        while True:
-            if remaining & 1:
-                carry = power if carry is None else power @ carry
-            remaining >>= 1
-            if not remaining:
-                break
-            missing = length - columns.shape[-1]
-            columns = torch.cat([columns, power @ columns[..., :missing]], -1)
-            rows = torch.cat([rows, rows[:, :missing] @ power], 1)
-            power = power @ power
-        missing = length - columns.shape[-1]
-        if missing:
-            columns = torch.cat([columns, power @ columns[..., :missing]], -1)
-            rows = torch.cat([rows, rows[:, :missing] @ power], 1)
-        taps = (C_row[:, None] @ columns).squeeze(1)
-        dtype = self.log_dt.dtype
-        return ChunkOperators(taps.to(dtype), rows.to(dtype), columns.flip(-1).to(dtype), carry.to(dtype))
+        return dplr_operators(self.discretize(reverse), length, setting=self.kernels)
 
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
         """K (H, L) by the Cauchy kernel: the truncated generating function of the taps at the L-th roots of unity.
@@ -168,7 +131,7 @@ class S4(SingleInputSingleOutput):
 
     def _truncated_C(self, length: int, reverse: bool) -> torch.Tensor:
         """C (I - A_bar^L) as a row on the real state, (H, N): makes the generating function end after L taps."""
-        power, _, C_row = self._for_powers(reverse)
+        power, _, C_row = for_powers(self.discretize(reverse))
         row, remaining = C_row[:, None], length
         while remaining:
             if remaining & 1:
@@ -177,17 +140,6 @@ class S4(SingleInputSingleOutput):
             if remaining:
                 power = power @ power
         return (C_row - row.squeeze(1)).to(self.log_dt.dtype)
-
-
-def float32_is_rounded(device_type: str) -> bool:
-    """Whether matrix products of float32 numbers take them as TF32, of 11 bits: on a GPU, by `tf32: true`,
-    `torch_compile: true` (transformers then turns it on) or torch.set_float32_matmul_precision.
-    """
-    return device_type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-# a compiled model keeps what was found when it was traced
-float32_is_rounded._dynamo_marked_constant = True
 
 
 def small_inverse(matrix: torch.Tensor) -> torch.Tensor:

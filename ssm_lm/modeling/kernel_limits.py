@@ -144,6 +144,16 @@ def limit_of_step(u: torch.dtype, parameters: torch.dtype, N: int) -> str | None
     return f"state_size {N}" if N > LARGEST_STEP_STATE else None
 
 
+LARGEST_OPERATOR_STATE = 64  # of a channel, whose N x N matrices stay in the registers of a program
+
+
+def limit_of_dplr_operators(dtype: torch.dtype, rank: int) -> str | None:
+    """The operators of a chunk of S4, of any length, with at most LARGEST_OPERATOR_STATE states a channel."""
+    if dtype == torch.float32 and rank in (1, 2):
+        return None
+    return f"{dtype}, rank {rank}; it has float32 and rank 1 and 2"
+
+
 def limit_of_cauchy(dtype: torch.dtype, rank: int) -> str | None:
     if dtype == torch.float32 and rank in (1, 2):
         return None

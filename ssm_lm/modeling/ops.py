@@ -6,6 +6,7 @@
     SSD's scan    ssd_chunks.py                             triton_ssd_scan.py
     a step        discrete.py                               triton_step.py
     short taps    short_taps.py                             triton_short_convolution.py
+    S4 operators  dplr_operators.py                         triton_dplr_operators.py
     Cauchy        cauchy.py                                 triton_cauchy.py
     Vandermonde   vandermonde.py                            triton_vandermonde.py
 
@@ -22,7 +23,9 @@ import torch
 from .cauchy import cauchy
 from .cauchy import cauchy_products as plain_cauchy_products
 from .chunked import PLAIN, ChunkOperators, Wanted, differentiable, toeplitz
-from .kernel_limits import limit_of_cauchy, limit_of_vandermonde
+from .discrete import DiscreteDPLR
+from .dplr_operators import krylov_operators
+from .kernel_limits import LARGEST_OPERATOR_STATE, limit_of_cauchy, limit_of_dplr_operators, limit_of_vandermonde
 from .kernels_s4 import Operation, kernel_status, use_kernel
 from .prefix_scans import associative_scan, complex_scan
 from .real_form import apply_diagonal, powers
@@ -37,6 +40,7 @@ __all__ = [
     "cauchy",
     "cauchy_products",
     "chunk_scan",
+    "dplr_operators",
     "fft_convolution",
     "gradient_in_rows",
     "kernel_status",
@@ -204,6 +208,31 @@ def siso_step(u, state, coefficients, skip, activation: str) -> torch.Tensor:
 def mimo_step(u, state, Lambda, weight_in, weight_out, skip, activation: str) -> torch.Tensor:
     """The same of S5."""
     return STEP.either(True)[1](u, state, Lambda, weight_in, weight_out, skip, activation)
+
+
+# ---- the operators of a chunk of S4
+
+
+def _load_dplr_operators():
+    from .triton_dplr_operators import dplr_operators, self_check_cases
+
+    return dplr_operators, self_check_cases
+
+
+DPLR_OPERATORS = Operation("dplr_operators", krylov_operators, _load_dplr_operators)
+
+
+def dplr_operators(discrete: DiscreteDPLR, length: int, setting: str = "auto") -> ChunkOperators:
+    """The operators of a chunk of `length` tokens; see dplr_operators.py. setting: S4Config's key `kernels`."""
+    N, rank = discrete.F.shape[1:]
+    # of more states there is a scan's kernel and none of operators: `kernels: triton` forces what there is
+    run_kernel = N <= LARGEST_OPERATOR_STATE and DPLR_OPERATORS.runs_kernel(
+        *discrete,
+        unsupported=limit_of_dplr_operators(discrete.E.dtype, rank),
+        setting=setting,
+        problem=(N, rank),
+    )
+    return DPLR_OPERATORS.either(run_kernel)(*discrete, length)
 
 
 # ---- the kernels of convolutions

@@ -171,6 +171,27 @@ def test_another_length_of_the_short_convolution_compiles_nothing_new(launched, 
         assert len(seen) == compiled
 
 
+def test_another_length_of_the_operators_compiles_nothing_new(launched, monkeypatch):
+    """Nor do more channels, or what is left of a sequence; nothing is compiled here."""
+    from ssm_lm.modeling.triton_dplr_operators import dplr_operators, example, self_check_cases
+
+    seen = set()
+    launched("sm_90")
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
+    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
+    for rank in (1, 2):
+        for case in self_check_cases(torch.device("cpu"), 64, rank):
+            case.kernel()
+        assert len(seen) == 3 * rank
+        for H, T in ((1024, 64), (1, 1), (16, 16), (5, 33)):
+            inputs = [x.requires_grad_() for x in example(H, 64, rank)]
+            taps, emit, inject, carry = dplr_operators(*inputs, T)
+            gram = torch.ones(H, T + 64, T + 64)
+            weights = torch.ones(H, T), gram[:, :T, T:], gram[:, T:, :T], gram[:, T:, T:]
+            torch.autograd.grad((taps, emit, inject, carry), inputs, weights)
+        assert len(seen) == 3 * rank
+
+
 def check(kernels: list, at_least: int) -> None:
     assert len(kernels) >= at_least
     for kernel in {kernel.hash: kernel for kernel in kernels}.values():
@@ -209,6 +230,7 @@ def test_self_checks(launched, name, target):
 
 SMALLEST = [
     *((name, target) for target in ("sm_90", "gfx942") for name in ("cauchy", "vandermonde", "s5_scan", "step")),
+    *(("dplr_operators", target) for target in ("sm_90", "sm_100", "gfx942")),
     *(("chunk_scan", target) for target in ("sm_90", "sm_100", "gfx942")),  # Blackwell has other matrix instructions
 ]
 
@@ -235,6 +257,10 @@ def test_smallest_sizes(launched, name, target):
             u = torch.ones(1, 1, 2 * half, requires_grad=True)
             log = -torch.ones(half, dtype=torch.float64)
             module.s5_scan(u, log, log, None, None)[0].sum().backward()
+    elif name == "dplr_operators":
+        for rank in (1, 2):
+            inputs = [x.requires_grad_() for x in module.example(1, 2, rank)]
+            sum(x.sum() for x in module.dplr_operators(*inputs, 1)).backward()
     elif name == "step":
         for H, N in ((1, 2), (1024, 64)):
             u, skip = torch.ones(1, H, dtype=torch.bfloat16), torch.ones(H)

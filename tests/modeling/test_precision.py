@@ -8,7 +8,7 @@ from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssm_lm import S4ForCausalLM
-from ssm_lm.modeling import dplr
+from ssm_lm.modeling import dplr_operators
 from ssm_lm.modeling.ssm import S4, S4D, StateSpace
 
 tiny = partial(tiny_model, vocab_size=50, num_hidden_layers=1, initializer_range=0.02)
@@ -154,12 +154,12 @@ def test_powers_are_whole_where_float32_is_rounded(monkeypatch):
         return [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact, strict=True)]
 
     assert max(errors()) > 1e-2
-    monkeypatch.setattr(dplr, "float32_is_rounded", lambda device_type: True)
+    monkeypatch.setattr(dplr_operators, "float32_is_rounded", lambda device_type: True)
     assert max(errors()) < 1e-3
 
 
 def test_rounding_is_looked_for_on_a_gpu_alone(monkeypatch):
-    assert not dplr.float32_is_rounded("cuda")
+    assert not dplr_operators.float32_is_rounded("cuda")
     monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # as transformers' enable_tf32 does
-    assert dplr.float32_is_rounded("cuda")
-    assert not dplr.float32_is_rounded("cpu")
+    assert dplr_operators.float32_is_rounded("cuda")
+    assert not dplr_operators.float32_is_rounded("cpu")
