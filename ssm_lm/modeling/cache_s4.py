@@ -295,3 +295,13 @@ class S4StaticCacheLayer(S4CacheLayer):
 
 
 STATIC_LAYER_TYPE_MAPPING["s4"] = S4StaticCacheLayer
+
+
+def check_holds_states(cache, layers: int) -> None:
+    """ValueError unless a cache has states for so many layers: DynamicCache() makes room for keys and values."""
+    found = getattr(cache, "layers", ())
+    if len(found) != layers or not all(hasattr(layer, "get_state") for layer in found):
+        raise ValueError(
+            f"past_key_values does not hold the states of {layers} layers: make it with "
+            "DynamicCache(config=model.config), or have the forward make it with use_cache=True"
+        )

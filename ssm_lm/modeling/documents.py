@@ -86,6 +86,16 @@ def from_position_ids(position_ids: torch.Tensor, attention_mask: torch.Tensor |
     return seq_idx.masked_fill(attention_mask[:, -seq_idx.shape[1] :] == 0, -1)
 
 
+def from_starts(starts: torch.Tensor, batch_size: int, length: int) -> torch.Tensor:
+    """seq_idx (1, length) from where each document of the row begins, and behind the last, where it ends. What comes
+    after that is one more. ValueError for several rows.
+    """
+    if batch_size != 1:
+        raise ValueError(f"cu_seq_lens_q is for documents in one row, not in {batch_size}: seq_idx is (batch, length)")
+    index = torch.arange(length, device=starts.device)
+    return torch.bucketize(index, starts.to(index.dtype), right=True)[None]
+
+
 def move_apart(sequence: torch.Tensor, slot: torch.Tensor, rows: int, length: int) -> torch.Tensor:
     """(B, L, C) -> (rows, length, C) with token i at slot[i] and zeros elsewhere."""
     padded = sequence.new_zeros(rows * length, sequence.shape[-1])

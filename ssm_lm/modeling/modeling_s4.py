@@ -25,14 +25,15 @@ from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, tied_keys
 from .blocks import S4Block
-from .cache_s4 import S4CacheLayer  # noqa: F401  (importing it registers the "s4" cache layer)
+from .cache_s4 import check_holds_states  # whose import registers the "s4" cache layer
 from .configuration_s4 import S4Config
 from .decoding_s4 import STRATEGIES
-from .documents import find_documents, from_position_ids
+from .documents import find_documents, from_position_ids, from_starts
 from .losses import LanguageModelHead, average, causal_targets, kept_positions
 from .native_step import logits as native_logits
 from .native_step import programs_of
@@ -130,6 +131,7 @@ class S4Model(S4PreTrainedModel):
         use_cache: bool | None = None,
         position_ids: torch.LongTensor | None = None,
         seq_idx: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
@@ -140,7 +142,8 @@ class S4Model(S4PreTrainedModel):
         transformers 5.24 says; unheard, every token would begin from a zero state.
         seq_idx: (B, L), the document of each token, negative for padding: states are zero where it changes. The first
         document of a row goes on from the cache, where there is one. Without it, position_ids (B, L) that start again
-        at 0 say the same; they are looked at only where no past_key_values are given. Either waits for the device
+        at 0 say the same; they are looked at only where no past_key_values are given. So does cu_seq_lens_q, where each
+        document of the one row begins and the last one ends, which goes before them. All of these wait for the device
         once a forward, to learn how many chunks the documents fill.
         With config.input_size, inputs_embeds is (B, L, input_size). A bidirectional model has no cache.
         """
@@ -157,14 +160,16 @@ class S4Model(S4PreTrainedModel):
             if past_key_values is not None:
                 raise ValueError("a bidirectional model reads from both ends: it takes no past_key_values")
             use_cache = False
-        if seq_idx is None and position_ids is not None and past_key_values is None:
+        if seq_idx is None and cu_seq_lens_q is not None:
+            seq_idx = from_starts(cu_seq_lens_q, *inputs_embeds.shape[:2])
+        elif seq_idx is None and position_ids is not None and past_key_values is None:
             seq_idx = from_position_ids(position_ids, attention_mask, len(inputs_embeds))
         documents = None if seq_idx is None else find_documents(seq_idx, self.config.chunk_size)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        attention_mask = create_recurrent_attention_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
-        )
+        if past_key_values is not None:
+            check_holds_states(past_key_values, len(self.layers))
+        attention_mask = padding_mask(self.config, inputs_embeds, attention_mask)
         if attention_mask is None and documents is None and past_key_values is not None:
             hidden_states = native_step(self, inputs_embeds, past_key_values)
             if hidden_states is not None:
@@ -214,10 +219,8 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, **kwargs):
-        """No mask on one-token steps: a mask that grows with every token would recompile a compiled step each time."""
-        return create_recurrent_attention_mask(
-            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
-        )
+        """No mask where a step decodes: one that grows with every token would recompile a compiled step each time."""
+        return padding_mask(config, inputs_embeds, attention_mask)
 
     @property
     def strategies(self) -> dict:
@@ -354,6 +357,18 @@ class S4ForSequenceClassification(S4PreTrainedModel):
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+def padding_mask(config: S4Config, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None):
+    """The mask (B, L) of the tokens at hand, None where none of them is padding or the mask is not (B, L or more).
+
+    transformers' own function takes a token that comes alone for one that was generated, which is never padding. It
+    may be of a prompt that is read token by token, or of a row that waits for the others: that drives no state either.
+    """
+    alone = attention_mask is not None and attention_mask.dim() == 2 and inputs_embeds.shape[1] == 1
+    if alone and not is_tracing(attention_mask) and not attention_mask[:, -1].all():
+        return attention_mask[:, -1:].contiguous()
+    return create_recurrent_attention_mask(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
 
 
 def pool(hidden_states: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:

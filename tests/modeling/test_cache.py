@@ -101,6 +101,12 @@ def test_several_tokens_on_a_filled_cache(model):
         assert start == int(cache.get_seq_length()) == 60
 
 
+@pytest.mark.parametrize("cache", [DynamicCache(), ((torch.zeros(1),) * 2,) * 2], ids=["no config", "tuples"])
+def test_a_cache_without_states_is_refused_in_words(model, cache):
+    with pytest.raises(ValueError, match=r"states of 2 layers: make it with DynamicCache\(config=model.config\)"):
+        model(prompt(5), past_key_values=cache)
+
+
 # ---- a conversation
 
 

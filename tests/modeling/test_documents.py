@@ -184,7 +184,7 @@ def model(**kw):
     return tiny_model(**({"vocab_size": 50, "initializer_range": 0.2, "chunk_size": 8} | kw))
 
 
-@pytest.mark.parametrize("how", ["seq_idx", "position_ids"])
+@pytest.mark.parametrize("how", ["seq_idx", "position_ids", "cu_seq_lens_q"])
 @pytest.mark.parametrize(
     ("ssm", "arch"),
     [("s4", "s4"), ("s4d", "s4"), ("s5", "s4"), ("s4", MIXTURE), ("s4d", MIXTURE), ("ssd", SSD)],
@@ -197,6 +197,10 @@ def test_packed_documents_in_the_model(ssm, arch, how):
     value = pack([lengths])
     if how == "position_ids":
         value = torch.cat([torch.arange(n) for n in lengths])[None]
+    elif how == "cu_seq_lens_q":
+        value = torch.tensor([0, 5, 18, 19, 27], dtype=torch.int32)
+        with pytest.raises(ValueError, match="in one row, not in 2"):
+            m(ids.repeat(2, 1), cu_seq_lens_q=value)
     with torch.no_grad():
         logits = m(ids, **{how: value}).logits
         expected = torch.cat([m(part).logits for part in ids.split(lengths, 1)], 1)
