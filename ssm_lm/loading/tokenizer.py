@@ -4,9 +4,11 @@ import contextlib
 import json
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ..errors import UserError, one_line
 from ..hub_access import asking_the_hub
-from .folder import CHECKPOINT, quiet, resolve
+from .folder import CHECKPOINT, CONFIG, quiet, resolve
 
 
 def load_tokenizer(path: str | Path, needs_model: bool = True):
@@ -27,6 +29,9 @@ def load_tokenizer(path: str | Path, needs_model: bool = True):
         except BaseException as error:  # of JSON, of the tokenizer's class, of its Rust part, of the Hub's client
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's
                 raise
+            if isinstance(error, StrictDataclassError):  # transformers looks at the model's config first
+                reason = one_line(error.__cause__ or error)
+                raise UserError(f"{source}/{CONFIG}: describes no model ({reason})") from error
             raise UserError(f"{path}: the tokenizer cannot be loaded ({one_line(error)})") from error
 
 

@@ -126,6 +126,12 @@ def test_another_architecture(folder):
 def test_config_that_makes_no_model(folder, change, expected):
     edit_config(folder, **change)
     assert expected in message(folder)
+    if "chunk_size" not in change:  # the verbs load the tokenizer first, for which transformers reads config.json
+        save_tokenizer(folder)
+        text = message(folder, load_tokenizer)
+        assert f"{folder}/config.json: describes no model" in text
+        assert expected in text
+        assert "Class validation" not in text
 
 
 def test_config_that_is_not_json(folder):
