@@ -11,9 +11,11 @@ import torch
 from ..modeling.activations import ACTIVATIONS
 from ..modeling.chunked import ChunkOperators, Implementation, Saved, operator_gradients, to_rows
 from ..modeling.kernel_limits import (
+    NORM_PROGRAMS,
     VANDERMONDE_POLES,
     chunks_in_a_row,
     convolved_tokens,
+    rows_of_a_norm,
     s5_chunk_length,
     segments,
 )
@@ -235,6 +237,33 @@ def _dplr_operators(E, F, G, B_bar, C_row, length):
     return ChunkOperators(*_DPLROperators.apply(E, F, G, B_bar, C_row, length))
 
 
+# ---- the RMS norm
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, gate, dtype):
+        ctx.save_for_backward(x, weight, gate)
+        with kernel_launches(1):
+            _read(x, weight, gate)
+            return torch.zeros_like(x, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight, gate = ctx.saved_tensors
+        with kernel_launches(1):
+            _read(grad_y, x, weight, gate)
+            grad_x = torch.zeros(x.shape, dtype=x.dtype)
+            grad_gate = None if gate is None else torch.zeros(gate.shape, dtype=gate.dtype)
+            programs = min(-(-x.numel() // len(weight) // rows_of_a_norm(len(weight))), NORM_PROGRAMS)
+            of_weight = x.new_zeros(programs, *weight.shape, dtype=torch.float32)
+        return grad_x, of_weight.sum(0).to(weight.dtype), grad_gate, None
+
+
+def _rms_norm(x, weight, eps, gate=None, dtype=None):
+    return _RMSNorm.apply(x, weight, gate, dtype or x.dtype)
+
+
 # ---- of the mode fft: what makes a convolution's kernel, complex numbers at the nodes, or the taps
 
 
@@ -292,6 +321,7 @@ STAND_INS = {
     "ssd_scan": _ssd_scan,
     "short_convolution": _short_convolution,
     "dplr_operators": _dplr_operators,
+    "rms_norm": _rms_norm,
     "cauchy": _cauchy,
     "vandermonde": _vandermonde,
 }

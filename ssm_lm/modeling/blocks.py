@@ -14,7 +14,7 @@ class S4Sublayer(nn.Module):
 
     def __init__(self, config: S4Config, inner: nn.Module):
         super().__init__()
-        self.norm = make_norm(config)
+        self.norm = make_norm(config, before_product=True)
         self.inner = inner
         self.dropout = make_dropout(config)
 

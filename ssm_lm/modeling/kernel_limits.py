@@ -134,6 +134,21 @@ def convolved_tokens(B: int, L: int, C: int) -> tuple[int, int]:
     return T, max(1, -(-L // (T * CONVOLVED_ROWS)))
 
 
+MOST_NORMED = 4096  # channels, of which a program holds whole rows: beyond, those of the backward leave the registers
+NORM_PROGRAMS = 1024  # of the backward
+
+
+def limit_of_rms_norm(x: torch.dtype, weight: torch.dtype, C: int) -> str | None:
+    if not {x, weight} <= set(CONVOLVED_DTYPES):
+        return f"inputs of {x}, parameters of {weight}"
+    return f"{C} channels, more than {MOST_NORMED}" if C > MOST_NORMED else None
+
+
+def rows_of_a_norm(C: int) -> int:
+    """Rows of C channels that a program holds at a time."""
+    return max(1, 2048 >> (C - 1).bit_length())
+
+
 LARGEST_STEP_STATE = 1024  # of a channel, which one program of the step's kernel holds
 
 

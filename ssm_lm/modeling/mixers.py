@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from .configuration_s4 import S4Config
 from .documents import Documents
 from .execution import Execution, as_autocast
-from .norms_and_dropout import RMSNorm, make_dropout
+from .norms_and_dropout import make_dropout, make_rms_norm
 from .ops import gradient_in_rows
 from .short_convolution import ShortConvolution
 from .ssm import LAYERS, StateSpace
@@ -208,7 +208,7 @@ class GatedMixer(ConvolvedMixer):
         wide = config.expand * config.hidden_size
         super().__init__(config, layer_index, state_index, channels=wide)
         self.in_proj = nn.Linear(config.hidden_size, self.ssm.input_size + wide, bias=False)
-        self.norm = RMSNorm(wide, eps=config.layer_norm_epsilon)
+        self.norm = make_rms_norm(config, wide, before_product=True)
         self.out_proj = nn.Linear(wide, config.hidden_size, bias=False)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, documents: Documents | None = None):
@@ -218,7 +218,7 @@ class GatedMixer(ConvolvedMixer):
         u = self.convolve(u, cache, documents, "silu")
         u = torch.cat([u, rest], -1) if self.ssm.unconvolved else u
         y, _ = self.scan(masked(u, attention_mask), cache, documents)
-        return self.out_proj(self.norm(y * nn.functional.silu(gate)))
+        return self.out_proj(self.norm(y, gate))
 
 
 MIXERS = {"ssm": S4Mixer, "h3": H3Mixer, "gated": GatedMixer}

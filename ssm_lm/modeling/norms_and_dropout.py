@@ -4,18 +4,43 @@ import torch
 from torch import nn
 
 from .configuration_s4 import S4Config
+from .kernel_limits import limit_of_rms_norm
+from .ops import RMS_NORM, rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the dtype of its input: where autocast leaves the weight in float32, torch has no fused kernel, and warns."""
+    """Of x, or of x silu(gate), (..., C) each, in the dtype of x: where autocast leaves the weight in float32, torch
+    has no fused kernel, and warns.
+    """
 
-    def forward(self, x):
-        return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+    kernels = "auto"  # as in S4Config.kernels: whether the Triton kernel runs
+    before_product = False  # whether a matrix product follows: the kernel then writes what autocast makes of y for it
+
+    def forward(self, x, gate=None):
+        dtypes, out = (x.dtype, self.weight.dtype), x.dtype
+        if self.before_product and out == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            out = torch.get_autocast_dtype(x.device.type)
+        run_kernel = RMS_NORM.runs_kernel(
+            x,
+            self.weight,
+            unsupported=limit_of_rms_norm(*dtypes, x.shape[-1]),
+            setting=self.kernels,
+            problem=(*dtypes, out, x.shape[-1], gate is not None),
+        )
+        return rms_norm(x, self.weight, self.eps, gate, out if run_kernel else None, run_kernel)
 
 
-def make_norm(config: S4Config) -> nn.Module:
-    norm = {"layer": nn.LayerNorm, "rms": RMSNorm}[config.norm]
-    return norm(config.hidden_size, eps=config.layer_norm_epsilon)
+def make_rms_norm(config: S4Config, channels: int, before_product: bool) -> RMSNorm:
+    """before_product: see `RMSNorm`."""
+    norm = RMSNorm(channels, eps=config.layer_norm_epsilon)
+    norm.kernels, norm.before_product = config.kernels, before_product
+    return norm
+
+
+def make_norm(config: S4Config, before_product: bool = False) -> nn.Module:
+    if config.norm == "rms":
+        return make_rms_norm(config, config.hidden_size, before_product)
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
 
 class TiedDropout(nn.Dropout):

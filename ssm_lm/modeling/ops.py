@@ -7,6 +7,7 @@
     a step        discrete.py                               triton_step.py
     short taps    short_taps.py                             triton_short_convolution.py
     S4 operators  dplr_operators.py                         triton_dplr_operators.py
+    RMS norm      rms_norm.py                               triton_rms_norm.py
     Cauchy        cauchy.py                                 triton_cauchy.py
     Vandermonde   vandermonde.py                            triton_vandermonde.py
 
@@ -29,6 +30,7 @@ from .kernel_limits import LARGEST_OPERATOR_STATE, limit_of_cauchy, limit_of_dpl
 from .kernels_s4 import Operation, kernel_status, use_kernel
 from .prefix_scans import associative_scan, complex_scan
 from .real_form import apply_diagonal, powers
+from .rms_norm import rms_norm as plain_rms_norm
 from .short_taps import convolve_taps
 from .ssd_chunks import scan_vectors
 from .vandermonde import vandermonde as plain_vandermonde
@@ -46,6 +48,7 @@ __all__ = [
     "kernel_status",
     "mimo_step",
     "powers",
+    "rms_norm",
     "s5_scan",
     "short_convolution",
     "siso_step",
@@ -186,6 +189,25 @@ def short_convolution(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`convolve_taps`, or its Triton kernel with run_kernel, whose limits the caller knows."""
     return SHORT_CONVOLUTION.either(run_kernel)(u, weight, bias, tail, begins, seq_idx, activation, has_tail)
+
+
+# ---- the RMS norm
+
+
+def _load_rms_norm():
+    from .triton_rms_norm import rms_norm, self_check_cases
+
+    return rms_norm, self_check_cases
+
+
+RMS_NORM = Operation("rms_norm", plain_rms_norm, _load_rms_norm)
+
+
+def rms_norm(
+    x, weight, eps: float, gate=None, dtype: torch.dtype | None = None, run_kernel: bool = False
+) -> torch.Tensor:
+    """`rms_norm.rms_norm`, or its Triton kernel with run_kernel, whose limits the caller knows."""
+    return RMS_NORM.either(run_kernel)(x, weight, eps, gate, dtype)
 
 
 # ---- a step. Its twin is the `step` of the discrete system itself, in discrete.py

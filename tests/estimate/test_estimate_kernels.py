@@ -271,12 +271,16 @@ def test_a_kernel_is_launched_as_often_as_is_counted(layer_class, mode, monkeypa
 
 
 def test_an_rms_norm_is_one_kernel_on_a_gpu_and_two_back():
-    """It reads its input and writes its output, and keeps a number a row beside them; a CPU takes six operators."""
+    """Without ours: it reads its input and writes its output, and keeps a number a row beside them; a CPU takes six
+    operators.
+    """
     found, size = [], 3 * 50 * 64 * 4
     for architecture in ("sm_90", None):
         with on_gpu(architecture) if architecture else contextlib.nullcontext(), FakeTensorMode():
             x = torch.empty(3, 50, 64, requires_grad=True)
-            found.append(trace(RMSNorm(64), [x], None))
+            norm = RMSNorm(64)
+            norm.kernels = "torch"
+            found.append(trace(norm, [x], None))
     gpu, cpu = found
     assert (gpu.forward_launches, gpu.backward_launches, gpu.forward_in_kernels) == (1, 2, 0)
     assert gpu.forward_traffic == pytest.approx(2 * size, rel=0.02)
@@ -284,6 +288,38 @@ def test_an_rms_norm_is_one_kernel_on_a_gpu_and_two_back():
     assert gpu.kept == size + 3 * 50 * 4
     assert cpu.forward_launches > 4
     assert cpu.kept == 2 * size + 3 * 50 * 4
+
+
+class GatedNorm(torch.nn.Module):
+    """As a gated mixer has it: the gate is the end of a wider tensor."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(channels, eps=1e-5)
+
+    def forward(self, x, wide):
+        return self.norm(x, wide[..., -len(self.norm.weight) :])
+
+
+@needs_triton
+def test_a_gated_norm_moves_what_its_report_says_and_holds_what_its_kernel_holds(monkeypatch):
+    from ssm_lm.modeling import triton_rms_norm as module
+
+    launched = opened(monkeypatch, module, "norm_rows", "norm_kernel", "norm_backward_kernel")
+    found = []
+    for which in (module.rms_norm, STAND_INS["rms_norm"]):
+        with assume("sm_90", {"rms_norm": which}), FakeTensorMode():
+            x, wide = (torch.empty(8, 8192, c, dtype=torch.bfloat16, requires_grad=True) for c in (1536, 3200))
+            found.append(trace(GatedNorm(1536), [x, wide], torch.bfloat16))
+    theirs, ours = found
+    assert launched == ["norm_kernel", "norm_backward_kernel"]
+    assert (ours.kept, ours.gradients) == (theirs.kept, theirs.gradients)
+    assert ours.forward_peak == pytest.approx(theirs.forward_peak, rel=0.01)
+    assert ours.backward_peak == pytest.approx(theirs.backward_peak, rel=0.01)
+    assert (ours.forward_launches, ours.backward_launches) == (1, theirs.backward_launches + 1)
+    cases = {case["name"]: case["work"]["bytes"] for case in compile_cases("sm_90")}
+    expected = [cases[f"rms_norm {way} bf16 to bf16 gated"] for way in ("forward", "backward")]
+    assert [ours.forward_in_kernels, ours.backward_in_kernels] == pytest.approx(expected, rel=0.01)
 
 
 def test_what_an_index_names_and_what_is_filled_are_counted_alone():

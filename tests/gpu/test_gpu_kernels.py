@@ -8,6 +8,7 @@ import torch
 
 from ssm_lm.modeling.documents import find_documents
 from ssm_lm.modeling.kernels_s4 import kernel_status, use_kernel
+from ssm_lm.modeling.norms_and_dropout import RMSNorm
 from ssm_lm.modeling.short_convolution import ShortConvolution
 from ssm_lm.modeling.ssm import LAYERS
 
@@ -129,6 +130,25 @@ def test_short_convolution_and_its_gradients(place, dtype, documents, activation
             assert_close(ours, theirs, tolerance)
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "bfloat16"])
+def test_rms_norm_and_its_gradients(place, dtype, gated, assert_close):
+    """The gate is part of a wider tensor."""
+    norm = RMSNorm(place.H, eps=1e-5).to(place.device)
+    norm.weight.data.normal_()
+    twin = copy.deepcopy(norm).double()
+    twin.kernels = "torch"
+    x, wide = (torch.randn(place.B, place.L, size, device=place.device) for size in (place.H, place.H + 16))
+    weight, results = torch.randn_like(x), []
+    for one, precision in ((norm, dtype), (twin, torch.float64)):
+        leaves = [part.to(dtype).to(precision).requires_grad_() for part in (x, wide)[: 1 + gated]]
+        y = one(leaves[0], leaves[1][..., 16:] if gated else None)
+        results.append((y, *torch.autograd.grad(y, [*leaves, one.weight], weight.to(y.dtype))))
+    near, gradients_near = TOLERANCES[dtype]
+    for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        assert_close(ours, theirs, gradients_near if i else near)
+
+
 def test_self_checks(place):
     """On a card every kernel that can run there has passed; elsewhere the report says what runs instead."""
     if not place.has_kernels and torch.cuda.is_available():
@@ -145,3 +165,6 @@ def test_self_checks(place):
         for activation, documents in itertools.product(("silu", "identity"), (False, True)):
             problem = (dtype, torch.float32, 4, activation, documents, True)
             assert use_kernel("short_convolution", where, problem=problem) == place.has_kernels, problem
+        for out, channels, gated in ((dtype, 1536, True), (torch.bfloat16, 768, False)):
+            problem = dtype, torch.float32, out, channels, gated
+            assert use_kernel("rms_norm", where, problem=problem) == place.has_kernels, problem

@@ -137,6 +137,25 @@ def test_another_length_of_ssd_compiles_nothing_new(launched, monkeypatch):
     assert len(seen) == compiled
 
 
+def test_another_batch_of_the_rms_norm_compiles_nothing_new(launched, monkeypatch):
+    """What the self-check of a norm has compiled, a kernel each way, is what other batches and lengths run."""
+    from ssm_lm.modeling.triton_rms_norm import rms_norm, self_check_cases
+
+    seen = set()
+    launched("sm_90")
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
+    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
+    problem = torch.bfloat16, torch.float32, torch.bfloat16, 1536, True
+    for case in self_check_cases(torch.device("cpu"), *problem):
+        case.kernel()
+    compiled = len(seen)
+    assert compiled == 2
+    for B, L in ((8, 1024), (1, 1), (1, 17), (3, 333)):
+        x, wide = (torch.empty(B, L, size, dtype=torch.bfloat16, requires_grad=True) for size in (1536, 3200))
+        rms_norm(x, torch.ones(1536, requires_grad=True), 1e-5, wide[..., 1664:]).sum().backward()
+    assert len(seen) == compiled
+
+
 def test_another_length_of_the_short_convolution_compiles_nothing_new(launched, monkeypatch):
     """What the self-check of a layer has compiled, two kernels in training and one else, is what batches, prompts and
     tokens of decoding run, whole or part of a wider tensor; nothing is compiled here.
