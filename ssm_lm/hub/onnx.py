@@ -38,8 +38,17 @@ def write_graphs(model, folder: Path) -> None:
                 verbose=False,
                 input_names=["input_ids", *graph.state_names()],
                 output_names=["logits", *(f"next_{name}" for name in graph.state_names())],
+                custom_translation_table={torch.ops.aten.softplus.default: _softplus},
             )
             program.save(folder / f"{name}.onnx")
+
+
+def _softplus(x, beta=1.0, threshold=20.0):
+    """max(x, 0) + log(1 + exp(-|x|)): onnxruntime has no Softplus of float64, in which an SSD chooses its steps."""
+    from onnxscript import opset18 as op
+
+    one = op.CastLike(1.0, x)
+    return op.Add(op.Relu(x), op.Log(op.Add(one, op.Exp(op.Neg(op.Abs(x))))))
 
 
 class _silent:

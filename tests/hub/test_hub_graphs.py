@@ -22,7 +22,7 @@ EVERY_BLOCK = {"ssm": "s4d", "arch": ["ssm", "h3", "gated", "swiglu"], "num_hidd
 KINDS = {
     "s4": {"ssm": "s4", "arch": ["ssm"]},
     "s5": {"ssm": "s5", "arch": ["ssm"]},
-    "ssd": {"ssm": "ssd", "arch": SSD},
+    "ssd": {"ssm": "ssd", "arch": SSD, "head_dim": 8, "selective_dt": True},
     "adaptive": {"ssm": "s4d", "arch": ["ssm"], "adaptive_cutoffs": [20]},
 }
 
@@ -90,7 +90,7 @@ def test_the_other_layers(kind, tmp_path):
 
 def test_the_verb_writes_a_folder_whose_page_runs(tmp_path, capsys, monkeypatch):
     tokenizer = train_bpe(["The function returns a list of the numbers that it was given.\n" * 9], 300)
-    model = tiny_model(num_hidden_layers=1, arch=["ssm"], vocab_size=300, chunk_size=3, **ENDLESS)
+    model = tiny_model(num_hidden_layers=1, ssm="ssd", arch=["gated"], vocab_size=300, chunk_size=3, **ENDLESS)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), "--format", "onnx", "--output", str(tmp_path / "graphs")]) == 0
