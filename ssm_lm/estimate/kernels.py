@@ -10,6 +10,7 @@ import torch
 
 from ..modeling.activations import ACTIVATIONS
 from ..modeling.chunked import ChunkOperators, Implementation, Saved, operator_gradients, to_rows
+from ..modeling.discrete import DiscreteDPLR
 from ..modeling.kernel_limits import (
     NORM_PROGRAMS,
     VANDERMONDE_POLES,
@@ -206,7 +207,34 @@ def _short_convolution(u, weight, bias, tail, begins, seq_idx, activation="ident
     return y, new_tail if has_tail else None
 
 
-# ---- the operators of a chunk of S4
+# ---- S4's system, and the operators of a chunk of it
+
+
+class _DPLRDiscretization(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, log_dt, Lambda_log_re, Lambda_im, P, B, C):
+        (H,), (rank, _, N) = log_dt.shape, P.shape
+        ctx.save_for_backward(log_dt, Lambda_log_re, Lambda_im, P, B)
+        with kernel_launches(1):
+            _read(log_dt, Lambda_log_re, Lambda_im, P, B, C)
+            shapes = (H, N), (H, N, rank), (H, N, rank), (H, N), (H, N)
+            return tuple(log_dt.new_zeros(shape) for shape in shapes)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        parameters = ctx.saved_tensors
+        (H, N), (rank, S, _) = gradients[0].shape, parameters[3].shape
+        with kernel_launches(1):
+            _read(*parameters, *gradients)
+            of_log_dt, of_C = torch.zeros_like(parameters[0]), torch.zeros_like(gradients[0])
+            found = [of_C.new_zeros(shape) for shape in ((H, N // 2), (H, N // 2), (rank, H, N), (H, N))]
+        if S != H:
+            found = [x.unflatten(-2, (H // S, S)).sum(-3) for x in found]
+        return of_log_dt, *found, of_C
+
+
+def _dplr_discretization(*parameters):
+    return DiscreteDPLR(*_DPLRDiscretization.apply(*parameters))
 
 
 class _DPLROperators(torch.autograd.Function):
@@ -320,6 +348,7 @@ STAND_INS = {
     "s5_scan": _s5_scan,
     "ssd_scan": _ssd_scan,
     "short_convolution": _short_convolution,
+    "dplr_discretization": _dplr_discretization,
     "dplr_operators": _dplr_operators,
     "rms_norm": _rms_norm,
     "cauchy": _cauchy,

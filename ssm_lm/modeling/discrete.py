@@ -19,6 +19,16 @@ from .real_form import apply_diagonal, powers
 NORM_EPSILON = 1e-5  # of the norm of an SSD's b and c
 
 
+def per_channel(shared: torch.Tensor, channels: int) -> torch.Tensor:
+    """(..., n_ssm, k) -> (..., channels, k): channel h takes copy h mod n_ssm."""
+    n_ssm = shared.shape[-2]
+    if n_ssm == channels:
+        return shared
+    if n_ssm == 1:
+        return shared.expand(*shared.shape[:-2], channels, -1)
+    return shared.repeat(*[1] * (shared.dim() - 2), channels // n_ssm, 1)
+
+
 class DiscreteDPLR(NamedTuple):
     """S4. The bilinear transform of a diagonal plus low-rank system is one again:
 

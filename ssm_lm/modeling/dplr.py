@@ -12,10 +12,11 @@ import torch
 
 from .chunked import ChunkOperators
 from .discrete import DiscreteDPLR
+from .dplr_discretization import small_inverse
 from .dplr_operators import for_powers
 from .hippo import INITIALIZATIONS
-from .ops import cauchy_products, dplr_operators
-from .real_form import complex_product, real_form
+from .ops import cauchy_products, dplr_discretization, dplr_operators
+from .real_form import real_form
 from .siso import SingleInputSingleOutput
 
 
@@ -38,39 +39,10 @@ class S4(SingleInputSingleOutput):
         P = torch.from_numpy(INITIALIZATIONS[self.name][self.init](self.state_size).P)
         return super().initial_values() | {"P": real_form(P)[:, None].expand(-1, self.n_ssm, -1)}
 
-    def _dt_Lambda(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """dt (H, 1), and Re and Im of dt Lambda, (H, N/2) each."""
-        dt = self.log_dt.exp()[:, None]
-        return dt, -dt * self._per_channel(self.Lambda_log_re.exp()), dt * self._per_channel(self.Lambda_im)
-
-    def _C_row(self, reverse: bool) -> torch.Tensor:
-        """C as a row on the real state: y = 2 Re(C x) = [2 Re C | -2 Im C] . [Re x | Im x]. (H, N)"""
-        C_re, C_im = self._C(reverse).chunk(2, -1)
-        return 2 * torch.cat([C_re, -C_im], -1)
-
     def discretize(self, reverse=False) -> DiscreteDPLR:
-        """A_bar = (I - dt/2 A)^-1 (I + dt/2 A) and B_bar = (I - dt/2 A)^-1 dt B by the Woodbury identity, O(N).
-
-        In real form A = R(Lambda) - 2 p p^T with p = [Re P | Im P]. With w = 1 / (1 - dt Lambda / 2),
-            (I - dt/2 A)^-1 = R(w) - dt (w P) M (P conj w)^T,   M = (I + dt p^T R(w) p)^-1
-        and A_bar = 2 (I - dt/2 A)^-1 - I.
-        """
-        dt, a, b = self._dt_Lambda()
-        scale = 1 / ((1 - a / 2) ** 2 + (b / 2) ** 2)
-        w = ((1 - a / 2) * scale, (b / 2) * scale)
-        P = self._per_channel(self.P).chunk(2, -1)  # (rank, H, N/2) each
-        B = self._per_channel(self.B).chunk(2, -1)
-        wP = torch.cat(complex_product(w, P), -1)
-        wB = torch.cat(complex_product(w, B), -1)
-        G = torch.cat(complex_product((w[0], -w[1]), P), -1).permute(1, 2, 0)  # (H, N, rank)
-        p = torch.cat(P, -1)
-        capacitance = torch.einsum("rhn,shn->hrs", p, wP) * dt[..., None]
-        capacitance = capacitance + torch.eye(self.rank, dtype=dt.dtype, device=dt.device)
-        M = small_inverse(capacitance)
-        wPM = dt[..., None] * torch.einsum("rhn,hrs->hns", wP, M)  # (H, N, rank)
-        B_bar = dt * (wB - torch.einsum("hnr,rhm,hm->hn", wPM, p, wB))
-        E = torch.cat([2 * w[0] - 1, 2 * w[1]], -1)
-        return DiscreteDPLR(E, 2 * wPM, G, B_bar, self._C_row(reverse))
+        """See `bilinear_dplr`."""
+        parameters = self.log_dt, self.Lambda_log_re, self.Lambda_im, self.P, self.B, self._C(reverse)
+        return dplr_discretization(*parameters, setting=self.kernels)
 
     def transition(self, length):
         """(H, N, N), from the binary digits of the length, which is at least 1."""
@@ -140,12 +112,3 @@ class S4(SingleInputSingleOutput):
             if remaining:
                 power = power @ power
         return (C_row - row.squeeze(1)).to(self.log_dt.dtype)
-
-
-def small_inverse(matrix: torch.Tensor) -> torch.Tensor:
-    """The inverse of (..., r, r) for the ranks that occur, 1 and 2; in closed form, so without waiting for a device."""
-    if matrix.shape[-1] == 1:
-        return 1 / matrix
-    a, b, c, d = (matrix[..., i, j] for i in (0, 1) for j in (0, 1))
-    adjugate = torch.stack([torch.stack([d, -b], -1), torch.stack([-c, a], -1)], -2)
-    return adjugate / (a * d - b * c)[..., None, None]

@@ -163,7 +163,7 @@ LARGEST_OPERATOR_STATE = 64  # of a channel, whose N x N matrices stay in the re
 
 
 def limit_of_dplr_operators(dtype: torch.dtype, rank: int) -> str | None:
-    """The operators of a chunk of S4, of any length, with at most LARGEST_OPERATOR_STATE states a channel."""
+    """S4's discretisation; and the operators of a chunk, of any length, with at most LARGEST_OPERATOR_STATE states."""
     if dtype == torch.float32 and rank in (1, 2):
         return None
     return f"{dtype}, rank {rank}; it has float32 and rank 1 and 2"

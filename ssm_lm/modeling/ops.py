@@ -6,6 +6,7 @@
     SSD's scan    ssd_chunks.py                             triton_ssd_scan.py
     a step        discrete.py                               triton_step.py
     short taps    short_taps.py                             triton_short_convolution.py
+    S4's system   dplr_discretization.py                    triton_dplr_discretization.py
     S4 operators  dplr_operators.py                         triton_dplr_operators.py
     RMS norm      rms_norm.py                               triton_rms_norm.py
     Cauchy        cauchy.py                                 triton_cauchy.py
@@ -25,6 +26,7 @@ from .cauchy import cauchy
 from .cauchy import cauchy_products as plain_cauchy_products
 from .chunked import PLAIN, ChunkOperators, Wanted, differentiable, toeplitz
 from .discrete import DiscreteDPLR
+from .dplr_discretization import bilinear_dplr
 from .dplr_operators import krylov_operators
 from .kernel_limits import LARGEST_OPERATOR_STATE, limit_of_cauchy, limit_of_dplr_operators, limit_of_vandermonde
 from .kernels_s4 import Operation, kernel_status, use_kernel
@@ -42,6 +44,7 @@ __all__ = [
     "cauchy",
     "cauchy_products",
     "chunk_scan",
+    "dplr_discretization",
     "dplr_operators",
     "fft_convolution",
     "gradient_in_rows",
@@ -232,7 +235,28 @@ def mimo_step(u, state, Lambda, weight_in, weight_out, skip, activation: str) ->
     return STEP.either(True)[1](u, state, Lambda, weight_in, weight_out, skip, activation)
 
 
-# ---- the operators of a chunk of S4
+# ---- S4's system, and the operators of a chunk of it
+
+
+def _load_dplr_discretization():
+    from .triton_dplr_discretization import dplr_discretization, self_check_cases
+
+    return dplr_discretization, self_check_cases
+
+
+DPLR_DISCRETIZATION = Operation("dplr_discretization", bilinear_dplr, _load_dplr_discretization)
+
+
+def dplr_discretization(log_dt, Lambda_log_re, Lambda_im, P, B, C, setting: str = "auto") -> DiscreteDPLR:
+    """The discrete system of S4's parameters; see dplr_discretization.py. setting: S4Config's key `kernels`."""
+    parameters, rank = (log_dt, Lambda_log_re, Lambda_im, P, B, C), len(P)
+    run_kernel = DPLR_DISCRETIZATION.runs_kernel(
+        *parameters,
+        unsupported=limit_of_dplr_operators(log_dt.dtype, rank),
+        setting=setting,
+        problem=(B.shape[-1], rank),
+    )
+    return DPLR_DISCRETIZATION.either(run_kernel)(*parameters)
 
 
 def _load_dplr_operators():

@@ -5,6 +5,7 @@ import math
 import torch
 
 from .checks import check_sharing
+from .discrete import per_channel
 from .hippo import INITIALIZATIONS
 from .ops import fft_convolution, siso_step
 from .real_form import real_form
@@ -73,12 +74,7 @@ class SingleInputSingleOutput(StateSpace):
         return values
 
     def _per_channel(self, shared: torch.Tensor) -> torch.Tensor:
-        """(..., n_ssm, k) -> (..., H, k): channel h takes copy h mod n_ssm."""
-        if self.n_ssm == self.hidden_size:
-            return shared
-        if self.n_ssm == 1:
-            return shared.expand(*shared.shape[:-2], self.hidden_size, -1)
-        return shared.repeat(*[1] * (shared.dim() - 2), self.hidden_size // self.n_ssm, 1)
+        return per_channel(shared, self.hidden_size)
 
     def time_constants(self):
         log_rate = getattr(self, "Lambda_log_re", None)

@@ -169,6 +169,14 @@ def opened_dplr_operators(monkeypatch):
 
 
 @pytest.fixture
+def opened_dplr_discretization(monkeypatch):
+    from ssm_lm.modeling import triton_dplr_discretization as module
+
+    launched = opened(monkeypatch, module, "discretize", "bilinear_kernel", "bilinear_gradient_kernel")
+    return module.dplr_discretization, launched
+
+
+@pytest.fixture
 def opened_short_convolution(monkeypatch):
     from ssm_lm.modeling import triton_short_convolution as module
 
@@ -197,20 +205,26 @@ ROWS = {
 }
 
 
-# and what makes an S4's operators in float32, once more in the backward
-OF_OPERATORS = "forward rank 1", "forward rank 1, gradients of the carry rank 1, gradients of the chains rank 1"
+# and what makes an S4's system and operators in float32, once more in the backward
+OF_OPERATORS = (
+    "discretization forward rank 1, operators forward rank 1",
+    "discretization forward rank 1, operators forward rank 1, operators gradients of the carry rank 1, "
+    "operators gradients of the chains rank 1, discretization backward rank 1",
+)
 
 
 def bytes_of_rows(layer_class, mode) -> list[float]:
     """Forward and backward: the sums of the report's rows, each the first whose name begins so."""
     found = {case["name"]: case["work"]["bytes"] for case in compile_cases("sm_90")}
     kernel, *ways = ROWS[layer_class, mode]
-    if mode == "fft":
-        return [found[kernel], found[kernel.replace("forward", "backward")]]
+    if mode == "fft":  # an S4's truncated C is made of its system
+        system = "dplr_discretization {} rank 1" if layer_class is S4 else ""
+        ways = "forward", "backward"
+        return [found[kernel.replace("forward", way)] + found.get(system.format(way), 0) for way in ways]
     starts = [[f"{kernel} {row}" for row in way.split(", ")] for way in ways]
     if layer_class is S4:
         for way, rows in zip(starts, OF_OPERATORS, strict=True):
-            way += [f"dplr_operators {row}" for row in rows.split(", ")]
+            way += [f"dplr_{row}" for row in rows.split(", ")]
     return [sum(next(size for name, size in found.items() if name.startswith(row)) for row in way) for way in starts]
 
 
@@ -246,13 +260,15 @@ def test_a_kernel_is_launched_as_often_as_is_counted(layer_class, mode, monkeypa
 
     from ssm_lm.modeling.triton_cauchy import cauchy_products_kernel
     from ssm_lm.modeling.triton_chunk_scan import FUSED
+    from ssm_lm.modeling.triton_dplr_discretization import dplr_discretization
     from ssm_lm.modeling.triton_dplr_operators import dplr_operators
     from ssm_lm.modeling.triton_s5_scan import s5_scan
     from ssm_lm.modeling.triton_ssd_scan import ssd_scan
     from ssm_lm.modeling.triton_vandermonde import vandermonde_kernel
 
     of_gpu = {"chunk_scan": FUSED, "s5_scan": s5_scan, "ssd_scan": ssd_scan}
-    of_gpu |= {"dplr_operators": dplr_operators, "cauchy": cauchy_products_kernel, "vandermonde": vandermonde_kernel}
+    of_gpu |= {"dplr_discretization": dplr_discretization, "dplr_operators": dplr_operators}
+    of_gpu |= {"cauchy": cauchy_products_kernel, "vandermonde": vandermonde_kernel}
     launched, counted = [], []
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launched.append(self.fn.__name__))
     monkeypatch.setattr(kernels, "kernel_launches", lambda count: contextlib.nullcontext(counted.append(count)))
@@ -343,7 +359,7 @@ def test_what_an_index_names_and_what_is_filled_are_counted_alone():
 @pytest.mark.parametrize("layer_class", [S4, S4D, S5, SSD])
 @pytest.mark.parametrize("length", [96, 50])
 def test_a_stand_in_holds_what_its_kernel_holds(
-    layer_class, activation, length, opened_ssd_scan, opened_dplr_operators
+    layer_class, activation, length, opened_ssd_scan, opened_dplr_operators, opened_dplr_discretization
 ):
     """The kernels' operators say on tensors without data what they would allocate."""
     from ssm_lm.modeling.triton_chunk_scan import FUSED
@@ -351,13 +367,15 @@ def test_a_stand_in_holds_what_its_kernel_holds(
 
     found, of_gpu = [], {"chunk_scan": FUSED, "s5_scan": s5_scan, "ssd_scan": opened_ssd_scan}
     of_gpu["dplr_operators"], launched = opened_dplr_operators
+    of_gpu["dplr_discretization"], of_systems = opened_dplr_discretization
     for which in (of_gpu, STAND_INS):
         with assume("sm_90", which), FakeTensorMode():
             layer = layer_class(16, 8)
             u = torch.empty(3, length, layer.input_size, requires_grad=True)
             found.append(trace(Output(layer, activation), [u], None))
     ours, theirs = found[1], found[0]
-    assert len(launched) == (4 if layer_class is S4 else 0)  # forward, and again in the backward
+    # forward, and again in the backward
+    assert (len(launched), len(of_systems)) == ((4, 3) if layer_class is S4 else (0, 0))
     if layer_class is SSD:  # what PyTorch's operators move beside the kernels
         moved = [each.backward_traffic - each.backward_in_kernels for each in (ours, theirs)]
         assert moved[0] == pytest.approx(moved[1], rel=0.15)

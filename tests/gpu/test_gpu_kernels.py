@@ -160,6 +160,8 @@ def test_self_checks(place):
     where = torch.empty(0, device=place.device)
     for problem in itertools.product(TOLERANCES, (16, 32, 64, 128), (False, True)):  # each is machine code of its own
         assert use_kernel("chunk_scan", where, problem=problem) == place.has_kernels, problem
+    for name, rank in itertools.product(("dplr_discretization", "dplr_operators"), (1, 2)):
+        assert use_kernel(name, where, problem=(64, rank)) == place.has_kernels, (name, rank)
     for dtype in TOLERANCES:
         assert use_kernel("ssd_scan", where, problem=(dtype, 64, 64)) == place.has_kernels, dtype
         for activation, documents in itertools.product(("silu", "identity"), (False, True)):

@@ -211,6 +211,22 @@ def test_another_length_of_the_operators_compiles_nothing_new(launched, monkeypa
         assert len(seen) == 3 * rank
 
 
+def test_another_width_of_the_discretisation_compiles_nothing_new(launched, monkeypatch):
+    """Nor do systems that channels share; nothing is compiled here."""
+    from ssm_lm.modeling.triton_dplr_discretization import dplr_discretization, example, self_check_cases
+
+    seen = set()
+    launched("sm_90")
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
+    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
+    for case in self_check_cases(torch.device("cpu"), 64, 1):
+        case.kernel()
+    for H, S in ((1024, 1024), (1024, 1), (16, 4), (1, 1)):
+        inputs = [x.requires_grad_() for x in example(H, S, 64, 1)]
+        sum(x.sum() for x in dplr_discretization(*inputs)).backward()
+    assert len(seen) == 2
+
+
 def check(kernels: list, at_least: int) -> None:
     assert len(kernels) >= at_least
     for kernel in {kernel.hash: kernel for kernel in kernels}.values():
@@ -249,7 +265,7 @@ def test_self_checks(launched, name, target):
 
 SMALLEST = [
     *((name, target) for target in ("sm_90", "gfx942") for name in ("cauchy", "vandermonde", "s5_scan", "step")),
-    *(("dplr_operators", target) for target in ("sm_90", "sm_100", "gfx942")),
+    *((f"dplr_{name}", target) for target in ("sm_90", "gfx942") for name in ("operators", "discretization")),
     *(("chunk_scan", target) for target in ("sm_90", "sm_100", "gfx942")),  # Blackwell has other matrix instructions
 ]
 
@@ -280,6 +296,10 @@ def test_smallest_sizes(launched, name, target):
         for rank in (1, 2):
             inputs = [x.requires_grad_() for x in module.example(1, 2, rank)]
             sum(x.sum() for x in module.dplr_operators(*inputs, 1)).backward()
+    elif name == "dplr_discretization":
+        for rank in (1, 2):
+            inputs = [x.requires_grad_() for x in module.example(1, 1, 2, rank)]
+            sum(x.sum() for x in module.dplr_discretization(*inputs)).backward()
     elif name == "step":
         for H, N in ((1, 2), (1024, 64)):
             u, skip = torch.ones(1, H, dtype=torch.bfloat16), torch.ones(H)

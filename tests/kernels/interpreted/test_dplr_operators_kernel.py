@@ -112,7 +112,7 @@ def test_more_states_keep_pytorch_and_float64_has_a_reason():
     assert all(map(torch.equal, layer.operators(4), expected))
     wide = S4(2, 4).double()
     wide.kernels = "triton"
-    with pytest.raises(RuntimeError, match=r"dplr_operators cannot run on cpu: torch\.float64"):
+    with pytest.raises(RuntimeError, match=r"dplr_discretization cannot run on cpu: torch\.float64"):
         wide.operators(4)
 
 
