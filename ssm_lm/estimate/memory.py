@@ -35,7 +35,7 @@ from torch import nn
 from ..internals.torch import FakeTensorMode
 from ..modeling.configuration_s4 import S4Config
 from ..modeling.kernel_launch import assume
-from .fused import FusedNorms
+from .fused import FusedOperators
 from .kernels import STAND_INS
 from .trace import Trace, trace
 
@@ -110,7 +110,7 @@ class _ClassificationHead(nn.Module):
 @contextmanager
 def on_gpu(architecture: str) -> Iterator[None]:
     """Within, models run as they would on a GPU of this architecture, on tensors without data."""
-    with assume(architecture, STAND_INS), FusedNorms():
+    with assume(architecture, STAND_INS), FusedOperators():
         yield
 
 

@@ -306,6 +306,24 @@ def test_an_rms_norm_is_one_kernel_on_a_gpu_and_two_back():
     assert cpu.kept == 2 * size + 3 * 50 * 4
 
 
+def test_dropout_is_one_kernel_on_a_gpu_and_one_back():
+    """It keeps a byte an element; on a CPU it is three operators, and keeps their factors. None is none."""
+    found, size = [], 3 * 50 * 64 * 4
+    for architecture, p in (("sm_90", 0.1), (None, 0.1), ("sm_90", 0.0)):
+        with on_gpu(architecture) if architecture else contextlib.nullcontext(), FakeTensorMode():
+            x = torch.empty(3, 50, 64, requires_grad=True)
+            found.append(trace(torch.nn.Sequential(torch.nn.Dropout(p), torch.nn.Tanh()), [x], None))
+    gpu, cpu, none = found
+    assert gpu.forward_launches == none.forward_launches + 1
+    assert gpu.backward_launches == none.backward_launches + 1
+    assert gpu.kept == none.kept + size // 4
+    assert [
+        g - n for g, n in ((gpu.forward_traffic, none.forward_traffic), (gpu.backward_traffic, none.backward_traffic))
+    ] == [2 * size + size // 4] * 2
+    assert cpu.forward_launches == none.forward_launches + 3
+    assert cpu.kept == none.kept + size
+
+
 class GatedNorm(torch.nn.Module):
     """As a gated mixer has it: the gate is the end of a wider tensor."""
 
