@@ -128,6 +128,8 @@ class AdaptiveSoftmax(_Clusters):
     of the tails in the first softmax. dropout acts on the projected hidden states.
     """
 
+    kernels = "auto"  # as in S4Config.kernels
+
     def __init__(self, vocab_size: int, hidden_size: int, cutoffs, div_val: int = 4, dropout: float = 0.0):
         super().__init__(vocab_size, hidden_size, cutoffs, div_val)
         self.in_features, self.out_features = hidden_size, vocab_size
@@ -196,7 +198,8 @@ class AdaptiveSoftmax(_Clusters):
             head_targets = torch.where((targets >= low) & (targets < high), frequent + i - 1, head_targets)
         weight = torch.cat([self.weight_0, self.cluster_weight])
         bias = torch.cat([self.bias_0, self.cluster_bias])
-        total = linear_cross_entropy(self._projected(hidden_states, 0), weight, head_targets, bias, chunk_size)
+        options = chunk_size, self.kernels
+        total = linear_cross_entropy(self._projected(hidden_states, 0), weight, head_targets, bias, *options)
         for i, (low, high) in enumerate(self.bounds[1:], start=1):
             own = (targets >= low) & (targets < high)
             if self.fixed_shape(hidden_states):
@@ -204,6 +207,6 @@ class AdaptiveSoftmax(_Clusters):
             else:
                 rows, ids = hidden_states[own], targets[own] - low
             total = total + linear_cross_entropy(
-                self._projected(rows, i), self._weight(i), ids, self._bias(i), chunk_size
+                self._projected(rows, i), self._weight(i), ids, self._bias(i), *options
             )
         return total

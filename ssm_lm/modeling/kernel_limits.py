@@ -149,6 +149,10 @@ def rows_of_a_norm(C: int) -> int:
     return max(1, 2048 >> (C - 1).bit_length())
 
 
+def limit_of_cross_entropy(z: torch.dtype) -> str | None:
+    return None if z in CONVOLVED_DTYPES else f"logits of {z}"
+
+
 LARGEST_STEP_STATE = 1024  # of a channel, which one program of the step's kernel holds
 
 

@@ -4,19 +4,23 @@
 
 The logits of B L tokens over V entries are the largest tensor of a language model, and the plain loss holds several of
 them: in the model's dtype, in float32, their log-softmax, their gradient. Here they exist for a chunk of tokens at a
-time, in float32, in one buffer that becomes logits, exponentials and gradient in turn. The gradients of h, W and b are
-sums over tokens of matmuls with the gradient of the logits, so they are formed in the same pass, while the chunk is
-there: the backward recomputes nothing and needs no weights, which a ZeRO 3 engine would have given back by then.
+time, in one buffer that becomes logits, exponentials and gradient in turn (cross_entropy.py). The gradients of h, W
+and b are sums over tokens of matmuls with the gradient of the logits, so they are formed in the same pass, while the
+chunk is there: the backward recomputes nothing and needs no weights, which a ZeRO 3 engine would have given back by
+then.
 
-Source: the idea is that of Liger's fused linear cross entropy (Hsu et al. 2024), which runs instead on a GPU where the
-package is installed.
+Source: the idea is that of Liger's fused linear cross entropy (Hsu et al. 2024), which runs on a GPU where the package
+is installed and our kernel does not. It takes far fewer tokens at a time, and so reads the weights and writes their
+gradient more often.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-IGNORED = -100  # a target that the loss leaves out, as everywhere in PyTorch
+from .cross_entropy import IGNORED
+from .kernel_limits import limit_of_cross_entropy
+from .ops import CROSS_ENTROPY, logits_to_loss
 
 # logits at a time where no chunk size is given, in elements: 128 MiB in float32, 1024 tokens of a vocabulary of 32,768
 CHUNK_ELEMENTS = 1 << 25
@@ -26,11 +30,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """See `linear_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk_size):
-        device = hidden.device.type
-        # as F.linear would: an autocast region, or else the model's dtype, decides how the matmuls are computed
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(hidden.dtype, weight.dtype)
+    def forward(ctx, hidden, weight, bias, targets, chunk_size, run_kernel):
+        device, dtype = hidden.device.type, _dtype_of_product(hidden, weight)
         exact = torch.promote_types(dtype, torch.float32)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with torch.autocast(device, enabled=False):
@@ -42,23 +43,14 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             total = torch.zeros((), dtype=exact, device=hidden.device)
             for start in range(0, hidden.shape[0], chunk_size):
                 part = slice(start, start + chunk_size)
-                h, y = hidden[part].to(dtype), targets[part]
-                counted = (y != IGNORED).to(exact)[:, None]
-                y = y.clamp(min=0)[:, None]
-                z = (h @ w.t()).to(exact)
-                if bias is not None:
-                    z += bias
-                z -= z.amax(-1, keepdim=True)
-                target = z.gather(-1, y)
-                z.exp_()
-                normalizer = z.sum(-1, keepdim=True)
-                total += ((normalizer.log() - target) * counted).sum()
-                if not (needs_hidden or needs_weight or needs_bias):
+                h = hidden[part].to(dtype)
+                wanted = needs_hidden or needs_weight or needs_bias
+                of_part, z = logits_to_loss(h @ w.t(), targets[part], bias, wanted, run_kernel)
+                total += of_part
+                if not wanted:
                     continue
-                z *= counted / normalizer
-                z.scatter_add_(-1, y, -counted)
                 if needs_bias:
-                    grad_bias += z.sum(0)
+                    grad_bias += z.sum(0, dtype=exact)
                 z = z.to(dtype)
                 if needs_hidden:
                     torch.mm(z, w, out=grad_hidden[part])
@@ -77,7 +69,15 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             None if grad is None else (grad * grad_total).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, None, None
+        return *scaled, None, None, None
+
+
+def _dtype_of_product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """As F.linear would: an autocast region, or else the model's dtype, decides how the matmuls are computed."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def linear_cross_entropy(
@@ -86,14 +86,20 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     bias: torch.Tensor | None = None,
     chunk_size: int | None = None,
+    kernels: str = "auto",
 ) -> torch.Tensor:
     """The summed negative log-likelihood of `targets` under softmax(hidden weight^T + bias).
 
     hidden (n, d), weight (V, d), bias (V) or None, of any floating dtype; targets (n), int64, -100 where there is no
-    loss. chunk_size: tokens whose logits exist at a time; None: as many as make CHUNK_ELEMENTS logits.
+    loss. chunk_size: tokens whose logits exist at a time; None: as many as make CHUNK_ELEMENTS logits. kernels: as in
+    S4Config.
     Returns a scalar, float32 (float64 for float64 inputs), differentiable once with respect to the first three.
     """
-    fused = _liger() if hidden.is_cuda and hidden.dtype != torch.float64 else None
+    dtype = _dtype_of_product(hidden, weight)
+    problem = dtype, None if bias is None else bias.dtype, len(weight)
+    unsupported = limit_of_cross_entropy(dtype)
+    run_kernel = CROSS_ENTROPY.runs_kernel(hidden, weight, unsupported=unsupported, setting=kernels, problem=problem)
+    fused = _liger() if hidden.is_cuda and not run_kernel and hidden.dtype != torch.float64 else None
     if fused is not None:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):  # the kernel takes its operands as they are
@@ -102,7 +108,7 @@ def linear_cross_entropy(
         return fused(hidden, weight, targets, bias=bias, ignore_index=IGNORED, reduction="sum")
     if chunk_size is None:
         chunk_size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return _ChunkedLinearCrossEntropy.apply(hidden, weight, bias, targets, chunk_size)
+    return _ChunkedLinearCrossEntropy.apply(hidden, weight, bias, targets, chunk_size, run_kernel)
 
 
 def _liger():
@@ -154,8 +160,10 @@ class LanguageModelHead(nn.Linear):
     Both in forward: engines that shard parameters (ZeRO 3, FSDP) gather a module's own around its forward.
     """
 
+    kernels = "auto"  # as in S4Config.kernels
+
     def forward(self, hidden_states, targets=None, chunk_size=None):
         """hidden_states (..., H) -> logits (..., V); with targets (n) and hidden_states (n, H): a scalar."""
         if targets is None:
             return super().forward(hidden_states)
-        return linear_cross_entropy(hidden_states, self.weight, targets, self.bias, chunk_size)
+        return linear_cross_entropy(hidden_states, self.weight, targets, self.bias, chunk_size, self.kernels)

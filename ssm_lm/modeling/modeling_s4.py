@@ -215,6 +215,7 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
             )
             self._tied_weights_keys = tied_keys(len(self.lm_head.bounds), config.adaptive_tie_projections)
             self._tp_plan = {}  # a slice of a cluster does not give log-probabilities
+        self.lm_head.kernels = config.kernels
         self.post_init()
 
     @staticmethod

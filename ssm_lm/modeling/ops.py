@@ -9,6 +9,7 @@
     S4's system   dplr_discretization.py                    triton_dplr_discretization.py
     S4 operators  dplr_operators.py                         triton_dplr_operators.py
     RMS norm      rms_norm.py                               triton_rms_norm.py
+    loss          cross_entropy.py                          triton_cross_entropy.py
     Cauchy        cauchy.py                                 triton_cauchy.py
     Vandermonde   vandermonde.py                            triton_vandermonde.py
 
@@ -25,6 +26,7 @@ import torch
 from .cauchy import cauchy
 from .cauchy import cauchy_products as plain_cauchy_products
 from .chunked import PLAIN, ChunkOperators, Wanted, differentiable, toeplitz
+from .cross_entropy import logits_to_loss as plain_logits_to_loss
 from .discrete import DiscreteDPLR
 from .dplr_discretization import bilinear_dplr
 from .dplr_operators import krylov_operators
@@ -49,6 +51,7 @@ __all__ = [
     "fft_convolution",
     "gradient_in_rows",
     "kernel_status",
+    "logits_to_loss",
     "mimo_step",
     "powers",
     "rms_norm",
@@ -211,6 +214,25 @@ def rms_norm(
 ) -> torch.Tensor:
     """`rms_norm.rms_norm`, or its Triton kernel with run_kernel, whose limits the caller knows."""
     return RMS_NORM.either(run_kernel)(x, weight, eps, gate, dtype)
+
+
+# ---- the loss of logits
+
+
+def _load_cross_entropy():
+    from .triton_cross_entropy import logits_to_loss, self_check_cases
+
+    return logits_to_loss, self_check_cases
+
+
+CROSS_ENTROPY = Operation("cross_entropy", plain_logits_to_loss, _load_cross_entropy)
+
+
+def logits_to_loss(
+    z, targets, bias=None, gradient: bool = True, run_kernel: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`cross_entropy.logits_to_loss`, or its Triton kernel with run_kernel, whose limits the caller knows."""
+    return CROSS_ENTROPY.either(run_kernel)(z, targets, bias, gradient)
 
 
 # ---- a step. Its twin is the `step` of the discrete system itself, in discrete.py

@@ -20,6 +20,7 @@ from ssm_lm.estimate.trace import StorageCounter, trace
 from ssm_lm.modeling.kernel_launch import assume
 from ssm_lm.modeling.mixers import make_state_space
 from ssm_lm.modeling.norms_and_dropout import RMSNorm
+from ssm_lm.modeling.ops import CROSS_ENTROPY
 from ssm_lm.modeling.short_convolution import ShortConvolution
 from ssm_lm.modeling.ssm import S4, S4D, S5, SSD
 
@@ -304,6 +305,20 @@ def test_an_rms_norm_is_one_kernel_on_a_gpu_and_two_back():
     assert gpu.kept == size + 3 * 50 * 4
     assert cpu.forward_launches > 4
     assert cpu.kept == 2 * size + 3 * 50 * 4
+
+
+@needs_triton
+def test_a_loss_moves_what_its_report_says():
+    """A chunk of logits is read twice and written once, in their dtype; without gradients it is read once."""
+    found = []
+    for gradient in (True, False):
+        with assume("sm_90", STAND_INS), FakeTensorMode(), StorageCounter() as counter:
+            z, targets = torch.empty(64, 50257, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int64)
+            CROSS_ENTROPY.either(True)(z, targets, None, gradient)
+            found.append(counter.in_kernels)
+    cases = {case["name"]: case["work"]["bytes"] for case in compile_cases("sm_90")}
+    expected = [cases[f"cross_entropy bf16{alone}"] / 65536 * 64 for alone in ("", " loss alone")]
+    assert found == pytest.approx(expected, rel=0.01)
 
 
 def test_dropout_is_one_kernel_on_a_gpu_and_one_back():

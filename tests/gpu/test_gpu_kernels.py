@@ -8,6 +8,7 @@ import torch
 
 from ssm_lm.modeling.documents import find_documents
 from ssm_lm.modeling.kernels_s4 import kernel_status, use_kernel
+from ssm_lm.modeling.losses import linear_cross_entropy
 from ssm_lm.modeling.norms_and_dropout import RMSNorm
 from ssm_lm.modeling.short_convolution import ShortConvolution
 from ssm_lm.modeling.ssm import LAYERS
@@ -130,6 +131,25 @@ def test_short_convolution_and_its_gradients(place, dtype, documents, activation
             assert_close(ours, theirs, tolerance)
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "bfloat16"])
+def test_the_loss_of_a_head_and_its_gradients(place, dtype, bias, assert_close):
+    """Of a vocabulary that is no multiple of 16, some targets of which do not count."""
+    entries, results = 5003, []
+    hidden, weight = (torch.randn(n, place.H, device=place.device).to(dtype) for n in (place.L, entries))
+    of_bias = torch.randn(entries, device=place.device)
+    targets = torch.randint(-3, entries, (place.L,), device=place.device)
+    targets[targets < 0] = -100
+    for precision, kernels in ((dtype, "auto"), (torch.float64, "torch")):
+        leaves = [x.to(precision).requires_grad_() for x in (hidden, weight)]
+        leaves += [of_bias.to(torch.promote_types(precision, torch.float32)).requires_grad_()] if bias else []
+        loss = linear_cross_entropy(*leaves[:2], targets, leaves[2] if bias else None, kernels=kernels)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    near, gradients_near = TOLERANCES[dtype]
+    for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        assert_close(ours, theirs, gradients_near if i else near)
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "bfloat16"])
 def test_rms_norm_and_its_gradients(place, dtype, gated, assert_close):
@@ -167,6 +187,9 @@ def test_self_checks(place):
         for activation, documents in itertools.product(("silu", "identity"), (False, True)):
             problem = (dtype, torch.float32, 4, activation, documents, True)
             assert use_kernel("short_convolution", where, problem=problem) == place.has_kernels, problem
+        for of_bias, entries in ((None, 50257), (None, 32768), (torch.float32, 20003)):
+            problem = dtype, of_bias, entries
+            assert use_kernel("cross_entropy", where, problem=problem) == place.has_kernels, problem
         for out, channels, gated in ((dtype, 1536, True), (torch.bfloat16, 768, False)):
             problem = dtype, torch.float32, out, channels, gated
             assert use_kernel("rms_norm", where, problem=problem) == place.has_kernels, problem

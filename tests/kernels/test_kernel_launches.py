@@ -156,6 +156,24 @@ def test_another_batch_of_the_rms_norm_compiles_nothing_new(launched, monkeypatc
     assert len(seen) == compiled
 
 
+def test_another_chunk_of_the_loss_compiles_nothing_new(launched, monkeypatch):
+    """What the self-check of a head has compiled is what chunks of other sizes run, with gradients."""
+    from ssm_lm.modeling.triton_cross_entropy import logits_to_loss, self_check_cases
+
+    seen = set()
+    launched("sm_90")
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
+    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
+    for V in (50257, 32768):
+        for case in self_check_cases(torch.device("cpu"), torch.bfloat16, None, V):
+            case.kernel()
+        compiled = len(seen)
+        for n in (1, 16, 37):
+            logits_to_loss(torch.empty(n, V, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.int64))
+        assert len(seen) == compiled
+    assert compiled == 2
+
+
 def test_another_length_of_the_short_convolution_compiles_nothing_new(launched, monkeypatch):
     """What the self-check of a layer has compiled, two kernels in training and one else, is what batches, prompts and
     tokens of decoding run, whole or part of a wider tensor; nothing is compiled here.
