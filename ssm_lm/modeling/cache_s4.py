@@ -11,6 +11,7 @@ decoding needs that for the tokens that were drafted in vain.
 
 import weakref
 from collections import defaultdict
+from contextlib import nullcontext
 
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
@@ -182,7 +183,9 @@ class S4CacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states=None):
         """Room for one more state, shaped as the one given."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        state = torch.zeros_like(key_states, memory_format=torch.contiguous_format, requires_grad=False)
+        # a tensor of torch.inference_mode could not be written to after it, where the text may go on
+        with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+            state = torch.zeros_like(key_states, memory_format=torch.contiguous_format, requires_grad=False)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(state)
         self.states.append(state)

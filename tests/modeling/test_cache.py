@@ -107,6 +107,20 @@ def test_a_cache_without_states_is_refused_in_words(model, cache):
         model(prompt(5), past_key_values=cache)
 
 
+@torch.no_grad()
+def test_a_text_of_inference_mode_goes_on_outside_of_it(model, monkeypatch):
+    monkeypatch.setattr(model.config, "kernels", "torch")  # the step in C writes where PyTorch would refuse to
+    ids = prompt(20)
+    for kind in (DynamicCache, StaticCache):
+        cache = new_cache(kind, model)
+        with torch.inference_mode():
+            model(ids[:, :12], past_key_values=cache)
+        torch.testing.assert_close(
+            model(ids[:, 12:], past_key_values=cache).logits, model(ids).logits[:, 12:], rtol=1e-4, atol=1e-4
+        )
+        cache.reset()
+
+
 # ---- a conversation
 
 
