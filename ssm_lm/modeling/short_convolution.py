@@ -62,7 +62,10 @@ class ShortConvolution(nn.Module):
         initial_state: the tail before it, or None for zeros. seq_idx: the documents of u, as `StateSpace.forward` takes
         them: no tap looks over a border, the row's first document goes on from the tail, padding counts as zero.
         activation: f, one of ACTIVATIONS; the kernel applies it before y is rounded.
+        ValueError for a tail of another number of rows.
         """
+        if initial_state is not None and initial_state.shape[0] != u.shape[0]:
+            raise ValueError(f"initial_state must be of {u.shape[0]} rows, not of {initial_state.shape[0]}")
         documents = (None, None) if seq_idx is None else (seq_idx.begins, seq_idx.seq_idx)
         run_kernel = self._runs_kernel(u, activation, seq_idx is not None)
         inputs = u, self.weight, self.bias, initial_state, *documents

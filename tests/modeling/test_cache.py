@@ -107,6 +107,12 @@ def test_a_cache_without_states_is_refused_in_words(model, cache):
         model(prompt(5), past_key_values=cache)
 
 
+def test_a_cache_of_other_rows_is_refused_in_words(model):
+    cache = model(prompt(5, batch=3), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="initial_state must be"):
+        model(prompt(5, batch=2), past_key_values=cache)
+
+
 @torch.no_grad()
 def test_a_text_of_inference_mode_goes_on_outside_of_it(model, monkeypatch):
     monkeypatch.setattr(model.config, "kernels", "torch")  # the step in C writes where PyTorch would refuse to
