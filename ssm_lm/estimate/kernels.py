@@ -304,6 +304,31 @@ def _logits_to_loss(z, targets, bias=None, gradient=True):
     return nll.sum(), z if gradient else None
 
 
+# ---- the operators of a chunk of S4D
+
+
+class _DiagonalOperators(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, Lambda_re, Lambda_im, CB_re, CB_im, length):
+        ctx.save_for_backward(Lambda_re, Lambda_im, CB_re, CB_im)
+        H, N = CB_re.shape[0], 2 * CB_re.shape[1]
+        with kernel_launches(1):
+            _read(Lambda_re, Lambda_im, CB_re, CB_im)
+            return tuple(CB_re.new_zeros(shape) for shape in ((H, length), (H, length, N), (H, N, length), (H, N)))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        with kernel_launches(1):
+            _read(*ctx.saved_tensors, *gradients)
+            return *map(torch.zeros_like, ctx.saved_tensors), None
+
+
+def _diagonal_operators(log_re, log_im, CB_re, CB_im, length):
+    modulus, phase = log_re.double().exp(), log_im.double()
+    Lambda = modulus * phase.cos(), modulus * phase.sin()
+    return ChunkOperators(*_DiagonalOperators.apply(*Lambda, CB_re, CB_im, length))
+
+
 # ---- of the mode fft: what makes a convolution's kernel, complex numbers at the nodes, or the taps
 
 
@@ -360,6 +385,7 @@ STAND_INS = {
     "s5_scan": _s5_scan,
     "ssd_scan": _ssd_scan,
     "short_convolution": _short_convolution,
+    "diagonal_operators": _diagonal_operators,
     "dplr_discretization": _dplr_discretization,
     "dplr_operators": _dplr_operators,
     "rms_norm": _rms_norm,

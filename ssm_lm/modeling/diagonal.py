@@ -9,7 +9,7 @@ import torch
 
 from .chunked import ChunkOperators
 from .discrete import DiscreteDiagonal
-from .ops import vandermonde
+from .ops import diagonal_operators, vandermonde
 from .real_form import complex_product, powers
 from .siso import SingleInputSingleOutput
 
@@ -63,17 +63,7 @@ class S4D(SingleInputSingleOutput):
         return torch.cat(powers(discrete.log_re, discrete.log_im, exponent), -1).to(self.log_dt.dtype)
 
     def operators(self, length: int, reverse: bool = False) -> ChunkOperators:
-        discrete = self.discretize(reverse)
-        dtype = self.log_dt.dtype
-        exponents = torch.arange(length + 1, device=discrete.log_re.device)
-        re, im = powers(discrete.log_re[..., None], discrete.log_im[..., None], exponents)
-        re, im = re.to(dtype), im.to(dtype)  # (H, N/2, T + 1)
-        inject = torch.cat([re, im], 1)[..., :length].flip(-1)  # Lambda^(T-1-j)
-        carry = torch.cat([re[..., -1], im[..., -1]], -1)
-        c_re, c_im = discrete.CB_re[..., None], discrete.CB_im[..., None]
-        rows = 2 * torch.cat([c_re * re - c_im * im, -(c_re * im + c_im * re)], 1)  # 2 Re(c Lambda^j x), j <= T
-        taps = rows[:, : self.state_size // 2, :length].sum(1)
-        return ChunkOperators(taps, rows[..., 1:].transpose(1, 2), inject, carry)
+        return diagonal_operators(self.discretize(reverse), length, setting=self.kernels)
 
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
         discrete = self.discretize(reverse)

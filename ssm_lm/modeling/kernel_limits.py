@@ -173,6 +173,11 @@ def limit_of_dplr_operators(dtype: torch.dtype, rank: int) -> str | None:
     return f"{dtype}, rank {rank}; it has float32 and rank 1 and 2"
 
 
+def limit_of_diagonal_operators(dtype: torch.dtype) -> str | None:
+    """The operators of a chunk of S4D, of any length, with at most LARGEST_STATE states a channel."""
+    return None if dtype == torch.float32 else f"parameters of {dtype}"
+
+
 def limit_of_cauchy(dtype: torch.dtype, rank: int) -> str | None:
     if dtype == torch.float32 and rank in (1, 2):
         return None

@@ -7,6 +7,7 @@
     a step        discrete.py                               triton_step.py
     short taps    short_taps.py                             triton_short_convolution.py
     S4's system   dplr_discretization.py                    triton_dplr_discretization.py
+    S4D operators diagonal_operators.py                     triton_diagonal_operators.py
     S4 operators  dplr_operators.py                         triton_dplr_operators.py
     RMS norm      rms_norm.py                               triton_rms_norm.py
     loss          cross_entropy.py                          triton_cross_entropy.py
@@ -27,10 +28,18 @@ from .cauchy import cauchy
 from .cauchy import cauchy_products as plain_cauchy_products
 from .chunked import PLAIN, ChunkOperators, Wanted, differentiable, toeplitz
 from .cross_entropy import logits_to_loss as plain_logits_to_loss
-from .discrete import DiscreteDPLR
+from .diagonal_operators import power_operators
+from .discrete import DiscreteDiagonal, DiscreteDPLR
 from .dplr_discretization import bilinear_dplr
 from .dplr_operators import krylov_operators
-from .kernel_limits import LARGEST_OPERATOR_STATE, limit_of_cauchy, limit_of_dplr_operators, limit_of_vandermonde
+from .kernel_limits import (
+    LARGEST_OPERATOR_STATE,
+    LARGEST_STATE,
+    limit_of_cauchy,
+    limit_of_diagonal_operators,
+    limit_of_dplr_operators,
+    limit_of_vandermonde,
+)
 from .kernels_s4 import Operation, kernel_status, use_kernel
 from .prefix_scans import associative_scan, complex_scan
 from .real_form import apply_diagonal, powers
@@ -46,6 +55,7 @@ __all__ = [
     "cauchy",
     "cauchy_products",
     "chunk_scan",
+    "diagonal_operators",
     "dplr_discretization",
     "dplr_operators",
     "fft_convolution",
@@ -301,6 +311,27 @@ def dplr_operators(discrete: DiscreteDPLR, length: int, setting: str = "auto") -
         problem=(N, rank),
     )
     return DPLR_OPERATORS.either(run_kernel)(*discrete, length)
+
+
+# ---- the operators of a chunk of S4D
+
+
+def _load_diagonal_operators():
+    from .triton_diagonal_operators import diagonal_operators, self_check_cases
+
+    return diagonal_operators, self_check_cases
+
+
+DIAGONAL_OPERATORS = Operation("diagonal_operators", power_operators, _load_diagonal_operators)
+
+
+def diagonal_operators(discrete: DiscreteDiagonal, length: int, setting: str = "auto") -> ChunkOperators:
+    """The operators of a chunk of `length` tokens; see diagonal_operators.py. setting: S4Config's key `kernels`."""
+    parts, N = discrete[:4], 2 * discrete.CB_re.shape[1]
+    run_kernel = N <= LARGEST_STATE and DIAGONAL_OPERATORS.runs_kernel(
+        *parts, unsupported=limit_of_diagonal_operators(discrete.CB_re.dtype), setting=setting, problem=(N,)
+    )
+    return DIAGONAL_OPERATORS.either(run_kernel)(*parts, length)
 
 
 # ---- the kernels of convolutions

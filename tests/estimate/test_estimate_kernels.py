@@ -170,6 +170,14 @@ def opened_dplr_operators(monkeypatch):
 
 
 @pytest.fixture
+def opened_diagonal_operators(monkeypatch):
+    from ssm_lm.modeling import triton_diagonal_operators as module
+
+    launched = opened(monkeypatch, module, "make_operators", "power_kernel", "power_gradient_kernel")
+    return module.diagonal_operators, launched
+
+
+@pytest.fixture
 def opened_dplr_discretization(monkeypatch):
     from ssm_lm.modeling import triton_dplr_discretization as module
 
@@ -206,12 +214,19 @@ ROWS = {
 }
 
 
-# and what makes an S4's system and operators in float32, once more in the backward
-OF_OPERATORS = (
-    "discretization forward rank 1, operators forward rank 1",
-    "discretization forward rank 1, operators forward rank 1, operators gradients of the carry rank 1, "
-    "operators gradients of the chains rank 1, discretization backward rank 1",
-)
+# and what makes the operators in float32, once more in the backward
+OF_OPERATORS = {
+    S4: (
+        "dplr_discretization forward rank 1, dplr_operators forward rank 1",
+        "dplr_discretization forward rank 1, dplr_operators forward rank 1, "
+        "dplr_operators gradients of the carry rank 1, dplr_operators gradients of the chains rank 1, "
+        "dplr_discretization backward rank 1",
+    ),
+    S4D: (
+        "diagonal_operators forward N=64",
+        "diagonal_operators forward N=64, diagonal_operators backward N=64",
+    ),
+}
 
 
 def bytes_of_rows(layer_class, mode) -> list[float]:
@@ -223,9 +238,8 @@ def bytes_of_rows(layer_class, mode) -> list[float]:
         ways = "forward", "backward"
         return [found[kernel.replace("forward", way)] + found.get(system.format(way), 0) for way in ways]
     starts = [[f"{kernel} {row}" for row in way.split(", ")] for way in ways]
-    if layer_class is S4:
-        for way, rows in zip(starts, OF_OPERATORS, strict=True):
-            way += [f"dplr_{row}" for row in rows.split(", ")]
+    for way, rows in zip(starts, OF_OPERATORS.get(layer_class, ()), strict=layer_class in OF_OPERATORS):
+        way += rows.split(", ")
     return [sum(next(size for name, size in found.items() if name.startswith(row)) for row in way) for way in starts]
 
 
@@ -261,6 +275,7 @@ def test_a_kernel_is_launched_as_often_as_is_counted(layer_class, mode, monkeypa
 
     from ssm_lm.modeling.triton_cauchy import cauchy_products_kernel
     from ssm_lm.modeling.triton_chunk_scan import FUSED
+    from ssm_lm.modeling.triton_diagonal_operators import diagonal_operators
     from ssm_lm.modeling.triton_dplr_discretization import dplr_discretization
     from ssm_lm.modeling.triton_dplr_operators import dplr_operators
     from ssm_lm.modeling.triton_s5_scan import s5_scan
@@ -269,7 +284,11 @@ def test_a_kernel_is_launched_as_often_as_is_counted(layer_class, mode, monkeypa
 
     of_gpu = {"chunk_scan": FUSED, "s5_scan": s5_scan, "ssd_scan": ssd_scan}
     of_gpu |= {"dplr_discretization": dplr_discretization, "dplr_operators": dplr_operators}
-    of_gpu |= {"cauchy": cauchy_products_kernel, "vandermonde": vandermonde_kernel}
+    of_gpu |= {
+        "diagonal_operators": diagonal_operators,
+        "cauchy": cauchy_products_kernel,
+        "vandermonde": vandermonde_kernel,
+    }
     launched, counted = [], []
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launched.append(self.fn.__name__))
     monkeypatch.setattr(kernels, "kernel_launches", lambda count: contextlib.nullcontext(counted.append(count)))
@@ -392,7 +411,13 @@ def test_what_an_index_names_and_what_is_filled_are_counted_alone():
 @pytest.mark.parametrize("layer_class", [S4, S4D, S5, SSD])
 @pytest.mark.parametrize("length", [96, 50])
 def test_a_stand_in_holds_what_its_kernel_holds(
-    layer_class, activation, length, opened_ssd_scan, opened_dplr_operators, opened_dplr_discretization
+    layer_class,
+    activation,
+    length,
+    opened_ssd_scan,
+    opened_diagonal_operators,
+    opened_dplr_operators,
+    opened_dplr_discretization,
 ):
     """The kernels' operators say on tensors without data what they would allocate."""
     from ssm_lm.modeling.triton_chunk_scan import FUSED
@@ -401,6 +426,7 @@ def test_a_stand_in_holds_what_its_kernel_holds(
     found, of_gpu = [], {"chunk_scan": FUSED, "s5_scan": s5_scan, "ssd_scan": opened_ssd_scan}
     of_gpu["dplr_operators"], launched = opened_dplr_operators
     of_gpu["dplr_discretization"], of_systems = opened_dplr_discretization
+    of_gpu["diagonal_operators"], of_diagonals = opened_diagonal_operators
     for which in (of_gpu, STAND_INS):
         with assume("sm_90", which), FakeTensorMode():
             layer = layer_class(16, 8)
@@ -408,7 +434,8 @@ def test_a_stand_in_holds_what_its_kernel_holds(
             found.append(trace(Output(layer, activation), [u], None))
     ours, theirs = found[1], found[0]
     # forward, and again in the backward
-    assert (len(launched), len(of_systems)) == ((4, 3) if layer_class is S4 else (0, 0))
+    expected = {S4: [4, 3, 0], S4D: [0, 0, 3]}.get(layer_class, [0, 0, 0])
+    assert [len(launched), len(of_systems), len(of_diagonals)] == expected
     if layer_class is SSD:  # what PyTorch's operators move beside the kernels
         moved = [each.backward_traffic - each.backward_in_kernels for each in (ours, theirs)]
         assert moved[0] == pytest.approx(moved[1], rel=0.15)

@@ -229,6 +229,25 @@ def test_another_length_of_the_operators_compiles_nothing_new(launched, monkeypa
         assert len(seen) == 3 * rank
 
 
+def test_another_length_of_the_operators_of_a_diagonal_compiles_nothing_new(launched, monkeypatch):
+    """Nor do more channels; nothing is compiled here."""
+    from ssm_lm.modeling.triton_diagonal_operators import diagonal_operators, example, self_check_cases
+
+    seen = set()
+    launched("sm_90")
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
+    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
+    for case in self_check_cases(torch.device("cpu"), 64):
+        case.kernel()
+    for H, T in ((1024, 64), (1, 1), (16, 16), (5, 33)):
+        inputs = [x.requires_grad_() for x in example(H, 64)]
+        taps, emit, inject, carry = diagonal_operators(*inputs, T)
+        gram = torch.ones(H, T + 64, T + 64)
+        weights = torch.ones(H, T), gram[:, :T, T:], gram[:, T:, :T], torch.ones(H, 64)
+        torch.autograd.grad((taps, emit, inject, carry), inputs, weights)
+    assert len(seen) == 2
+
+
 def test_another_width_of_the_discretisation_compiles_nothing_new(launched, monkeypatch):
     """Nor do systems that channels share; nothing is compiled here."""
     from ssm_lm.modeling.triton_dplr_discretization import dplr_discretization, example, self_check_cases
@@ -283,6 +302,7 @@ def test_self_checks(launched, name, target):
 
 SMALLEST = [
     *((name, target) for target in ("sm_90", "gfx942") for name in ("cauchy", "vandermonde", "s5_scan", "step")),
+    *(("diagonal_operators", target) for target in ("sm_90", "gfx942")),
     *((f"dplr_{name}", target) for target in ("sm_90", "gfx942") for name in ("operators", "discretization")),
     *(("chunk_scan", target) for target in ("sm_90", "sm_100", "gfx942")),  # Blackwell has other matrix instructions
 ]
@@ -314,6 +334,9 @@ def test_smallest_sizes(launched, name, target):
         for rank in (1, 2):
             inputs = [x.requires_grad_() for x in module.example(1, 2, rank)]
             sum(x.sum() for x in module.dplr_operators(*inputs, 1)).backward()
+    elif name == "diagonal_operators":
+        inputs = [x.requires_grad_() for x in module.example(1, 2)]
+        sum(x.sum() for x in module.diagonal_operators(*inputs, 1)).backward()
     elif name == "dplr_discretization":
         for rank in (1, 2):
             inputs = [x.requires_grad_() for x in module.example(1, 1, 2, rank)]
