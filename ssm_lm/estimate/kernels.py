@@ -136,7 +136,7 @@ class _SSDScan(torch.autograd.Function):
         (B, L, H), (E, T), N = v.shape, step.shape[-2:], b.shape[-1]
         turns, of_tokens = (angle.cos().float(), angle.sin().float()), (decay.float(), step.float())
         with kernel_launches(3 if has_output else 2):
-            starts = v.new_zeros(B, -(-L // T), E, H // E, N, dtype=torch.float32)
+            starts = v.new_zeros(B, -(-L // T), E, H // E, N)
             _read(v, b, state, starts, *turns, *turns, *of_tokens, *of_tokens)
             starts.zero_()  # in the place of what the chunks add
             if has_output:
@@ -162,8 +162,8 @@ class _SSDScan(torch.autograd.Function):
             grad_v = torch.zeros_like(v)
             B, K, E, P, N = starts.shape
             T = step.shape[-1]
-            grad_skip, grad_decay, grad_step = (starts.new_zeros(B, K, E, size) for size in (P, T, T))
-            grad_angle = starts.new_zeros(B, K, E, T, N // 2)
+            sizes, low = ((P,), (T,), (T,), (T, N // 2)), {"dtype": torch.float32}
+            grad_skip, grad_decay, grad_step, grad_angle = (v.new_zeros(B, K, E, *size, **low) for size in sizes)
             _read(grad_angle.zero_())
         gradients = sum_up_gradients(of_heads, (grad_angle, grad_decay, grad_step), grad_skip, step.dim() == 2)
         gradients = (x.to(like.dtype) for x, like in zip(gradients, (b, c, angle, decay, step, skip), strict=True))

@@ -1,6 +1,7 @@
 """The scan of SSD on a GPU: within chunks by matrix products, over the chunks by a recurrence; forward and backward.
 
-A head's state is (P, N), N as [real | imaginary]. Chunks of T tokens, in three launches there and five back:
+A head's state is (P, N), N as [real | imaginary], carried in float32. What lies in memory between the launches is in
+the dtype of the tokens, as a product on tensor cores takes it. Chunks of T tokens, in three launches there, five back:
 
     ends      what a chunk adds to the state, (w v)^T b~                            a program a chunk and head
     carry     S_(k+1) = R_k (keep_k S_k + end_k), every chunk's start in its place   a program a head and 16 channels
@@ -158,8 +159,9 @@ def ends_kernel(
     b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
     x = tl.trans(values(v, stride, token, n, head, first, P, BLOCK_T, BLOCK_P) * weight[:, None])
     where, inside = state_tile(ends, (row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)
-    tl.store(where, multiply(x, b_re, v.dtype.element_ty, PRECISION), mask=inside)
-    tl.store(where + M, multiply(x, b_im, v.dtype.element_ty, PRECISION), mask=inside)
+    dtype: tl.constexpr = v.dtype.element_ty
+    tl.store(where, multiply(x, b_re, dtype, PRECISION).to(ends.dtype.element_ty), mask=inside)
+    tl.store(where + M, multiply(x, b_im, dtype, PRECISION).to(ends.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["L", "T", "chunks", "E"])
@@ -212,13 +214,13 @@ def carry_kernel(
         co = tl.load(cos + at * M + m, mask=m < M, other=0.0)[None, :]
         si = tl.load(sin + at * M + m, mask=m < M, other=0.0)[None, :]
         where, _ = state_tile(ends, (row * chunks + chunk) * E + head, first, P, M, BLOCK_P, BLOCK_M)
-        e_re = tl.load(where, mask=inside, other=0.0)
-        e_im = tl.load(where + M, mask=inside, other=0.0)
+        e_re = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+        e_im = tl.load(where + M, mask=inside, other=0.0).to(tl.float32)
         if REVERSE:
             s_re, s_im = co * s_re + si * s_im, co * s_im - si * s_re
         if KEEPS:
-            tl.store(where, s_re, mask=inside)
-            tl.store(where + M, s_im, mask=inside)
+            tl.store(where, s_re.to(ends.dtype.element_ty), mask=inside)
+            tl.store(where + M, s_im.to(ends.dtype.element_ty), mask=inside)
         s_re, s_im = keep * s_re + e_re, keep * s_im + e_im
         if not REVERSE:
             s_re, s_im = co * s_re - si * s_im, co * s_im + si * s_re
@@ -372,12 +374,12 @@ def vectors_kernel(
         dy = values(g, E * P, token, n, head, first, P, BLOCK_T, BLOCK_P)
         x = values(v, stride, token, n, head, first, P, BLOCK_T, BLOCK_P)
         where, inside = state_tile(starts, here, first, P, M, BLOCK_P, BLOCK_M)
-        s_re = tl.load(where, mask=inside, other=0.0)
-        s_im = tl.load(where + M, mask=inside, other=0.0)
+        s_re = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+        s_im = tl.load(where + M, mask=inside, other=0.0).to(tl.float32)
         if REVERSE:
             where, _ = state_tile(asked, here, first, P, M, BLOCK_P, BLOCK_M)
-            q_re = tl.load(where, mask=inside, other=0.0)
-            q_im = tl.load(where + M, mask=inside, other=0.0)
+            q_re = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+            q_im = tl.load(where + M, mask=inside, other=0.0).to(tl.float32)
             through += q_re * s_re + q_im * s_im
             turn += q_im * s_re - q_re * s_im
             score += multiply(x, tl.trans(dy), dtype, PRECISION)
@@ -470,7 +472,7 @@ class _Launch:
     def states(self, v, row, b, initial, reverse, keeps=True) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, chunks, E, P, 2 M), the starts where they are kept, and (B, E P, 2 M): the first two launches."""
         B, E, P, M = self.B, self.E, self.P, self.M
-        ends = v.new_empty(B, self.chunks, E, P, 2 * M, dtype=torch.float32)
+        ends = v.new_empty(B, self.chunks, E, P, 2 * M)
         final = v.new_empty(B, E * P, 2 * M, dtype=torch.float32)
         shared = {"REVERSE": reverse, **self.switches}
         cos, sin, decay, _, numbers = self.system
@@ -516,8 +518,8 @@ def run_forward(
     (E, T): turns and decays since a chunk's start, steps, of all rows and chunks; or (B, chunks, ...), of each. skip
     (E P,), D; initial_state (B, E P, N) or None for zero; begins (B, L) bool or None. Differentiable in all but begins.
 
-    save: whether a backward is to come. Returns y as v, the final state (B, E P, N) and every chunk's start
-    (B, chunks, E, P, N), both float32; y without has_output and starts without save are empty.
+    save: whether a backward is to come. Returns y as v, the final state (B, E P, N), float32, and every chunk's start
+    (B, chunks, E, P, N), as v; y without has_output and starts without save are empty.
     """
     (v, row), b, c = in_rows(v), b.contiguous(), c.contiguous()
     launch = _Launch(v, b, angle, decay, step, begins)
@@ -617,7 +619,7 @@ ssd_scan_chunks_backward = torch.library.custom_op(qualified("ssd_scan_chunks_ba
 def _(v, b, c, angle, decay, step, skip, initial_state, begins, has_output=True, save=True):
     (B, L, H), (E, T), N = v.shape, step.shape[-2:], b.shape[-1]
     final = v.new_empty(B, H, N, dtype=torch.float32)
-    starts = v.new_empty((B, -(-L // T), E, H // E, N) if save else 0, dtype=torch.float32)
+    starts = v.new_empty((B, -(-L // T), E, H // E, N) if save else 0)
     return v.new_empty(v.shape if has_output else 0), final, starts
 
 

@@ -24,17 +24,17 @@ ELEMENTS, VECTORS, STATES = B * L * E * P, B * L * N, B * L // T * E * P * N
 
 # kernel, in reverse, tensors of the tokens' dtype, those of float32; numbers moved of either; products a token and head
 KERNELS = {
-    "ends forward": (ends_kernel, False, "v b", "ends", ELEMENTS + VECTORS, STATES, P * N),
-    "ends reverse": (ends_kernel, True, "v b", "ends", ELEMENTS + VECTORS, STATES, P * N),
+    "ends forward": (ends_kernel, False, "v b ends", "", ELEMENTS + VECTORS + STATES, 0, P * N),
+    "ends reverse": (ends_kernel, True, "v b ends", "", ELEMENTS + VECTORS + STATES, 0, P * N),
 }
 for name, reverse in (("emit", False), ("gradient of v", True)):
-    moved = 2 * ELEMENTS + 2 * VECTORS, STATES
-    KERNELS[name] = emit_kernel, reverse, "v b c y", "skip starts", *moved, P * N + T * (N + P)
+    moved = 2 * ELEMENTS + 2 * VECTORS + STATES, 0
+    KERNELS[name] = emit_kernel, reverse, "v b c starts y", "skip", *moved, P * N + T * (N + P)
 for name, reverse, states, pairs in (("gradient of c", False, STATES, N), ("gradient of b", True, 2 * STATES, 0)):
-    of_tokens = "starts asked gradient grad_decay grad_step grad_angle grad_skip"
+    of_float32 = "gradient grad_decay grad_step grad_angle grad_skip"
     # a head's vectors and angles, half as many; in reverse these are read before
-    moved = 2 * ELEMENTS + 2 * VECTORS, states + E * VECTORS * (4 if reverse else 3) // 2
-    KERNELS[name] = vectors_kernel, reverse, "g v b c", of_tokens, *moved, P * N + T * (N + P + pairs)
+    moved = 2 * ELEMENTS + 2 * VECTORS + states, E * VECTORS * (4 if reverse else 3) // 2
+    KERNELS[name] = vectors_kernel, reverse, "g v b c starts asked", of_float32, *moved, P * N + T * (N + P + pairs)
 
 
 def compile_cases(arch: str) -> list[dict]:
@@ -48,8 +48,9 @@ def compile_cases(arch: str) -> list[dict]:
         switches[" selective, one document"] = {"RESETS": False, "SHARED": False}
     cases = []
     for label, switch in switches.items():
-        cases += [_carry_case(label, switch, reverse) for reverse in (False, True)]
-        cases += [_case(name, label, switch, dtype) for dtype in TYPES for name in KERNELS]
+        for dtype in TYPES:
+            cases += [_carry_case(label, switch, dtype, reverse) for reverse in (False, True)]
+            cases += [_case(name, label, switch, dtype) for name in KERNELS]
     return cases
 
 
@@ -86,13 +87,13 @@ def _case(name, label, switch, dtype) -> dict:
     }
 
 
-def _carry_case(label, switch, reverse) -> dict:
-    """In float32, whatever the tokens' dtype. A variant begins with a zero state."""
-    pointers = "ends final cos sin decay" + ("" if label else " initial")
+def _carry_case(label, switch, dtype, reverse) -> dict:
+    """In float32, but for what lies in memory between the launches. A variant begins with a zero state."""
+    pointers, (kind, size) = "final cos sin decay" + ("" if label else " initial"), TYPES[dtype]
     return {
-        "name": f"ssd_scan carry {'reverse' if reverse else 'forward'}{label}",
+        "name": f"ssd_scan carry {'reverse' if reverse else 'forward'} {kind}{label}",
         "kernel": carry_kernel,
-        "arguments": dict.fromkeys(pointers.split(), "*fp32:16") | SIZES | _numbers(switch),
+        "arguments": {"ends": f"*{kind}:16"} | dict.fromkeys(pointers.split(), "*fp32:16") | SIZES | _numbers(switch),
         "constexprs": {
             "REVERSE": reverse,
             **_switches(switch),
@@ -102,9 +103,9 @@ def _carry_case(label, switch, reverse) -> dict:
             "BLOCK_M": block(N // 2),
         }
         | ({"initial": None} if label else {}),
-        "options": options(carry_kernel, torch.float32),
+        "options": options(carry_kernel, dtype),
         "variant": bool(label),
-        "work": {"bytes": 8 * STATES, "flops": 8 * STATES},
+        "work": {"bytes": 2 * size * STATES, "flops": 8 * STATES},
     }
 
 
