@@ -10,7 +10,8 @@ from .ops import RMS_NORM, rms_norm
 
 class RMSNorm(nn.RMSNorm):
     """Of x, or of x silu(gate), (..., C) each, in the dtype of x: where autocast leaves the weight in float32, torch
-    has no fused kernel, and warns.
+    has no fused kernel, and warns. Ours runs in training: it saves passes over many tokens and takes longer to launch,
+    which is what a token of decoding waits for.
     """
 
     kernels = "auto"  # as in S4Config.kernels: whether the Triton kernel runs
@@ -20,7 +21,8 @@ class RMSNorm(nn.RMSNorm):
         dtypes, out = (x.dtype, self.weight.dtype), x.dtype
         if self.before_product and out == torch.float32 and torch.is_autocast_enabled(x.device.type):
             out = torch.get_autocast_dtype(x.device.type)
-        run_kernel = RMS_NORM.runs_kernel(
+        trains = torch.is_grad_enabled() or self.training
+        run_kernel = trains and RMS_NORM.runs_kernel(
             x,
             self.weight,
             unsupported=limit_of_rms_norm(*dtypes, x.shape[-1]),

@@ -113,6 +113,21 @@ def test_what_follows_decides_the_dtype():
         assert norm(x).dtype == torch.float32
 
 
+def test_decoding_takes_what_is_launched_sooner(monkeypatch):
+    """Neither trained nor asked for a gradient, PyTorch's runs; in training without one, under checkpointing, ours."""
+    launched = []
+    monkeypatch.setattr(module, "norm_rows", lambda *x: launched.append(1) or norm_rows(*x))
+    norm = RMSNorm(8, eps=EPS)
+    norm.kernels = "triton"
+    with torch.no_grad():
+        norm(torch.randn(2, 3, 8))
+        assert len(launched) == 1
+        norm.eval()(torch.randn(2, 3, 8))
+    assert len(launched) == 1
+    norm(torch.randn(2, 3, 8))
+    assert len(launched) == 2
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 def test_model(autocast, monkeypatch):
     """Loss and gradients of the default block, three norms of a layer and one behind it by the kernel."""
