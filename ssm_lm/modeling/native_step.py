@@ -77,7 +77,7 @@ def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache
         return None
     if weight.shape[1:] != hidden_states.shape[2:]:  # of an engine that holds it elsewhere
         return None
-    x, y = hidden_states.to(torch.float32).contiguous(), torch.empty(*hidden_states.shape[:2], len(weight))
+    x, y = hidden_states.to(torch.float32).contiguous(), _room(*hidden_states.shape[:2], len(weight))
     arguments = rows, *weight.shape, x, weight, None, _is_half(weight), y, torch.get_num_threads()
     library().linear(*map(_for_c, arguments))
     return y.to(weight.dtype)
@@ -212,7 +212,7 @@ class Program:
     # ---- what the writers are made of. x and y are buffers (B T, width), float32
 
     def room(self, width: int) -> torch.Tensor:
-        return torch.empty(self.rows, width)
+        return _room(self.rows, width)
 
     def call(self, name: str, *arguments) -> None:
         """A function of the library with its arguments bound: tensors as addresses, None as 0, numbers as they are."""
@@ -306,7 +306,7 @@ class Program:
 
     def _ssd(self, system: DiscreteSSD, x, state, D) -> torch.Tensor:
         E, N = len(system.dt), state.shape[2]
-        y, bc, room = self.room(state.shape[1]), self.room(2 * N), torch.empty(self.shape[0], E, N)
+        y, bc, room = self.room(state.shape[1]), self.room(2 * N), _room(self.shape[0], E, N)
         sizes = (*self.shape, E, state.shape[1] // E, N)
         rates = system.dt, system.decay, system.omega.contiguous(), system.inverse
         normed = system.scale, system.bias, NORM_EPSILON
@@ -334,6 +334,11 @@ class Program:
     def add(self, p: torch.Tensor, mode: int = 0, y: torch.Tensor | None = None) -> None:
         """h += what p (B, H or 2H) and y make of each other: see add_gated in native_source.py."""
         self.call("add_gated", mode, *self.h.shape, p, y, self.h)
+
+
+def _room(*shape: int) -> torch.Tensor:
+    """Memory for the library's numbers, whatever dtype and device the caller has made PyTorch's defaults."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _for_c(argument):

@@ -87,6 +87,20 @@ def test_bfloat16_weights_are_read_as_they_are(name, steps):
     assert off <= (plain(model, ids)[0] - expected).abs().max()
 
 
+@pytest.mark.parametrize("name", ["s4", "ssd"])
+def test_its_memory_is_float32_whatever_the_default_is(name, steps):
+    """In a buffer of another dtype it would write past the end, or what PyTorch reads as other numbers."""
+    model, ids = tiny_model(**MODELS[name]), prompt(12, 2)
+    expected = plain(model, ids)[0]
+    torch.set_default_dtype(torch.float64)  # with half of the bytes the heap would be spoilt
+    try:
+        logits = decode(model, ids)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(steps) == 9
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=repr)
 def test_generate_takes_it(options, steps):
     model, ids = tiny_model(**ENDLESS), prompt(5, 2)
