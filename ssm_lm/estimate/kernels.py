@@ -86,8 +86,11 @@ def _backward(saved: Saved, operators: ChunkOperators, wanted, grad_y, grad_fina
         _read(grad_y, driven, rows, starts)
         gram = rows.new_zeros(H, T + N, T + N, dtype=torch.float32)
     with kernel_launches(1):
+        of_taps = rows.new_zeros(H, T, dtype=torch.float32)
+        _read(gram.view(H, -1)[:, : T * (T + 1) // 2])  # as many numbers as the lower half of T x T
+    with kernel_launches(1):
         grad_u = grad_rows[..., size - length :].permute(1, 2, 0).contiguous()
-    return grad_u, grad_initial, operator_gradients(gram, operators.taps, operators.carry)
+    return grad_u, grad_initial, operator_gradients(gram, of_taps, operators.carry)
 
 
 # ---- S5's scan: every launch over chunks reads what drives the states, one in two writes them

@@ -58,9 +58,11 @@ def toeplitz_adjoint(gradient: torch.Tensor, taps: torch.Tensor) -> torch.Tensor
     return skewed.view(-1, T, 2 * T - 1)[..., :T].sum(1)
 
 
-def operator_gradients(gram: torch.Tensor, taps: torch.Tensor, carry: torch.Tensor) -> ChunkOperators:
-    """The gradients of the four operators from the sums over chunks of [grad_y | driven]^T [u | starts]."""
-    T = taps.shape[-1]
+def operator_gradients(gram: torch.Tensor, of_taps: torch.Tensor, carry: torch.Tensor) -> ChunkOperators:
+    """The gradients of the four operators from the sums over chunks of [grad_y | driven]^T [u | starts]; of_taps: those
+    of the taps, `toeplitz_adjoint` of the first T rows and columns.
+    """
+    T = of_taps.shape[-1]
     of_carry = gram[:, T:, T:]
     if carry.dim() == 2:  # of the complex product: conj(start) driven
         half = carry.shape[-1] // 2
@@ -68,7 +70,7 @@ def operator_gradients(gram: torch.Tensor, taps: torch.Tensor, carry: torch.Tens
             of_carry[:, a : a + half, b : b + half].diagonal(dim1=1, dim2=2) for a in (0, half) for b in (0, half)
         )
         of_carry = torch.cat([rr + ii, ir - ri], -1)
-    return ChunkOperators(toeplitz_adjoint(gram[:, :T, :T], taps), gram[:, :T, T:], gram[:, T:, :T], of_carry)
+    return ChunkOperators(of_taps, gram[:, :T, T:], gram[:, T:, :T], of_carry)
 
 
 # tokens x channels x batch that are cut into chunks at a time; what is cut is a copy in another order, so this bounds

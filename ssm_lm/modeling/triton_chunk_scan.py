@@ -361,6 +361,23 @@ def gram_kernel(
     tl.store(gram + (h * (tokens + N) + row) * (tokens + N) + column, total, mask=inside)
 
 
+# runs behind gram_kernel, whose programs each hold a part of the matrix
+@triton.jit(do_not_specialize=["T", "N"])
+def taps_kernel(
+    gram,  # (H, T + N, T + N)
+    taps,  # (H, T) their gradient
+    T,
+    N,
+    TP: tl.constexpr,
+):
+    """The sums along the diagonals of the first T rows and columns of the Gram matrix. Grid (H,)."""
+    h, size = tl.program_id(0).to(tl.int64), T + N
+    i = tl.arange(0, TP)[:, None]
+    lag = TP - 1 - tl.arange(0, TP)[None, :]  # so that a row is read forward
+    part = tl.load(gram + (h * size + i) * size + i - lag, mask=(lag <= i) & (i < T), other=0.0)
+    tl.store(taps + h * T + lag, tl.sum(part, 0, keep_dims=True), mask=lag < T)
+
+
 # ---- launches
 
 
@@ -542,6 +559,15 @@ def launch_gram(grad_y, driven, u, starts, gram, T, rest=False):
         )
 
 
+def launch_taps(gram, taps, N):
+    """Run `taps_kernel`."""
+    H, T = taps.shape
+    if H == 0:
+        return
+    with on_device(gram.device):
+        taps_kernel[(H,)](gram, taps, T, N, TP=max(64, power_of_two(T)), num_warps=4, num_stages=1)
+
+
 def run_scan(x, y, operators, first, states, keep, reverse, activation="identity", before=None, rest=False):
     """The scan in its segments -> the state after the last chunk that is run, (B, H, N). Arguments as `launch_scan`."""
     (H, B, size), N, carry = x.shape, operators[2].shape[1], operators[3]
@@ -687,9 +713,9 @@ def scan_backward(
     inject: torch.Tensor,
     carry: torch.Tensor,
     rest: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of x (H, B, C T), of the initial state (B, H, N), and the Gram matrix (H, T + N, T + N) that holds
-    those of the operators; see `operator_gradients`.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of x (H, B, C T) and of the initial state (B, H, N); the Gram matrix (H, T + N, T + N) that holds
+    those of the operators, see `operator_gradients`; that of the taps (H, T).
     """
     operators = [operator.float().contiguous() for operator in (taps, emit, inject, carry)]
     H, N, T = len(x), inject.shape[1], taps.shape[-1]
@@ -700,14 +726,17 @@ def scan_backward(
     first = None if grad_final is None else grad_final.float().contiguous()
     grad_initial = run_scan(grad_y, grad_x, operators, first, driven, _bytes(keep), reverse=True, rest=rest)
     launch_gram(grad_y, driven, x, starts, gram, T, rest)
-    return grad_x, grad_initial, gram
+    of_taps = gram.new_empty(H, T)
+    launch_taps(gram, of_taps, N)
+    return grad_x, grad_initial, gram, of_taps
 
 
 @scan_backward.register_fake
 def _(grad_y, grad_final, x, starts, keep, taps, emit, inject, carry, rest):
     (H, B, _), N, size = x.shape, inject.shape[1], taps.shape[-1] + inject.shape[1]
     like = dict(dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(B, H, N, **like), x.new_empty(H, size, size, **like)
+    of_operators = x.new_empty(H, size, size, **like), x.new_empty(H, taps.shape[-1], **like)
+    return x.new_empty(x.shape), x.new_empty(B, H, N, **like), *of_operators
 
 
 # ---- from and to the model's layout
@@ -754,8 +783,8 @@ def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, gr
         keep = F.pad(keep, (chunks - keep.shape[1], 0), value=True)
     if grad_y is not None:
         grad_y = ACTIVATIONS[wanted.activation].backward(to_rows(grad_y, rows.shape[2]), before)
-    grad_u, grad_initial, gram = scan_backward(grad_y, grad_final, rows, starts, keep, *operators, wanted.rest)
-    return from_rows(grad_u, length), grad_initial, operator_gradients(gram, operators.taps, operators.carry)
+    grad_u, grad_initial, *sums = scan_backward(grad_y, grad_final, rows, starts, keep, *operators, wanted.rest)
+    return from_rows(grad_u, length), grad_initial, operator_gradients(*sums, operators.carry)
 
 
 FUSED = Implementation(forward, backward, to_rows)

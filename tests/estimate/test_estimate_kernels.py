@@ -198,7 +198,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 # and backward. The gradient of a layer's output lies in rows already, and is not turned.
 OF_CHUNKS = (
     "to rows bf16, ends {0} bf16, link {0}, training gelu {0} bf16 N=64",
-    "ends {0} bf16, link {0}, reverse {0} bf16 N=64, gradients of operators bf16, from rows bf16",
+    "ends {0} bf16, link {0}, reverse {0} bf16 N=64, gradients of operators bf16, gradients of taps, from rows bf16",
 )
 ROWS = {
     (S4, "chunk"): ("chunk_scan", *(way.format("dense") for way in OF_CHUNKS)),

@@ -16,6 +16,7 @@ from ...modeling.triton_chunk_scan import (
     precisions,
     scan_configurations,
     scan_kernel,
+    taps_kernel,
     to_rows_kernel,
 )
 
@@ -23,7 +24,7 @@ from ...modeling.triton_chunk_scan import (
 def compile_cases(target: str) -> list[dict]:
     """The configurations that are shipped for `target`."""
     kind = family(target)
-    cases = [_turn_case("to rows", to_rows_kernel), _turn_case("from rows", from_rows_kernel)]
+    cases = [_turn_case("to rows", to_rows_kernel), _turn_case("from rows", from_rows_kernel), _taps_case()]
     cases += [_link_case(kind, dense) for dense in (False, True) if not (dense and kind == "blackwell")]
     for dtype in (torch.bfloat16, torch.float32):
         cases.append(_gram_case(kind, dtype))
@@ -150,6 +151,19 @@ def _link_case(kind, dense):
             "tensor_flops": 6 * 2 * _H * (squarings * N**3 + G * ROWS * N**2) if dense else 0,
             "tensor_dtype": "bf16",
         },
+    }
+
+
+def _taps_case():
+    """Its mask leaves half of the T x T numbers."""
+    T = 64
+    return {
+        "name": "chunk_scan gradients of taps",
+        "kernel": taps_kernel,
+        "arguments": dict.fromkeys(("gram", "taps"), "*fp32:16") | dict.fromkeys(("T", "N"), "i32"),
+        "constexprs": {"TP": T},
+        "options": {"num_warps": 4, "num_stages": 1},
+        "work": {"bytes": 4 * _H * (T * (T + 1) // 2 + T), "flops": _H * T * T // 2},
     }
 
 
