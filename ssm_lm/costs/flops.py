@@ -22,6 +22,9 @@ factor, so "backward" is twice "forward" but where the text says otherwise.
     a forward's matmuls whatever B and L: the operators of a chunk, by doubling, `_s4_operators`; for mode fft the
     kernel: Cauchy products, `_s4_kernel`, or a Vandermonde product, `_s4d_kernel`
 
+Where S4's operators have a kernel they are no matmuls, but 8 H N^2 operations a token of a chunk, two thirds of the
+doubling at N = T = 64. They are counted by the doubling there too.
+
 What is recomputed in the backward comes apart from these, in `recompute`: the operators of a chunk scan, which are
 made a second time instead of being kept, and under activation checkpointing the whole forward of the blocks.
 
