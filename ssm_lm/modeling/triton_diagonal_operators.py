@@ -28,6 +28,15 @@ def times(a_re, a_im, b_re, b_im):
     return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
 
 
+@triton.jit
+def read_system(Lambda_re, Lambda_im, CB_re, CB_im, h, n, half):
+    """Lambda_bar, float64, and C B_bar of a channel, each as two halves; 0 beyond them."""
+    here, inside = h * half + n, n < half
+    l_re, l_im = tl.load(Lambda_re + here, mask=inside, other=0.0), tl.load(Lambda_im + here, mask=inside, other=0.0)
+    c_re, c_im = tl.load(CB_re + here, mask=inside, other=0.0), tl.load(CB_im + here, mask=inside, other=0.0)
+    return l_re, l_im, c_re, c_im
+
+
 # lengths are no constants: another one compiles nothing new
 @triton.jit(do_not_specialize=["T", "half"])
 def power_kernel(
@@ -47,10 +56,7 @@ def power_kernel(
     """taps (H, T), emit (H, T, N), inject (H, N, T), carry (H, N) of Lambda_bar, float64, and C B_bar, (H, N/2)."""
     h, N = tl.program_id(0).to(tl.int64), 2 * half
     n = tl.arange(0, HALF)[None, :]
-    here = h * half + n
-    l_re = tl.load(Lambda_re + here, mask=n < half, other=0.0)
-    l_im = tl.load(Lambda_im + here, mask=n < half, other=0.0)
-    c_re, c_im = tl.load(CB_re + here, mask=n < half, other=0.0), tl.load(CB_im + here, mask=n < half, other=0.0)
+    l_re, l_im, c_re, c_im = read_system(Lambda_re, Lambda_im, CB_re, CB_im, h, n, half)
     p_re, p_im = tl.where(n < half, 1.0, 0.0).to(tl.float64), tl.zeros((1, HALF), tl.float64)
     i = tl.arange(0, STEPS)[:, None]
     for first in range(0, T, STEPS):
@@ -105,10 +111,7 @@ def power_gradient_kernel(
     """
     h, N = tl.program_id(0).to(tl.int64), 2 * half
     n = tl.arange(0, HALF)[None, :]
-    here = h * half + n
-    l_re = tl.load(Lambda_re + here, mask=n < half, other=0.0)
-    l_im = tl.load(Lambda_im + here, mask=n < half, other=0.0)
-    c_re, c_im = tl.load(CB_re + here, mask=n < half, other=0.0), tl.load(CB_im + here, mask=n < half, other=0.0)
+    l_re, l_im, c_re, c_im = read_system(Lambda_re, Lambda_im, CB_re, CB_im, h, n, half)
     p_re, p_im = tl.where(n < half, 1.0, 0.0).to(tl.float64), tl.zeros((1, HALF), tl.float64)
     d_re, d_im = tl.zeros((1, HALF), tl.float64), tl.zeros((1, HALF), tl.float64)
     to_l_re, to_l_im = d_re, d_im
@@ -133,6 +136,7 @@ def power_gradient_kernel(
         d_re, d_im = times(l_re, l_im, d_re, d_im)
         d_re, d_im = d_re + p_re, d_im + p_im
         p_re, p_im = times(l_re, l_im, p_re, p_im)
+    here = h * half + n
     tl.store(of_Lambda_re + here, to_l_re, mask=n < half)
     tl.store(of_Lambda_im + here, to_l_im, mask=n < half)
     tl.store(of_CB_re + here, to_c_re, mask=n < half)

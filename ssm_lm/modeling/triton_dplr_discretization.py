@@ -61,6 +61,16 @@ def read_system(log_dt, Lambda_log_re, Lambda_im, P, h, s, S, n, half, RANK: tl.
 
 
 @triton.jit
+def products(w_re, w_im, p1_re, p1_im, p2_re, p2_im):
+    """u_s = w P_s (re, im, re, im), and k_rs = p_r u_s, row after row."""
+    u1_re, u1_im = times(w_re, w_im, p1_re, p1_im)
+    u2_re, u2_im = times(w_re, w_im, p2_re, p2_im)
+    k11, k12 = dot(p1_re, p1_im, u1_re, u1_im), dot(p1_re, p1_im, u2_re, u2_im)
+    k21, k22 = dot(p2_re, p2_im, u1_re, u1_im), dot(p2_re, p2_im, u2_re, u2_im)
+    return u1_re, u1_im, u2_re, u2_im, k11, k12, k21, k22
+
+
+@triton.jit
 def inverse(k11, k12, k21, k22, dt):
     """(I + dt k)^-1 of a 2 x 2 matrix, which for rank 1 has zeros but for the first."""
     a, b, c, d = 1.0 + dt * k11, dt * k12, dt * k21, 1.0 + dt * k22
@@ -93,10 +103,7 @@ def bilinear_kernel(
     dt, _, w_re, w_im, p1_re, p1_im, p2_re, p2_im = system
     b_re, b_im = read_pair(B + s * N, n, half)
     wb_re, wb_im = times(w_re, w_im, b_re, b_im)
-    u1_re, u1_im = times(w_re, w_im, p1_re, p1_im)
-    u2_re, u2_im = times(w_re, w_im, p2_re, p2_im)
-    k11, k12 = dot(p1_re, p1_im, u1_re, u1_im), dot(p1_re, p1_im, u2_re, u2_im)
-    k21, k22 = dot(p2_re, p2_im, u1_re, u1_im), dot(p2_re, p2_im, u2_re, u2_im)
+    u1_re, u1_im, u2_re, u2_im, k11, k12, k21, k22 = products(w_re, w_im, p1_re, p1_im, p2_re, p2_im)
     m11, m12, m21, m22 = inverse(k11, k12, k21, k22, dt)
     # the columns of dt w P M
     f1_re, f1_im = dt * (u1_re * m11 + u2_re * m21), dt * (u1_im * m11 + u2_im * m21)
@@ -147,10 +154,7 @@ def bilinear_gradient_kernel(
     b_re, b_im = read_pair(B + s * N, n, half)
     # once more what the forward made
     wb_re, wb_im = times(w_re, w_im, b_re, b_im)
-    u1_re, u1_im = times(w_re, w_im, p1_re, p1_im)
-    u2_re, u2_im = times(w_re, w_im, p2_re, p2_im)
-    k11, k12 = dot(p1_re, p1_im, u1_re, u1_im), dot(p1_re, p1_im, u2_re, u2_im)
-    k21, k22 = dot(p2_re, p2_im, u1_re, u1_im), dot(p2_re, p2_im, u2_re, u2_im)
+    u1_re, u1_im, u2_re, u2_im, k11, k12, k21, k22 = products(w_re, w_im, p1_re, p1_im, p2_re, p2_im)
     m11, m12, m21, m22 = inverse(k11, k12, k21, k22, dt)
     v1_re, v1_im = u1_re * m11 + u2_re * m21, u1_im * m11 + u2_im * m21  # w P M
     v2_re, v2_im = u1_re * m12 + u2_re * m22, u1_im * m12 + u2_im * m22

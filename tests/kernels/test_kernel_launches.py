@@ -61,19 +61,24 @@ def launched(monkeypatch):
     driver.set_active(None)  # the default one, which is looked for when it is needed
 
 
+@pytest.fixture
+def seen(launched, monkeypatch):
+    """The keys under which Triton would keep what launches compile for an H100; they compile nothing."""
+    keys = set()
+    launched("sm_90")
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: keys.add((self.fn.__name__, key)))
+    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
+    return keys
+
+
 # what the launches of a self-check and of the training shape compiled when sizes were specialised on, and the kernel of
 # the taps' gradient, which was PyTorch's then
 COMPILED_BEFORE = 12 + 7 + 1
 
 
-def test_training_and_prompts_compile_what_the_self_check_has_seen(launched, monkeypatch):
+def test_training_and_prompts_compile_what_the_self_check_has_seen(seen):
     """The recipe's scan on an H100, by the keys under which Triton keeps machine code; nothing is compiled here."""
     from ssm_lm.modeling import triton_chunk_scan as scan
-
-    seen = set()
-    launched("sm_90")
-    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
-    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
 
     def check(*problem):
         for case in scan.self_check_cases(torch.device("cpu"), torch.bfloat16, 64, True, *problem):
@@ -109,16 +114,12 @@ def test_training_and_prompts_compile_what_the_self_check_has_seen(launched, mon
     assert len(seen) == compiled
 
 
-def test_another_length_of_ssd_compiles_nothing_new(launched, monkeypatch):
+def test_another_length_of_ssd_compiles_nothing_new(seen):
     """What the self-check of a layer has compiled is what training, other lengths and more heads run; nothing is
     compiled here.
     """
     from ssm_lm.modeling.triton_ssd_scan import self_check_cases, ssd_scan
 
-    seen = set()
-    launched("sm_90")
-    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
-    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
     for case in self_check_cases(torch.device("cpu"), torch.bfloat16, 64, 64):
         case.kernel()
     compiled = len(seen)
@@ -138,14 +139,10 @@ def test_another_length_of_ssd_compiles_nothing_new(launched, monkeypatch):
     assert len(seen) == compiled
 
 
-def test_another_batch_of_the_rms_norm_compiles_nothing_new(launched, monkeypatch):
+def test_another_batch_of_the_rms_norm_compiles_nothing_new(seen):
     """What the self-check of a norm has compiled, a kernel each way, is what other batches and lengths run."""
     from ssm_lm.modeling.triton_rms_norm import rms_norm, self_check_cases
 
-    seen = set()
-    launched("sm_90")
-    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
-    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
     problem = torch.bfloat16, torch.float32, torch.bfloat16, 1536, True
     for case in self_check_cases(torch.device("cpu"), *problem):
         case.kernel()
@@ -157,14 +154,10 @@ def test_another_batch_of_the_rms_norm_compiles_nothing_new(launched, monkeypatc
     assert len(seen) == compiled
 
 
-def test_another_chunk_of_the_loss_compiles_nothing_new(launched, monkeypatch):
+def test_another_chunk_of_the_loss_compiles_nothing_new(seen):
     """What the self-check of a head has compiled is what chunks of other sizes run, with gradients."""
     from ssm_lm.modeling.triton_cross_entropy import logits_to_loss, self_check_cases
 
-    seen = set()
-    launched("sm_90")
-    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
-    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
     for V in (50257, 32768):
         for case in self_check_cases(torch.device("cpu"), torch.bfloat16, None, V):
             case.kernel()
@@ -175,16 +168,11 @@ def test_another_chunk_of_the_loss_compiles_nothing_new(launched, monkeypatch):
     assert compiled == 2
 
 
-def test_another_length_of_the_short_convolution_compiles_nothing_new(launched, monkeypatch):
+def test_another_length_of_the_short_convolution_compiles_nothing_new(seen):
     """What the self-check of a layer has compiled, two kernels in training and one else, is what batches, prompts and
     tokens of decoding run, whole or part of a wider tensor; nothing is compiled here.
     """
     from ssm_lm.modeling.triton_short_convolution import self_check_cases, short_convolution
-
-    seen = set()
-    launched("sm_90")
-    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
-    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
 
     def run(B, L, trains, packed, tail):
         u = torch.empty(B, L, 2176, dtype=torch.bfloat16)[..., :1152].requires_grad_(trains)
@@ -209,14 +197,10 @@ def test_another_length_of_the_short_convolution_compiles_nothing_new(launched, 
         assert len(seen) == compiled
 
 
-def test_another_length_of_the_operators_compiles_nothing_new(launched, monkeypatch):
+def test_another_length_of_the_operators_compiles_nothing_new(seen):
     """Nor do more channels, or what is left of a sequence; nothing is compiled here."""
     from ssm_lm.modeling.triton_dplr_operators import dplr_operators, example, self_check_cases
 
-    seen = set()
-    launched("sm_90")
-    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
-    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
     for rank in (1, 2):
         for case in self_check_cases(torch.device("cpu"), 64, rank):
             case.kernel()
@@ -230,14 +214,10 @@ def test_another_length_of_the_operators_compiles_nothing_new(launched, monkeypa
         assert len(seen) == 3 * rank
 
 
-def test_another_length_of_the_operators_of_a_diagonal_compiles_nothing_new(launched, monkeypatch):
+def test_another_length_of_the_operators_of_a_diagonal_compiles_nothing_new(seen):
     """Nor do more channels; nothing is compiled here."""
     from ssm_lm.modeling.triton_diagonal_operators import diagonal_operators, example, self_check_cases
 
-    seen = set()
-    launched("sm_90")
-    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
-    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
     for case in self_check_cases(torch.device("cpu"), 64):
         case.kernel()
     for H, T in ((1024, 64), (1, 1), (16, 16), (5, 33)):
@@ -249,14 +229,10 @@ def test_another_length_of_the_operators_of_a_diagonal_compiles_nothing_new(laun
     assert len(seen) == 2
 
 
-def test_another_width_of_the_discretisation_compiles_nothing_new(launched, monkeypatch):
+def test_another_width_of_the_discretisation_compiles_nothing_new(seen):
     """Nor do systems that channels share; nothing is compiled here."""
     from ssm_lm.modeling.triton_dplr_discretization import dplr_discretization, example, self_check_cases
 
-    seen = set()
-    launched("sm_90")
-    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *rest: seen.add((self.fn.__name__, key)))
-    monkeypatch.setattr(JITFunction, "device_caches", {}, raising=False)
     for case in self_check_cases(torch.device("cpu"), 64, 1):
         case.kernel()
     for H, S in ((1024, 1024), (1024, 1), (16, 4), (1, 1)):

@@ -123,19 +123,19 @@ class Ranks:
         return subprocess.CompletedProcess(self.words, code, self._out.read_text(), self._err.read_text())
 
 
-def attempt(words: list[str], ranks: int = 1, **environment) -> subprocess.CompletedProcess:
+def attempt(words: list[str], ranks: int = 1, seconds: float = 200, **environment) -> subprocess.CompletedProcess:
     """Run to the end, whatever the exit code."""
     with Ranks(words, ranks, **environment) as started:
-        return started.wait()
+        return started.wait(seconds)
 
 
-def run(words: list[str], ranks: int = 1, **environment) -> subprocess.CompletedProcess:
-    """Run to the end; fail the test with the output if it fails."""
-    done = attempt(words, ranks, **environment)
+def run(words: list[str], ranks: int = 1, **options) -> subprocess.CompletedProcess:
+    """Run to the end; fail the test with the output if it fails. options: as of `attempt`."""
+    done = attempt(words, ranks, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def train(config: str, *overrides: str, ranks: int = 1, **environment) -> subprocess.CompletedProcess:
+def train(config: str, *overrides: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
     """`ssm-lm train` on so many ranks, to the end."""
-    return run(["-m", "ssm_lm", "train", config, *overrides], ranks, **environment)
+    return run(["-m", "ssm_lm", "train", config, *overrides], ranks, **options)

@@ -353,7 +353,8 @@ def test_killed_at_random_again_and_again(saved_at_every_step, tmp_path, sent, t
         assert ranks.wait().returncode, ranks.said()
         ranks.kill()  # as torchrun does to a rank that waits for the dead one: alive, it would hold the folder's lock
         check_whole(folder)
-    assert "resuming" in forked.train(config, ranks=2).stdout
+    done = forked.train(config, ranks=2, seconds=900)  # most of the steps, a checkpoint at each, beside other tests
+    assert "resuming" in done.stdout
     assert losses(folder) == pytest.approx(expected, rel=1e-6)
 
 

@@ -13,8 +13,9 @@ MATRIX, VECTOR = 4 * H * N * N, 4 * H * N  # bytes: T = N, so that emit, inject 
 
 
 def compile_cases(target: str) -> list[dict]:
-    """The configurations that are shipped for `target`; one for all GPUs."""
-    return [case(rank) for rank in (1, 2) for case in (_forward, _of_carry, _of_chains)]
+    """The configurations that are shipped for `target`; one for all GPUs. What holds less is listed for one."""
+    ranks = (1, 2) if target == "sm_90" else (2,)
+    return [case(rank) for rank in ranks for case in (_forward, _of_carry, _of_chains)]
 
 
 # of a token: a product with A takes 8 N + 4 N rank operations; A^j, or a sum like it, 8 N^2

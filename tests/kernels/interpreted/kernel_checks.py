@@ -2,6 +2,8 @@
 
 import torch
 
+from ssm_lm.modeling.kernels_s4 import self_check
+
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, relative to the largest expected value; NaN where either has one."""
@@ -68,3 +70,39 @@ def compare_with_twin(kernel, twin, inputs, tolerance: float, grad_tolerance: fl
     pairs = zip(wanted, gradients(outputs, arguments), gradients(twin_outputs, twin_arguments), strict=True)
     for index, actual, expected in pairs:
         assert_close(actual, expected, grad_tolerance or tolerance, f"gradient of input {index}")
+
+
+def assert_the_same_bits_again(function, inputs) -> None:
+    """Outputs and gradients of `function(*inputs)`, a tensor or several, twice; gradients of all inputs that ask."""
+    wanted, results = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad], []
+    for _ in range(2):
+        outputs = function(*inputs)
+        outputs = (outputs,) if torch.is_tensor(outputs) else outputs
+        weights = [x.cos().detach() for x in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, wanted, weights)])
+    assert all(map(torch.equal, *results))
+
+
+def assert_as_near_as_pytorch(layer, function, wanted, tolerance: float) -> None:
+    """Outputs and gradients of function(layer) by the kernel are off from those in float64 by at most twice what
+    PyTorch is in float32, and `tolerance`. wanted: the names of the parameters.
+    """
+    found = []
+    for kernels, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):
+        layer.to(dtype)
+        layer.kernels = kernels
+        outputs = function(layer)
+        torch.manual_seed(1)
+        weights = [torch.randn(x.shape).to(dtype) for x in outputs]
+        parameters = [p for name, p in layer.named_parameters() if name in wanted]
+        found.append([*outputs, *torch.autograd.grad(outputs, parameters, weights)])
+    for ours, plain, exact in zip(*found, strict=True):
+        assert ours.dtype == torch.float32
+        assert relative_error(ours, exact) < tolerance + 2 * relative_error(plain, exact)
+
+
+def assert_passes(self_check_cases) -> None:
+    """The self-check of all problems, by a margin that is none of 0 and 1 tolerances."""
+    cause, worst = self_check(self_check_cases, torch.device("cpu"))
+    assert cause is None
+    assert 0 < worst < 1

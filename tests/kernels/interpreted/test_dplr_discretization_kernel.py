@@ -2,12 +2,17 @@
 
 import pytest
 import torch
-from kernel_checks import compare_with_twin, gapped, relative_error
+from kernel_checks import (
+    assert_as_near_as_pytorch,
+    assert_passes,
+    assert_the_same_bits_again,
+    compare_with_twin,
+    gapped,
+)
 from torch.library import opcheck
 
 from ssm_lm.modeling import triton_dplr_discretization as module
 from ssm_lm.modeling.dplr_discretization import bilinear_dplr
-from ssm_lm.modeling.kernels_s4 import self_check
 from ssm_lm.modeling.ssm import S4
 from ssm_lm.modeling.triton_dplr_discretization import (
     discretize,
@@ -49,27 +54,14 @@ def test_time_steps_of_every_size():
 def test_layer(init):
     """From its initialisation, in both directions: as near to float64 as PyTorch in float32."""
     layer = S4(4, 16, init=init, n_ssm=2, bidirectional=True)
+    names = {name for name, _ in layer.named_parameters()}
     for reverse in (False, True):
-        found = []
-        for kernels, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):
-            layer.to(dtype)
-            layer.kernels = kernels
-            outputs = layer.discretize(reverse)
-            torch.manual_seed(1)
-            wanted = [p for name, p in layer.named_parameters() if name not in ("D", "C" if reverse else "C_reverse")]
-            weights = [torch.randn(x.shape).to(dtype) for x in outputs]
-            found.append([*outputs, *torch.autograd.grad(outputs, wanted, weights)])
-        for mine, theirs, right in zip(*found, strict=True):
-            assert mine.dtype == torch.float32
-            assert relative_error(mine, right) < 1e-6 + 2 * relative_error(theirs, right)
+        wanted = names - {"D", "C" if reverse else "C_reverse"}
+        assert_as_near_as_pytorch(layer, lambda layer, reverse=reverse: layer.discretize(reverse), wanted, 1e-6)
 
 
 def test_the_same_bits_again():
-    inputs, results = [x.requires_grad_() for x in example(6, 2, 6, 2)], []
-    for _ in range(2):
-        outputs = dplr_discretization(*inputs)
-        results.append([*outputs, *torch.autograd.grad(outputs, inputs, [x.cos().detach() for x in outputs])])
-    assert all(map(torch.equal, *results))
+    assert_the_same_bits_again(dplr_discretization, [x.requires_grad_() for x in example(6, 2, 6, 2)])
 
 
 @pytest.mark.slow
@@ -82,7 +74,5 @@ def test_custom_operators():
 
 @pytest.mark.slow
 def test_self_check():
-    cause, worst = self_check(self_check_cases, torch.device("cpu"))
-    assert cause is None
-    assert 0 < worst < 1
+    assert_passes(self_check_cases)
     assert len(self_check_cases(torch.device("cpu"), *module.PROBLEMS[0])) == 1

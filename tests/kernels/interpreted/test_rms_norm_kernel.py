@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from kernel_checks import assert_close, compare_with_twin, gapped
+from kernel_checks import assert_close, assert_passes, assert_the_same_bits_again, compare_with_twin, gapped
 from torch.library import opcheck
 
 from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling import triton_rms_norm as module
-from ssm_lm.modeling.kernels_s4 import self_check
 from ssm_lm.modeling.norms_and_dropout import RMSNorm
 from ssm_lm.modeling.rms_norm import rms_norm as twin
 from ssm_lm.modeling.triton_rms_norm import norm_rows, norm_rows_backward, rms_norm, self_check_cases
@@ -75,11 +74,7 @@ def test_what_is_read_lies_anywhere():
 
 
 def test_the_same_bits_again():
-    inputs, results = problem(2, 30, 12), []
-    for _ in range(2):
-        y = rms_norm(*inputs[:2], EPS, inputs[2])
-        results.append((y, *torch.autograd.grad(y, inputs, y.cos().detach())))
-    assert all(map(torch.equal, *results))
+    assert_the_same_bits_again(lambda x, weight, gate: rms_norm(x, weight, EPS, gate), problem(2, 30, 12))
 
 
 @pytest.mark.slow
@@ -93,9 +88,7 @@ def test_custom_operators():
 
 @pytest.mark.slow
 def test_self_check():
-    cause, worst = self_check(self_check_cases, torch.device("cpu"))
-    assert cause is None
-    assert 0 < worst < 1
+    assert_passes(self_check_cases)
 
 
 def test_what_follows_decides_the_dtype():

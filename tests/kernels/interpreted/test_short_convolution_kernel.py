@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from kernel_checks import assert_close, compare_with_twin, gapped
+from kernel_checks import assert_close, assert_passes, assert_the_same_bits_again, compare_with_twin, gapped
 from torch.library import opcheck
 
 from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling import triton_short_convolution as module
 from ssm_lm.modeling.kernel_launch import in_rows
-from ssm_lm.modeling.kernels_s4 import self_check
 from ssm_lm.modeling.short_convolution import ShortConvolution
 from ssm_lm.modeling.short_taps import convolve_taps
 from ssm_lm.modeling.triton_short_convolution import (
@@ -131,11 +130,7 @@ def test_a_cut_anywhere_changes_nothing():
 
 
 def test_the_same_bits_again():
-    inputs, results = problem(1, 20, 3, 4, True), []
-    for _ in range(2):
-        y, tail = short_convolution(*inputs, "silu")
-        results.append((y, tail, *torch.autograd.grad((y, tail), inputs[:4], (y.cos().detach(), tail.detach()))))
-    assert all(map(torch.equal, *results))
+    assert_the_same_bits_again(lambda *x: short_convolution(*x, "silu"), problem(1, 20, 3, 4, True))
 
 
 @pytest.mark.slow
@@ -151,9 +146,7 @@ def test_custom_operators():
 
 @pytest.mark.slow
 def test_self_check():
-    cause, worst = self_check(self_check_cases, torch.device("cpu"))
-    assert cause is None
-    assert 0 < worst < 1
+    assert_passes(self_check_cases)
 
 
 @pytest.mark.parametrize(("arch", "autocast"), [("gated", True), ("h3", False)])

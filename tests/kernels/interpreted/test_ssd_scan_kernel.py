@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from kernel_checks import assert_close, compare_with_twin
+from kernel_checks import assert_close, assert_passes, assert_the_same_bits_again, compare_with_twin
 from torch.library import opcheck
 
 from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling import triton_ssd_scan
-from ssm_lm.modeling.kernels_s4 import self_check
 from ssm_lm.modeling.ssd import SSD
 from ssm_lm.modeling.ssd_chunks import scan_vectors, since_start_of_chunks
 from ssm_lm.modeling.triton_ssd_scan import self_check_cases, ssd_scan, ssd_scan_chunks, ssd_scan_chunks_backward
@@ -87,11 +86,7 @@ def test_long_memory_keeps_its_phase():
 
 
 def test_the_same_bits_again():
-    inputs, results = problem(2, 19, 2, 4, 6, resets=True), []
-    for _ in range(2):
-        y, final = ssd_scan(*inputs, 8)
-        results.append((y, final, *torch.autograd.grad((y, final), inputs[:8], (y.cos().detach(), final.detach()))))
-    assert all(map(torch.equal, *results))
+    assert_the_same_bits_again(lambda *x: ssd_scan(*x, 8), problem(2, 19, 2, 4, 6, resets=True))
 
 
 @pytest.mark.slow
@@ -107,9 +102,7 @@ def test_custom_operators():
 
 @pytest.mark.slow
 def test_self_check():
-    cause, worst = self_check(self_check_cases, torch.device("cpu"))
-    assert cause is None
-    assert 0 < worst < 1
+    assert_passes(self_check_cases)
 
 
 @pytest.mark.parametrize("selective", [False, True], ids=["constant", "selective"])
