@@ -9,14 +9,14 @@ the bytes are those of the report, bench/shipped/NAME.py.
 import torch
 
 from ..modeling.activations import ACTIVATIONS
-from ..modeling.chunked import ChunkOperators, Implementation, Saved, operator_gradients, to_rows
+from ..modeling.chunked import ChunkOperators, Implementation, Saved, operator_gradients, operator_shapes, to_rows
+from ..modeling.diagonal_operators import first_power
 from ..modeling.discrete import DiscreteDPLR
 from ..modeling.kernel_limits import (
-    NORM_PROGRAMS,
     VANDERMONDE_POLES,
     chunks_in_a_row,
     convolved_tokens,
-    rows_of_a_norm,
+    programs_of_a_norm,
     s5_chunk_length,
     segments,
 )
@@ -246,7 +246,7 @@ class _DPLROperators(torch.autograd.Function):
         H, N = E.shape
         with kernel_launches(1):
             _read(E, F, G, B_bar, C_row)
-            outputs = tuple(E.new_zeros(H, *size) for size in ((length,), (length, N), (N, length), (N, N)))
+            outputs = tuple(E.new_zeros(shape) for shape in operator_shapes(H, length, N, dense=True))
         ctx.save_for_backward(E, F, G, B_bar, C_row, outputs[1], outputs[2])
         return outputs
 
@@ -286,7 +286,7 @@ class _RMSNorm(torch.autograd.Function):
             _read(grad_y, x, weight, gate)
             grad_x = torch.zeros(x.shape, dtype=x.dtype)
             grad_gate = None if gate is None else torch.zeros(gate.shape, dtype=gate.dtype)
-            programs = min(-(-x.numel() // len(weight) // rows_of_a_norm(len(weight))), NORM_PROGRAMS)
+            programs = programs_of_a_norm(x.numel() // len(weight), len(weight))
             of_weight = x.new_zeros(programs, *weight.shape, dtype=torch.float32)
         return grad_x, of_weight.sum(0).to(weight.dtype), grad_gate, None
 
@@ -314,10 +314,10 @@ class _DiagonalOperators(torch.autograd.Function):
     @staticmethod
     def forward(ctx, Lambda_re, Lambda_im, CB_re, CB_im, length):
         ctx.save_for_backward(Lambda_re, Lambda_im, CB_re, CB_im)
-        H, N = CB_re.shape[0], 2 * CB_re.shape[1]
+        H, half = CB_re.shape
         with kernel_launches(1):
             _read(Lambda_re, Lambda_im, CB_re, CB_im)
-            return tuple(CB_re.new_zeros(shape) for shape in ((H, length), (H, length, N), (H, N, length), (H, N)))
+            return tuple(CB_re.new_zeros(shape) for shape in operator_shapes(H, length, 2 * half, dense=False))
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -327,9 +327,7 @@ class _DiagonalOperators(torch.autograd.Function):
 
 
 def _diagonal_operators(log_re, log_im, CB_re, CB_im, length):
-    modulus, phase = log_re.double().exp(), log_im.double()
-    Lambda = modulus * phase.cos(), modulus * phase.sin()
-    return ChunkOperators(*_DiagonalOperators.apply(*Lambda, CB_re, CB_im, length))
+    return ChunkOperators(*_DiagonalOperators.apply(*first_power(log_re, log_im), CB_re, CB_im, length))
 
 
 # ---- of the mode fft: what makes a convolution's kernel, complex numbers at the nodes, or the taps

@@ -33,6 +33,11 @@ class ChunkOperators(NamedTuple):
     carry: torch.Tensor
 
 
+def operator_shapes(H: int, T: int, N: int, dense: bool) -> tuple[tuple[int, ...], ...]:
+    """Of the four operators of a chunk of real signals."""
+    return (H, T), (H, T, N), (H, N, T), (H, N, N) if dense else (H, N)
+
+
 def toeplitz(taps: torch.Tensor) -> torch.Tensor:
     """taps (H, T) -> (H, T, T) lower triangular, entry [i, j] = taps[i - j]: the causal convolution within a chunk.
 

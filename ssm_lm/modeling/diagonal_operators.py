@@ -9,6 +9,12 @@ from .chunked import ChunkOperators
 from .real_form import powers
 
 
+def first_power(log_re: torch.Tensor, log_im: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Re and Im of Lambda_bar in float64, of which the kernel makes the others."""
+    modulus, phase = log_re.double().exp(), log_im.double()
+    return modulus * phase.cos(), modulus * phase.sin()
+
+
 def power_operators(
     log_re: torch.Tensor, log_im: torch.Tensor, CB_re: torch.Tensor, CB_im: torch.Tensor, length: int
 ) -> ChunkOperators:

@@ -24,6 +24,7 @@ def limit_of_architecture(architecture: str) -> str | None:
 # ---- the chunk scan: beyond these a program's operators leave its registers
 
 SCAN_DTYPES = (torch.bfloat16, torch.float32)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of kernels that read, reckon in float32 and write
 LARGEST_STATE = 128
 
 
@@ -111,13 +112,12 @@ def limit_of_ssd_scan(architecture: str, dtype: torch.dtype, N: int) -> str | No
 
 
 MOST_TAPS = 4  # of the short convolution; the inputs that they see stay in registers
-CONVOLVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CONVOLVED_ROWS, CONVOLVED_CHANNELS = 8, 128  # of a program, which walks the tokens of as many segments at once
 
 
 def limit_of_short_convolution(u: torch.dtype, parameters: torch.dtype, K: int, activation: str) -> str | None:
     """Of inputs of dtype `u`, K taps of dtype `parameters`, and what follows."""
-    if not {u, parameters} <= set(CONVOLVED_DTYPES):
+    if not {u, parameters} <= set(KERNEL_DTYPES):
         return f"inputs of {u}, parameters of {parameters}"
     if activation not in ("identity", "silu"):
         return f"the activation {activation}"
@@ -139,7 +139,7 @@ NORM_PROGRAMS = 1024  # of the backward
 
 
 def limit_of_rms_norm(x: torch.dtype, weight: torch.dtype, C: int) -> str | None:
-    if not {x, weight} <= set(CONVOLVED_DTYPES):
+    if not {x, weight} <= set(KERNEL_DTYPES):
         return f"inputs of {x}, parameters of {weight}"
     return f"{C} channels, more than {MOST_NORMED}" if C > MOST_NORMED else None
 
@@ -149,8 +149,13 @@ def rows_of_a_norm(C: int) -> int:
     return max(1, 2048 >> (C - 1).bit_length())
 
 
+def programs_of_a_norm(rows: int, C: int) -> int:
+    """Of the backward, each of which takes every so manieth block of rows."""
+    return min(-(-rows // rows_of_a_norm(C)), NORM_PROGRAMS)
+
+
 def limit_of_cross_entropy(z: torch.dtype) -> str | None:
-    return None if z in CONVOLVED_DTYPES else f"logits of {z}"
+    return None if z in KERNEL_DTYPES else f"logits of {z}"
 
 
 LARGEST_STEP_STATE = 1024  # of a channel, which one program of the step's kernel holds
@@ -158,7 +163,7 @@ LARGEST_STEP_STATE = 1024  # of a channel, which one program of the step's kerne
 
 def limit_of_step(u: torch.dtype, parameters: torch.dtype, N: int) -> str | None:
     """A step on inputs of dtype `u`, N states a channel; S5's states, which many programs share, count as none."""
-    if parameters != torch.float32 or u not in (torch.float32, torch.bfloat16, torch.float16):
+    if parameters != torch.float32 or u not in KERNEL_DTYPES:
         return f"inputs of {u}, parameters of {parameters}"
     return f"state_size {N}" if N > LARGEST_STEP_STATE else None
 

@@ -18,6 +18,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,25 @@ class Case(NamedTuple):
     kernel: Callable[[], Sequence[torch.Tensor]]
     twin: Callable[[], Sequence[torch.Tensor]]
     tolerance: float
+
+
+def gradient_case(
+    label: str, kernel: Callable, twin: Callable, leaves: Sequence, weights: Sequence, tolerance: float, trains=True
+) -> Case:
+    """What `kernel(*leaves)` returns, a tensor or several, and the gradients of the leaves for `weights`, one an
+    output, beside those of the twin in float64. trains: without it, what is returned alone.
+    """
+
+    def run(function, cast):
+        inputs = [cast(x.clone()).requires_grad_(trains) for x in leaves]
+        with torch.set_grad_enabled(trains):
+            outputs = function(*inputs)
+        outputs = (outputs,) if torch.is_tensor(outputs) else tuple(outputs)
+        of_outputs = [w.to(x.dtype) for w, x in zip(weights, outputs, strict=True)]
+        gradients = torch.autograd.grad(outputs, inputs, of_outputs) if trains else ()
+        return [x.detach() for x in (*outputs, *gradients)]
+
+    return Case(label, partial(run, kernel, lambda x: x), partial(run, twin, torch.Tensor.double), tolerance)
 
 
 class Operation:

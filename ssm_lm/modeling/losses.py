@@ -30,8 +30,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """See `linear_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk_size, run_kernel):
-        device, dtype = hidden.device.type, _dtype_of_product(hidden, weight)
+    def forward(ctx, hidden, weight, bias, targets, dtype, chunk_size, run_kernel):
+        device = hidden.device.type
         exact = torch.promote_types(dtype, torch.float32)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with torch.autocast(device, enabled=False):
@@ -69,7 +69,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             None if grad is None else (grad * grad_total).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 def _dtype_of_product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -101,14 +101,12 @@ def linear_cross_entropy(
     run_kernel = CROSS_ENTROPY.runs_kernel(hidden, weight, unsupported=unsupported, setting=kernels, problem=problem)
     fused = _liger() if hidden.is_cuda and not run_kernel and hidden.dtype != torch.float64 else None
     if fused is not None:
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):  # the kernel takes its operands as they are
-            dtype = torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(hidden.device.type):  # the kernel takes its operands as they are
             hidden, weight, bias = (None if x is None else x.to(dtype) for x in (hidden, weight, bias))
         return fused(hidden, weight, targets, bias=bias, ignore_index=IGNORED, reduction="sum")
     if chunk_size is None:
         chunk_size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return _ChunkedLinearCrossEntropy.apply(hidden, weight, bias, targets, chunk_size, run_kernel)
+    return _ChunkedLinearCrossEntropy.apply(hidden, weight, bias, targets, dtype, chunk_size, run_kernel)
 
 
 def _liger():

@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 
-from .chunked import ChunkOperators
-from .diagonal_operators import power_operators
+from .chunked import ChunkOperators, operator_shapes
+from .diagonal_operators import first_power, power_operators
 from .kernel_launch import on_device, qualified
-from .kernels_s4 import Case
-from .triton_dplr_operators import read_pair, write_pair
+from .kernels_s4 import Case, gradient_case
+from .triton_dplr_operators import read_pair, write_columns, write_pair
 
 try:
     import triton
@@ -73,8 +73,7 @@ def power_kernel(
             is_token = first + step < T
             write_pair(emit + (h * T + first + step) * N, 2.0 * y_re, -2.0 * y_im, n, tl.where(is_token, half, 0))
         at = T - STEPS - first + i  # of inject
-        tl.store(inject + (h * N + n) * T + at, columns_re, mask=(at >= 0) & (n < half))
-        tl.store(inject + (h * N + half + n) * T + at, columns_im, mask=(at >= 0) & (n < half))
+        write_columns(inject + h * N * T, columns_re, columns_im, at, n, T, half)
         answer = tl.sum(2.0 * (c_re * columns_re - c_im * columns_im), 1, keep_dims=True)
         tl.store(taps + h * T + T - 1 - at, answer, mask=at >= 0)
     write_pair(carry + h * N, p_re.to(tl.float32), p_im.to(tl.float32), n, half)
@@ -156,8 +155,8 @@ def _launch(Lambda_re, length: int) -> tuple[tuple[int], tuple[int, int], dict]:
 
 
 def _empty(CB_re, T) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    H, N = CB_re.shape[0], 2 * CB_re.shape[1]
-    return tuple(CB_re.new_empty(shape) for shape in ((H, T), (H, T, N), (H, N, T), (H, N)))
+    H, half = CB_re.shape
+    return tuple(CB_re.new_empty(shape) for shape in operator_shapes(H, T, 2 * half, dense=False))
 
 
 def run_forward(
@@ -238,9 +237,7 @@ make_operators.register_autograd(backward, setup_context=save)
 
 def diagonal_operators(log_re, log_im, CB_re, CB_im, length: int) -> ChunkOperators:
     """`power_operators` by the kernel."""
-    modulus, phase = log_re.double().exp(), log_im.double()
-    Lambda = modulus * phase.cos(), modulus * phase.sin()
-    return ChunkOperators(*make_operators(*Lambda, CB_re, CB_im, length))
+    return ChunkOperators(*make_operators(*first_power(log_re, log_im), CB_re, CB_im, length))
 
 
 # ---- what the registry asks for
@@ -265,14 +262,7 @@ def self_check_cases(device: torch.device, *problem) -> list[Case]:
 def _case(device, N, T) -> Case:
     leaves = example(3, N, device)
     generator = torch.Generator().manual_seed(1)
-    shapes = (3, T), (3, T, N), (3, N, T), (3, N)
+    shapes = operator_shapes(3, T, N, dense=False)
     weights = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-
-    def run(make, cast):
-        inputs = [cast(x.clone()).requires_grad_() for x in leaves]
-        outputs = make(*inputs, T)
-        found = torch.autograd.grad(outputs, inputs, [w.to(x.dtype) for w, x in zip(weights, outputs, strict=True)])
-        return [x.detach() for x in (*outputs, *found)]
-
-    ours, twin = partial(run, diagonal_operators, lambda x: x), partial(run, power_operators, torch.Tensor.double)
-    return Case(f"operators of a diagonal, N = {N}", ours, twin, 2e-5)
+    ours, twin = partial(diagonal_operators, length=T), partial(power_operators, length=T)
+    return gradient_case(f"operators of a diagonal, N = {N}", ours, twin, leaves, weights, 2e-5)

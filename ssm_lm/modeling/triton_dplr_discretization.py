@@ -4,14 +4,12 @@ the equations; a program is a channel, whose vectors of N are pairs of halves (r
 All sums are of float32 products, none of TF32, so that `tf32: true` loses no digit of A_bar.
 """
 
-from functools import partial
-
 import torch
 
 from .discrete import DiscreteDPLR
 from .dplr_discretization import bilinear_dplr
 from .kernel_launch import on_device, qualified
-from .kernels_s4 import Case
+from .kernels_s4 import Case, gradient_case
 from .triton_dplr_operators import read_factor, read_pair, write_column, write_pair
 
 try:
@@ -342,12 +340,5 @@ def _case(device, N, rank) -> Case:
     generator = torch.Generator().manual_seed(1)
     shapes = (6, N), (6, N, rank), (6, N, rank), (6, N), (6, N)
     weights = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-
-    def run(make, cast):
-        inputs = [cast(x.clone()).requires_grad_() for x in leaves]
-        outputs = make(*inputs)
-        found = torch.autograd.grad(outputs, inputs, [w.to(x.dtype) for w, x in zip(weights, outputs, strict=True)])
-        return [x.detach() for x in (*outputs, *found)]
-
-    ours, twin = partial(run, dplr_discretization, lambda x: x), partial(run, bilinear_dplr, torch.Tensor.double)
-    return Case(f"discretisation of rank {rank}, N = {N}", ours, twin, 2e-5)
+    label = f"discretisation of rank {rank}, N = {N}"
+    return gradient_case(label, dplr_discretization, bilinear_dplr, leaves, weights, 2e-5)

@@ -20,10 +20,10 @@ from functools import partial
 
 import torch
 
-from .chunked import ChunkOperators
+from .chunked import ChunkOperators, operator_shapes
 from .dplr_operators import krylov_operators
 from .kernel_launch import on_device, qualified
-from .kernels_s4 import Case
+from .kernels_s4 import Case, gradient_case
 
 try:
     import triton
@@ -60,6 +60,14 @@ def write_pair(x, pair_re, pair_im, n, half):
 
 
 @triton.jit
+def write_columns(inject, re, im, at, n, T, half):
+    """Columns `at` (rows of these tiles) of a matrix (2 half, T), by their halves; those before the first are none."""
+    inside = (at >= 0) & (n < half)
+    tl.store(inject + n * T + at, re, mask=inside)
+    tl.store(inject + (half + n) * T + at, im, mask=inside)
+
+
+@triton.jit
 def dot(a_re, a_im, b_re, b_im):
     """(1, 1): the product of two rows."""
     return tl.sum(a_re * b_re + a_im * b_im, 1, keep_dims=True)
@@ -69,6 +77,14 @@ def dot(a_re, a_im, b_re, b_im):
 def turn(e_re, e_im, x_re, x_im):
     """R(E) x; with -e_im its transposed."""
     return e_re * x_re - e_im * x_im, e_im * x_re + e_re * x_im
+
+
+@triton.jit
+def turn_rows(e_re, e_im, rr, ri, ir, ii):
+    """R(E) times a matrix in quarters; e down its rows."""
+    rr, ir = turn(e_re, e_im, rr, ir)
+    ri, ii = turn(e_re, e_im, ri, ii)
+    return rr, ri, ir, ii
 
 
 @triton.jit
@@ -132,16 +148,14 @@ def operators_kernel(
             # always so; a solver of addresses takes the bounds of the two loops apart
             is_token = first + step < T
             write_pair(emit + (h * T + first + step) * N, y_re, y_im, n, tl.where(is_token, half, 0))
-            rr, ir = turn(down_re, down_im, rr, ir)
-            ri, ii = turn(down_re, down_im, ri, ii)
+            rr, ri, ir, ii = turn_rows(down_re, down_im, rr, ri, ir, ii)
             rr, ri, ir, ii = rr - down[0] * v_re, ri - down[0] * v_im, ir - down[1] * v_re, ii - down[1] * v_im
             v_re, v_im = multiply(e_re, -e_im, g, f, v_re, v_im, RANK)
             if RANK == 2:
                 rr, ri, ir, ii = rr - down[2] * w_re, ri - down[2] * w_im, ir - down[3] * w_re, ii - down[3] * w_im
                 w_re, w_im = multiply(e_re, -e_im, g, f, w_re, w_im, RANK)
         at = T - STEPS - first + i  # of inject
-        tl.store(inject + (h * N + n) * T + at, columns_re, mask=(at >= 0) & (n < half))
-        tl.store(inject + (h * N + half + n) * T + at, columns_im, mask=(at >= 0) & (n < half))
+        write_columns(inject + h * N * T, columns_re, columns_im, at, n, T, half)
         tl.store(taps + h * T + T - 1 - at, dot(c_re, c_im, columns_re, columns_im), mask=at >= 0)
     at = h * N * N + m * N + n
     inside = (m < half) & (n < half)
@@ -221,13 +235,10 @@ def carry_gradient_kernel(
         write_pair(rows + at, v_re, v_im, n, half)
         u_re, u_im = weigh_rows(p_re, p_im, gradient)
         write_pair(of_rows + back, u_re, u_im, n, half)
-        s_rr, s_ir = turn(down_re, down_im, s_rr, s_ir)
-        s_ri, s_ii = turn(down_re, down_im, s_ri, s_ii)
-        t_rr, t_ir = turn(down[0], down[1], d_rr, d_ir)
-        t_ri, t_ii = turn(down[0], down[1], d_ri, d_ii)
+        s_rr, s_ri, s_ir, s_ii = turn_rows(down_re, down_im, s_rr, s_ri, s_ir, s_ii)
+        t_rr, t_ri, t_ir, t_ii = turn_rows(down[0], down[1], d_rr, d_ri, d_ir, d_ii)
         s_rr, s_ri, s_ir, s_ii = s_rr + t_rr, s_ri + t_ri, s_ir + t_ir, s_ii + t_ii
-        d_rr, d_ir = turn(down_re, down_im, d_rr, d_ir)
-        d_ri, d_ii = turn(down_re, down_im, d_ri, d_ii)
+        d_rr, d_ri, d_ir, d_ii = turn_rows(down_re, down_im, d_rr, d_ri, d_ir, d_ii)
         d_rr, d_ri = d_rr + v_re, d_ri + v_im
         v_re, v_im = multiply(e_re, -e_im, g, f, v_re, v_im, RANK)
         p_re, p_im = turn(down_re, down_im, p_re, p_im)
@@ -235,11 +246,9 @@ def carry_gradient_kernel(
             write_pair(rows + at + N, w_re, w_im, n, half)
             u_re, u_im = weigh_rows(r_re, r_im, gradient)
             write_pair(of_rows + back + N, u_re, u_im, n, half)
-            t_rr, t_ir = turn(down[2], down[3], b_rr, b_ir)
-            t_ri, t_ii = turn(down[2], down[3], b_ri, b_ii)
+            t_rr, t_ri, t_ir, t_ii = turn_rows(down[2], down[3], b_rr, b_ri, b_ir, b_ii)
             s_rr, s_ri, s_ir, s_ii = s_rr + t_rr, s_ri + t_ri, s_ir + t_ir, s_ii + t_ii
-            b_rr, b_ir = turn(down_re, down_im, b_rr, b_ir)
-            b_ri, b_ii = turn(down_re, down_im, b_ri, b_ii)
+            b_rr, b_ri, b_ir, b_ii = turn_rows(down_re, down_im, b_rr, b_ri, b_ir, b_ii)
             b_rr, b_ri = b_rr + w_re, b_ri + w_im
             w_re, w_im = multiply(e_re, -e_im, g, f, w_re, w_im, RANK)
             r_re, r_im = turn(down_re, down_im, r_re, r_im)
@@ -410,7 +419,7 @@ def run_forward(
 
 def _empty(E, T) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     H, N = E.shape
-    return E.new_empty(H, T), E.new_empty(H, T, N), E.new_empty(H, N, T), E.new_empty(H, N, N)
+    return tuple(E.new_empty(shape) for shape in operator_shapes(H, T, N, dense=True))
 
 
 def run_backward(
@@ -544,15 +553,7 @@ def self_check_cases(device: torch.device, *problem) -> list[Case]:
 def _case(device, N, rank, T) -> Case:
     leaves = example(3, N, rank, device)
     generator = torch.Generator().manual_seed(1)
-    weights = [
-        torch.randn(shape, generator=generator).to(device) for shape in ((3, T), (3, T, N), (3, N, T), (3, N, N))
-    ]
-
-    def run(make, cast):
-        inputs = [cast(x.clone()).requires_grad_() for x in leaves]
-        outputs = make(*inputs, T)
-        found = torch.autograd.grad(outputs, inputs, [w.to(x.dtype) for w, x in zip(weights, outputs, strict=True)])
-        return [x.detach() for x in (*outputs, *found)]
-
-    ours, twin = partial(run, dplr_operators, lambda x: x), partial(run, krylov_operators, torch.Tensor.double)
-    return Case(f"operators of rank {rank}, N = {N}", ours, twin, 2e-5)
+    shapes = operator_shapes(3, T, N, dense=True)
+    weights = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    ours, twin = partial(dplr_operators, length=T), partial(krylov_operators, length=T)
+    return gradient_case(f"operators of rank {rank}, N = {N}", ours, twin, leaves, weights, 2e-5)

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 from .kernel_launch import in_rows, on_device, qualified
-from .kernel_limits import NORM_PROGRAMS, rows_of_a_norm
-from .kernels_s4 import Case
+from .kernel_limits import programs_of_a_norm, rows_of_a_norm
+from .kernels_s4 import Case, gradient_case
 from .rms_norm import rms_norm as plain_rms_norm
 
 try:
@@ -137,7 +137,7 @@ def run_backward(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_gate = x.new_empty(0) if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
     rows = grad_x.numel() // max(C, 1)
-    programs = min(triton.cdiv(rows, rows_of_a_norm(C)), NORM_PROGRAMS)
+    programs = programs_of_a_norm(rows, C)
     grad_weight = x.new_empty(programs, C, dtype=torch.float32)
     if grad_x.numel():
         (x, row), (grad_y, g_row) = _rows(x), _rows(grad_y)
@@ -226,13 +226,11 @@ def _case(device, of_x, of_weight, of_y, C, gated) -> Case:
 
     rows = 2 * rows_of_a_norm(C) + 1
     x, wide, weight = normal(1, rows, C, dtype=of_x), normal(1, rows, C + 16, dtype=of_x), normal(C, dtype=of_weight)
-    gradient = normal(1, rows, C)
+    leaves, gradient = [x, weight, *[wide] * gated], normal(1, rows, C)
 
-    def run(norm, cast, dtype):
-        leaves = [cast(part.clone()).requires_grad_() for part in (x, weight, *[wide] * gated)]
-        y = norm(*leaves[:2], 1e-5, leaves[2][..., :C] if gated else None, dtype)
-        return [y.detach(), *torch.autograd.grad(y, leaves, gradient.to(y.dtype))]
+    def run(norm, dtype, x, weight, wide=None):
+        return norm(x, weight, 1e-5, None if wide is None else wide[..., :C], dtype)
 
     label = f"a norm{' with a gate' * gated} from {of_x} to {of_y}".replace("torch.", "")
-    ours, twin = partial(run, rms_norm, lambda x: x, of_y), partial(run, plain_rms_norm, torch.Tensor.double, None)
-    return Case(label, ours, twin, max(TOLERANCES[of_x], TOLERANCES[of_y]))
+    ours, twin = partial(run, rms_norm, of_y), partial(run, plain_rms_norm, None)
+    return gradient_case(label, ours, twin, leaves, [gradient], max(TOLERANCES[of_x], TOLERANCES[of_y]))

@@ -17,7 +17,7 @@ import torch
 
 from .kernel_launch import in_rows, on_device, qualified
 from .kernel_limits import CONVOLVED_CHANNELS, CONVOLVED_ROWS, convolved_tokens
-from .kernels_s4 import Case
+from .kernels_s4 import Case, gradient_case
 from .short_taps import convolve_taps
 from .triton_step import activate
 
@@ -463,14 +463,9 @@ def _case(device, dtype, of_weight, K, activation, documents, trains) -> Case:
         seq_idx = torch.where(number == 2, -1, number).to(device)
         begins = torch.nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
 
-    def run(convolve, cast):
-        leaves = [cast(x.clone()).requires_grad_(trains) for x in (wide, weight, bias, tail)]
-        with torch.set_grad_enabled(trains):
-            outputs = convolve(leaves[0][..., :C], *leaves[1:], begins, seq_idx, activation)
-        weights = [g.to(x.dtype) for g, x in zip(gradients, outputs, strict=True)]
-        found = torch.autograd.grad(outputs, leaves, weights) if trains else ()
-        return [x.detach() for x in (*outputs, *found)]
+    def run(convolve, wide, *others):
+        return convolve(wide[..., :C], *others, begins, seq_idx, activation)
 
     label = f"taps in {str(dtype).removeprefix('torch.')}, {activation}, {'documents' if documents else 'one document'}"
-    ours, twin = partial(run, short_convolution, lambda x: x), partial(run, convolve_taps, torch.Tensor.double)
-    return Case(label, ours, twin, TOLERANCES[dtype])
+    ours, twin, leaves = partial(run, short_convolution), partial(run, convolve_taps), (wide, weight, bias, tail)
+    return gradient_case(label, ours, twin, leaves, gradients, TOLERANCES[dtype], trains)

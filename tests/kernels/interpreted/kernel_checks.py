@@ -101,6 +101,19 @@ def assert_as_near_as_pytorch(layer, function, wanted, tolerance: float) -> None
         assert relative_error(ours, exact) < tolerance + 2 * relative_error(plain, exact)
 
 
+def compare_in_a_model(model, parts, ids, autocast: bool, tolerance: float) -> None:
+    """The model's loss and gradients where `parts`, modules of it, run their kernels and where they do not."""
+    results = []
+    for kernels in ("torch", "triton"):
+        for part in parts:
+            part.kernels = kernels
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(ids, labels=ids).loss
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, theirs in zip(*reversed(results), strict=True):
+        assert_close(ours, theirs, tolerance)
+
+
 def assert_passes(self_check_cases) -> None:
     """The self-check of all problems, by a margin that is none of 0 and 1 tolerances."""
     cause, worst = self_check(self_check_cases, torch.device("cpu"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import assert_close, assert_passes
+from kernel_checks import assert_close, assert_passes, compare_in_a_model
 from torch.library import opcheck
 
 from ssm_lm import S4Config, S4ForCausalLM
@@ -110,16 +110,9 @@ def test_model(adaptive, autocast, monkeypatch):
     torch.manual_seed(0)
     model = S4ForCausalLM(config)
     ids = torch.randint(0, 19, (2, 13))
-    results = []
-    for kernels in ("torch", "triton"):
-        model.lm_head.kernels = kernels
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(ids, labels=ids).loss
-        results.append([loss.detach(), *torch.autograd.grad(loss, model.parameters())])
+    compare_in_a_model(model, [model.lm_head], ids, autocast, 5e-2 if autocast else 2e-5)
     assert set(launched) == {torch.bfloat16 if autocast else torch.float32}
     assert len(launched) >= 3
-    for ours, theirs in zip(*reversed(results), strict=True):
-        assert_close(ours, theirs, 5e-2 if autocast else 2e-5)
 
 
 def test_a_head_without_gradients():
