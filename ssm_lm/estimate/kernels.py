@@ -230,10 +230,12 @@ class _DPLRDiscretization(torch.autograd.Function):
         with kernel_launches(1):
             _read(*parameters, *gradients)
             of_log_dt, of_C = torch.zeros_like(parameters[0]), torch.zeros_like(gradients[0])
-            found = [of_C.new_zeros(shape) for shape in ((H, N // 2), (H, N // 2), (rank, H, N), (H, N))]
-        if S != H:
-            found = [x.unflatten(-2, (H // S, S)).sum(-3) for x in found]
-        return of_log_dt, *found, of_C
+            found = of_C.new_zeros(H, (2 + rank) * N)  # of what channels share
+        if S == H:  # four tensors, each the parameter's own
+            return of_log_dt, *map(torch.empty_like, parameters[1:]), of_C
+        found = found.unflatten(0, (H // S, S)).sum(0)
+        of_log_re, of_im, of_B, of_P = found.split([N // 2, N // 2, N, rank * N], 1)
+        return of_log_dt, of_log_re, of_im, of_P.unflatten(1, (rank, N)).transpose(0, 1), of_B, of_C
 
 
 def _dplr_discretization(*parameters):
@@ -242,10 +244,10 @@ def _dplr_discretization(*parameters):
 
 class _DPLROperators(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, E, F, G, B_bar, C_row, length):
+    def forward(ctx, E, F, G, B_bar, C_row, length, skip):
         H, N = E.shape
         with kernel_launches(1):
-            _read(E, F, G, B_bar, C_row)
+            _read(E, F, G, B_bar, C_row, skip)
             outputs = tuple(E.new_zeros(shape) for shape in operator_shapes(H, length, N, dense=True))
         ctx.save_for_backward(E, F, G, B_bar, C_row, outputs[1], outputs[2])
         return outputs
@@ -261,11 +263,12 @@ class _DPLROperators(torch.autograd.Function):
             _read(E, F, G, of_carry)
             _read(E, F, G, B_bar, C_row, emit, inject, rows, of_rows, of_taps, of_emit, of_inject, of_E, of_F)
             of_E.zero_(), of_F.zero_()  # added to
-        return of_E, of_F, of_G, of_B, of_C, None
+            of_skip = E.new_zeros(H)
+        return of_E, of_F, of_G, of_B, of_C, None, of_skip if ctx.needs_input_grad[6] else None
 
 
-def _dplr_operators(E, F, G, B_bar, C_row, length):
-    return ChunkOperators(*_DPLROperators.apply(E, F, G, B_bar, C_row, length))
+def _dplr_operators(E, F, G, B_bar, C_row, length, skip):
+    return ChunkOperators(*_DPLROperators.apply(E, F, G, B_bar, C_row, length, skip))
 
 
 # ---- the RMS norm

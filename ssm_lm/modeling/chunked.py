@@ -33,6 +33,11 @@ class ChunkOperators(NamedTuple):
     carry: torch.Tensor
 
 
+def with_skip(taps: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    """Taps (H, T) with a skip (H,) in the first of them; None: as they are."""
+    return taps if skip is None else torch.cat([taps[:, :1] + skip[:, None], taps[:, 1:]], 1)
+
+
 def operator_shapes(H: int, T: int, N: int, dense: bool) -> tuple[tuple[int, ...], ...]:
     """Of the four operators of a chunk of real signals."""
     return (H, T), (H, T, N), (H, N, T), (H, N, N) if dense else (H, N)

@@ -58,8 +58,11 @@ class S4(SingleInputSingleOutput):
     def carry_over(self, transition, state):
         return torch.einsum("hnm,bhm->bhn", transition, state)
 
-    def operators(self, length: int, reverse: bool = False) -> ChunkOperators:
-        return dplr_operators(self.discretize(reverse), length, setting=self.kernels)
+    def operators(self, length: int, reverse: bool = False, skip: torch.Tensor | None = None) -> ChunkOperators:
+        return dplr_operators(self.discretize(reverse), length, skip, setting=self.kernels)
+
+    def operators_with_skip(self, length):
+        return self.operators(length, skip=self.D)
 
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
         """K (H, L) by the Cauchy kernel: the truncated generating function of the taps at the L-th roots of unity.

@@ -6,7 +6,7 @@ Shapes: H channels, N order of the real system, T chunk length.
 
 import torch
 
-from .chunked import ChunkOperators
+from .chunked import ChunkOperators, with_skip
 from .discrete import DiscreteDPLR
 
 
@@ -34,9 +34,16 @@ def for_powers(discrete: DiscreteDPLR) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def krylov_operators(
-    E: torch.Tensor, F: torch.Tensor, G: torch.Tensor, B_bar: torch.Tensor, C_row: torch.Tensor, length: int
+    E: torch.Tensor,
+    F: torch.Tensor,
+    G: torch.Tensor,
+    B_bar: torch.Tensor,
+    C_row: torch.Tensor,
+    length: int,
+    skip: torch.Tensor | None = None,
 ) -> ChunkOperators:
     """The operators of a chunk of `length` tokens of a `DiscreteDPLR`, of which these are the parts, in their dtype.
+    skip: D (H,), which is added to the first tap.
 
     Krylov columns A^j B and rows C A^(j+1) by doubling: log2(T) squarings of the dense real A_bar. The powers are
     diagonal plus low rank, so columns, rows and A^T could do without the squarings, in 2.7 times fewer operations. On
@@ -62,4 +69,5 @@ def krylov_operators(
         columns = torch.cat([columns, power @ columns[..., :missing]], -1)
         rows = torch.cat([rows, rows[:, :missing] @ power], 1)
     taps = (C[:, None] @ columns).squeeze(1)
-    return ChunkOperators(taps.to(E.dtype), rows.to(E.dtype), columns.flip(-1).to(E.dtype), carry.to(E.dtype))
+    taps = with_skip(taps.to(E.dtype), skip)
+    return ChunkOperators(taps, rows.to(E.dtype), columns.flip(-1).to(E.dtype), carry.to(E.dtype))

@@ -300,7 +300,9 @@ def _load_dplr_operators():
 DPLR_OPERATORS = Operation("dplr_operators", krylov_operators, _load_dplr_operators)
 
 
-def dplr_operators(discrete: DiscreteDPLR, length: int, setting: str = "auto") -> ChunkOperators:
+def dplr_operators(
+    discrete: DiscreteDPLR, length: int, skip: torch.Tensor | None = None, setting: str = "auto"
+) -> ChunkOperators:
     """The operators of a chunk of `length` tokens; see dplr_operators.py. setting: S4Config's key `kernels`."""
     N, rank = discrete.F.shape[1:]
     # of more states there is a scan's kernel and none of operators: `kernels: triton` forces what there is
@@ -310,7 +312,7 @@ def dplr_operators(discrete: DiscreteDPLR, length: int, setting: str = "auto") -
         setting=setting,
         problem=(N, rank),
     )
-    return DPLR_OPERATORS.either(run_kernel)(*discrete, length)
+    return DPLR_OPERATORS.either(run_kernel)(*discrete, length, skip)
 
 
 # ---- the operators of a chunk of S4D

@@ -90,8 +90,9 @@ class OperatorMaker(nn.Module):
         self.layer, self.length, self.reverse, self.skip = layer, length, reverse, skip
 
     def forward(self) -> ChunkOperators:
-        operators = self.layer.operators(self.length, self.reverse)
-        return self.layer.with_skip(operators) if self.skip else operators
+        if self.skip:
+            return self.layer.operators_with_skip(self.length)
+        return self.layer.operators(self.length, self.reverse)
 
 
 def run_chunk(layer, x, state, documents: Documents | None, execution: Execution, reverse: bool = False):

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .checks import DISCRETIZATIONS, check_system
-from .chunked import ChunkOperators
+from .chunked import ChunkOperators, with_skip
 from .discrete import Discrete
 from .documents import Documents, find_documents
 from .execution import MODES, Execution, Problem, as_autocast, decide, rule_of
@@ -128,6 +128,10 @@ class StateSpace(nn.Module):
         """The four operators of a chunk of `length` tokens, without D; see `ChunkOperators`."""
         raise NotImplementedError
 
+    def operators_with_skip(self, length: int) -> ChunkOperators:
+        """Those of the forward direction with D in the first tap, which saves two passes over the sequence."""
+        return self.with_skip(self.operators(length))
+
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
         """K (H, L): y = causal convolution of u with K, plus D u."""
         raise NotImplementedError(f"{self.name} mixes the channels: it has no kernel a channel")
@@ -181,9 +185,8 @@ class StateSpace(nn.Module):
         return signal if skipped or reverse else torch.addcmul(signal, x, self.D)
 
     def with_skip(self, operators: ChunkOperators) -> ChunkOperators:
-        """Operators with D in the first tap, which saves two passes over the sequence."""
-        taps = operators.taps
-        return operators._replace(taps=torch.cat([taps[:, :1] + self.D[:, None], taps[:, 1:]], 1))
+        """Operators with D in the first tap."""
+        return operators._replace(taps=with_skip(operators.taps, self.D))
 
     def convolve(self, signal: torch.Tensor, reverse: bool) -> torch.Tensor:
         """The scanned signal's answer from a zero state, by FFT."""

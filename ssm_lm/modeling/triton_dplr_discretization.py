@@ -121,7 +121,7 @@ def bilinear_kernel(
     write_pair(C_row + h * N, 2.0 * c_re, -2.0 * c_im, n, half)
 
 
-@triton.jit(do_not_specialize=["S", "half"])
+@triton.jit(do_not_specialize=["S", "half", "half_row", "row", "of_second"])
 def bilinear_gradient_kernel(
     log_dt,
     Lambda_log_re,
@@ -141,12 +141,17 @@ def bilinear_gradient_kernel(
     of_C,
     S,
     half,
+    half_row,
+    row,
+    of_second,
     RANK: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Each channel's part: of_log_dt (H,), of_log_re and of_im (H, N/2), of_P (RANK, H, N), of_B and of_C (H, N)."""
+    """Each channel's part: of_log_dt (H,), of_log_re and of_im (H, N/2), whose rows lie half_row numbers apart, of_B and
+    of_P (H, N), whose rows lie `row` apart, the second part of P of_second after the first, and of_C (H, N).
+    """
     h, N, n = tl.program_id(0).to(tl.int64), 2 * half, tl.arange(0, HALF)
-    H, s = tl.num_programs(0), h % S
+    s = h % S
     system = read_system(log_dt, Lambda_log_re, Lambda_im, P, h, s, S, n, half, RANK)
     dt, rate, w_re, w_im, p1_re, p1_im, p2_re, p2_im = system
     b_re, b_im = read_pair(B + s * N, n, half)
@@ -201,18 +206,18 @@ def bilinear_gradient_kernel(
     gw_re, gw_im = gw_re + x_re, gw_im + x_im
     x_re, x_im = times_conjugate(w_re, w_im, gu1_re, gu1_im)
     y_re, y_im = times(w_re, w_im, g[0], g[1])
-    write_pair(of_P + h * N, gp1_re + x_re + y_re, gp1_im + x_im + y_im, n, half)
+    write_pair(of_P + h * row, gp1_re + x_re + y_re, gp1_im + x_im + y_im, n, half)
     if RANK == 2:
         x_re, x_im = times_conjugate(w_re, w_im, gu2_re, gu2_im)
         y_re, y_im = times(w_re, w_im, g[2], g[3])
-        write_pair(of_P + (H + h) * N, gp2_re + x_re + y_re, gp2_im + x_im + y_im, n, half)
+        write_pair(of_P + of_second + h * row, gp2_re + x_re + y_re, gp2_im + x_im + y_im, n, half)
     x_re, x_im = times_conjugate(w_re, w_im, gwb_re, gwb_im)
-    write_pair(of_B + h * N, x_re, x_im, n, half)
+    write_pair(of_B + h * row, x_re, x_im, n, half)
     # w = 1 / (1 - z / 2): its slope is w^2 / 2; z = dt Lambda
     x_re, x_im = times(w_re, w_im, w_re, w_im)
     z_re, z_im = times_conjugate(0.5 * x_re, 0.5 * x_im, gw_re, gw_im)
-    tl.store(of_log_re + h * half + n, -dt * rate * z_re, mask=n < half)
-    tl.store(of_im + h * half + n, dt * z_im, mask=n < half)
+    tl.store(of_log_re + h * half_row + n, -dt * rate * z_re, mask=n < half)
+    tl.store(of_im + h * half_row + n, dt * z_im, mask=n < half)
     frequency = tl.load(Lambda_im + s * half + n, mask=n < half, other=0.0)
     of_dt += tl.sum(z_im * frequency - z_re * rate, 0)
     tl.store(of_log_dt + h, dt * of_dt)
@@ -264,23 +269,35 @@ def run_backward(
     Lambda_im: torch.Tensor,
     P: torch.Tensor,
     B: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of the six inputs of `run_forward`; what channels share is summed over them, in order."""
+) -> list[torch.Tensor]:
+    """The gradients of log_dt, of C and of Lambda_log_re, Lambda_im, B and P. What channels share is summed over them in
+    order, in one launch: then the last four are one (S, N/2 + N/2 + N + rank N), see `parts`.
+    """
     (H,), (rank, S, N) = log_dt.shape, P.shape
     gradients = [x.contiguous() for x in (of_E, of_F, of_G, of_B_bar, of_C_row)]
     inputs = [x.contiguous() for x in (log_dt, Lambda_log_re, Lambda_im, P, B)]
-    of_log_re, of_im = (log_dt.new_empty(H, N // 2) for _ in range(2))
-    of_B, of_C = (log_dt.new_empty(H, N) for _ in range(2))
-    of_log_dt, of_P = torch.empty_like(log_dt), log_dt.new_empty(rank, H, N)
+    of_log_dt, of_C = torch.empty_like(log_dt), log_dt.new_empty(H, N)
+    if S == H:
+        found = [log_dt.new_empty(shape) for shape in ((H, N // 2), (H, N // 2), (H, N), (rank, H, N))]
+        of_log_re, of_im, of_B, of_P = found
+    else:
+        found = [log_dt.new_empty(H, 2 * N + rank * N)]
+        of_log_re, of_im, of_B, of_P = parts(*found, rank)
+    strides = of_log_re.stride(0), of_B.stride(0), of_P.stride(0)
     grid, sizes, options = _launch(log_dt, P)
     if H:
         with on_device(log_dt.device):
             bilinear_gradient_kernel[grid](
-                *inputs, *gradients, of_log_dt, of_log_re, of_im, of_P, of_B, of_C, *sizes, **options
+                *inputs, *gradients, of_log_dt, of_log_re, of_im, of_P, of_B, of_C, *sizes, *strides, **options
             )
-    if S != H:
-        of_log_re, of_im, of_P, of_B = (x.unflatten(-2, (H // S, S)).sum(-3) for x in (of_log_re, of_im, of_P, of_B))
-    return of_log_dt, of_log_re, of_im, of_P, of_B, of_C
+    return [of_log_dt, of_C, *(found if S == H else (x.unflatten(0, (H // S, S)).sum(0) for x in found))]
+
+
+def parts(shared: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of Lambda_log_re and Lambda_im (S, N/2), of B (S, N) and of P (rank, S, N), of one tensor."""
+    N = shared.shape[1] // (2 + rank)
+    of_log_re, of_im, of_B, of_P = shared.split([N // 2, N // 2, N, rank * N], 1)
+    return of_log_re, of_im, of_B, of_P.unflatten(1, (rank, N)).transpose(0, 1)
 
 
 # what the compiler and autograd see
@@ -295,7 +312,11 @@ def _(log_dt, Lambda_log_re, Lambda_im, P, B, C):
 
 @discretize_backward.register_fake
 def _(of_E, of_F, of_G, of_B_bar, of_C_row, log_dt, Lambda_log_re, Lambda_im, P, B):
-    return tuple(x.new_empty(x.shape) for x in (log_dt, Lambda_log_re, Lambda_im, P, B, of_C_row))
+    found = [x.new_empty(x.shape) for x in (log_dt, of_C_row)]
+    rank, S, N = P.shape
+    if S != len(log_dt):
+        return [*found, P.new_empty(S, 2 * N + rank * N)]
+    return found + [x.new_empty(x.shape) for x in (Lambda_log_re, Lambda_im, B, P)]
 
 
 def save(ctx, inputs, output):
@@ -305,7 +326,9 @@ def save(ctx, inputs, output):
 
 def backward(ctx, *gradients, run=discretize_backward):
     """The gradients of all inputs of `discretize`."""
-    return run(*gradients, *ctx.saved_tensors)
+    of_log_dt, of_C, *found = run(*gradients, *ctx.saved_tensors)
+    of_log_re, of_im, of_B, of_P = parts(*found, len(ctx.saved_tensors[3])) if len(found) == 1 else found
+    return of_log_dt, of_log_re, of_im, of_P, of_B, of_C
 
 
 discretize.register_autograd(backward, setup_context=save)

@@ -102,24 +102,28 @@ def multiply(e_re, e_im, f, g, x_re, x_im, RANK: tl.constexpr):
 
 
 # lengths are no constants: another one compiles nothing new
-@triton.jit(do_not_specialize=["T", "half"])
+@triton.jit(do_not_specialize=["T", "half", "has_skip"])
 def operators_kernel(
     E,
     F,
     G,
     B,
     C,
+    skip,
     taps,
     emit,
     inject,
     carry,
     T,
     half,
+    has_skip,
     RANK: tl.constexpr,
     HALF: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """taps (H, T), emit (H, T, N), inject (H, N, T), carry (H, N, N) of E, B, C (H, N), F and G (H, N, RANK)."""
+    """taps (H, T), emit (H, T, N), inject (H, N, T), carry (H, N, N) of E, B, C (H, N), F and G (H, N, RANK).
+    skip (H,) is added to the first tap, or is not read where has_skip is 0.
+    """
     h, N = tl.program_id(0).to(tl.int64), 2 * half
     n = tl.arange(0, HALF)[None, :]
     m = tl.arange(0, HALF)[:, None]
@@ -136,6 +140,7 @@ def operators_kernel(
     ri = tl.zeros((HALF, HALF), tl.float32)
     ir, ii = ri, rr
     i = tl.arange(0, STEPS)[:, None]
+    d = tl.load(skip + h, mask=has_skip != 0, other=0.0)
     for first in range(0, T, STEPS):
         # columns, the last one first, as inject has them
         columns_re = tl.zeros((STEPS, HALF), tl.float32)
@@ -156,7 +161,8 @@ def operators_kernel(
                 w_re, w_im = multiply(e_re, -e_im, g, f, w_re, w_im, RANK)
         at = T - STEPS - first + i  # of inject
         write_columns(inject + h * N * T, columns_re, columns_im, at, n, T, half)
-        tl.store(taps + h * T + T - 1 - at, dot(c_re, c_im, columns_re, columns_im), mask=at >= 0)
+        tap = dot(c_re, c_im, columns_re, columns_im)
+        tl.store(taps + h * T + T - 1 - at, tl.where(at == T - 1, tap + d, tap), mask=at >= 0)
     at = h * N * N + m * N + n
     inside = (m < half) & (n < half)
     tl.store(carry + at, rr, mask=inside)
@@ -325,6 +331,7 @@ def chain_gradient_kernel(
     of_G,
     of_B,
     of_C,
+    of_skip,
     T,
     half,
     emit_head,
@@ -334,8 +341,8 @@ def chain_gradient_kernel(
     RANK: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Adds to of_E and of_F, and writes of_G (H, N, RANK), of_B and of_C (H, N): from the last token to the first, the
-    gradients l of x_j, y_j and v_j, each the input of the one before.
+    """Adds to of_E and of_F, and writes of_G (H, N, RANK), of_B and of_C (H, N) and of_skip (H,): from the last token to
+    the first, the gradients l of x_j, y_j and v_j, each the input of the one before.
     """
     h, N = tl.program_id(0).to(tl.int64), 2 * half
     n = tl.arange(0, HALF)[None, :]
@@ -388,6 +395,7 @@ def chain_gradient_kernel(
         write_column(of_G + h * N * RANK, 1, sums[8] + lw_re, sums[9] + lw_im, n, half, RANK)
     write_pair(of_B + h * N, lx_re, lx_im, n, half)
     write_pair(of_C + h * N, to_c_re + ly_re, to_c_im + ly_im, n, half)
+    tl.store(of_skip + h, tl.load(of_taps + h * T))
 
 
 # ---- launches
@@ -403,16 +411,22 @@ def _launch(E, F, length: int) -> tuple[tuple[int], tuple[int, int], dict]:
 
 
 def run_forward(
-    E: torch.Tensor, F: torch.Tensor, G: torch.Tensor, B_bar: torch.Tensor, C_row: torch.Tensor, length: int
+    E: torch.Tensor,
+    F: torch.Tensor,
+    G: torch.Tensor,
+    B_bar: torch.Tensor,
+    C_row: torch.Tensor,
+    length: int,
+    skip: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """taps, emit, inject and carry; see `krylov_operators`."""
     outputs = _empty(E, length)
     grid, sizes, constants = _launch(E, F, length)
-    inputs = (x.contiguous() for x in (E, F, G, B_bar, C_row))
+    inputs = [x.contiguous() for x in (E, F, G, B_bar, C_row, C_row if skip is None else skip)]
     if len(E):
         with on_device(E.device):
             operators_kernel[grid](
-                *inputs, *outputs, *sizes, **constants, STEPS=STEPS, num_warps=WARPS["operators"], num_stages=1
+                *inputs, *outputs, *sizes, int(skip is not None), **constants, STEPS=STEPS, num_warps=WARPS["operators"], num_stages=1
             )
     return outputs
 
@@ -434,13 +448,14 @@ def run_backward(
     C_row: torch.Tensor,
     emit: torch.Tensor,
     inject: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of E, F, G, B_bar and C_row."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of E, F, G, B_bar, C_row and of a skip."""
     (H, T, N), rank = emit.shape, F.shape[2]
     of_emit, of_inject, of_carry = (x if x.stride(2) == 1 else x.contiguous() for x in (of_emit, of_inject, of_carry))
     E, F, G, B_bar, C_row = (x.contiguous() for x in (E, F, G, B_bar, C_row))
     of_E, of_B, of_C = (E.new_empty(H, N) for _ in range(3))
     of_F, of_G = (E.new_empty(H, N, rank) for _ in range(2))
+    of_skip = E.new_empty(H)
     rows, of_rows = (E.new_empty(H, T, rank, N) for _ in range(2))
     grid, sizes, constants = _launch(E, F, T)
     if H:
@@ -478,6 +493,7 @@ def run_backward(
                 of_G,
                 of_B,
                 of_C,
+                of_skip,
                 *sizes,
                 *of_emit.stride()[:2],
                 *of_inject.stride()[:2],
@@ -485,7 +501,7 @@ def run_backward(
                 num_warps=WARPS["chain"],
                 num_stages=1,
             )
-    return of_E, of_F, of_G, of_B, of_C
+    return of_E, of_F, of_G, of_B, of_C, of_skip
 
 
 # what the compiler and autograd see
@@ -494,33 +510,35 @@ make_operators_backward = torch.library.custom_op(qualified("dplr_operators_back
 
 
 @make_operators.register_fake
-def _(E, F, G, B_bar, C_row, length):
+def _(E, F, G, B_bar, C_row, length, skip):
     return _empty(E, length)
 
 
 @make_operators_backward.register_fake
 def _(of_taps, of_emit, of_inject, of_carry, E, F, G, B_bar, C_row, emit, inject):
-    return tuple(x.new_empty(x.shape) for x in (E, F, G, B_bar, C_row))
+    return tuple(x.new_empty(x.shape) for x in (E, F, G, B_bar, C_row, E[:, 0]))
 
 
 def save(ctx, inputs, output):
     """For `backward`, by autograd."""
-    *tensors, _ = inputs
+    *tensors, _, skip = inputs
     _, emit, inject, _ = output
     ctx.save_for_backward(*tensors, emit, inject)
+    ctx.has_skip = skip is not None
 
 
 def backward(ctx, *gradients, run=make_operators_backward):
     """The gradients of all inputs of `make_operators`."""
-    return *run(*gradients, *ctx.saved_tensors), None
+    *found, of_skip = run(*gradients, *ctx.saved_tensors)
+    return *found, None, of_skip if ctx.has_skip else None
 
 
 make_operators.register_autograd(backward, setup_context=save)
 
 
-def dplr_operators(E, F, G, B_bar, C_row, length: int) -> ChunkOperators:
+def dplr_operators(E, F, G, B_bar, C_row, length: int, skip=None) -> ChunkOperators:
     """`krylov_operators` by the kernel."""
-    return ChunkOperators(*make_operators(E, F, G, B_bar, C_row, length))
+    return ChunkOperators(*make_operators(E, F, G, B_bar, C_row, length, skip))
 
 
 # ---- what the registry asks for
@@ -551,9 +569,13 @@ def self_check_cases(device: torch.device, *problem) -> list[Case]:
 
 
 def _case(device, N, rank, T) -> Case:
-    leaves = example(3, N, rank, device)
     generator = torch.Generator().manual_seed(1)
+    leaves = [*example(3, N, rank, device), torch.randn(3, generator=generator).to(device)]
     shapes = operator_shapes(3, T, N, dense=True)
     weights = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-    ours, twin = partial(dplr_operators, length=T), partial(krylov_operators, length=T)
+
+    def run(make, E, F, G, B_bar, C_row, skip):
+        return make(E, F, G, B_bar, C_row, T, skip)
+
+    ours, twin = partial(run, dplr_operators), partial(run, krylov_operators)
     return gradient_case(f"operators of rank {rank}, N = {N}", ours, twin, leaves, weights, 2e-5)

@@ -207,7 +207,8 @@ def test_another_length_of_the_operators_compiles_nothing_new(seen):
         assert len(seen) == 3 * rank
         for H, T in ((1024, 64), (1, 1), (16, 16), (5, 33)):
             inputs = [x.requires_grad_() for x in example(H, 64, rank)]
-            taps, emit, inject, carry = dplr_operators(*inputs, T)
+            skip = torch.ones(H, requires_grad=True) if T > 1 else None
+            taps, emit, inject, carry = dplr_operators(*inputs, T, skip)
             gram = torch.ones(H, T + 64, T + 64)
             weights = torch.ones(H, T), gram[:, :T, T:], gram[:, T:, :T], gram[:, T:, T:]
             torch.autograd.grad((taps, emit, inject, carry), inputs, weights)

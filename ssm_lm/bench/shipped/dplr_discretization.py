@@ -24,16 +24,16 @@ def _backward(rank) -> dict:
     """What the forward made is made anew."""
     tensors = *PARAMETERS, "of_E", "of_F", "of_G", "of_B_bar", "of_C_row"
     tensors += "of_log_dt", "of_log_re", "of_im", "of_P", "of_B", "of_C"
-    return _case("backward", bilinear_gradient_kernel, rank, tensors) | {
+    return _case("backward", bilinear_gradient_kernel, rank, tensors, "half_row", "row", "of_second") | {
         "work": {"bytes": 8 * H + (8 + 4 * rank) * VECTOR, "flops": H * N * (40 + 60 * rank + 12 * rank**2)}
     }
 
 
-def _case(way, kernel, rank, tensors) -> dict:
+def _case(way, kernel, rank, tensors, *strides) -> dict:
     return {
         "name": f"dplr_discretization {way} rank {rank}",
         "kernel": kernel,
-        "arguments": dict.fromkeys(tensors, "*fp32:16") | {"S": "i32", "half": "i32"},
+        "arguments": dict.fromkeys(tensors, "*fp32:16") | dict.fromkeys(("S", "half", *strides), "i32"),
         "constexprs": {"RANK": rank, "HALF": N // 2},
         "options": {"num_warps": 1},
     }

@@ -22,10 +22,10 @@ def compile_cases(target: str) -> list[dict]:
 
 
 def _forward(rank) -> dict:
-    tensors = ("E", "F", "G", "B", "C", "taps", "emit", "inject", "carry")
-    return _case("forward", operators_kernel, rank, "operators", tensors, (), STEPS=STEPS) | {
+    tensors = ("E", "F", "G", "B", "C", "skip", "taps", "emit", "inject", "carry")
+    return _case("forward", operators_kernel, rank, "operators", tensors, ("has_skip",), STEPS=STEPS) | {
         "work": {
-            "bytes": (3 + 2 * rank) * VECTOR + 4 * H * T + 3 * MATRIX,
+            "bytes": (3 + 2 * rank) * VECTOR + 4 * H * (T + 1) + 3 * MATRIX,
             "flops": H * T * ((6 + 2 * rank) * N * N + (2 + rank) * (8 + 4 * rank) * N),
         }
     }
@@ -43,12 +43,12 @@ def _of_carry(rank) -> dict:
 
 def _of_chains(rank) -> dict:
     tensors = ("E", "F", "G", "B", "C", "emit", "inject", "rows", "of_rows", "of_taps", "of_emit", "of_inject")
-    tensors += ("of_E", "of_F", "of_G", "of_B", "of_C")
+    tensors += ("of_E", "of_F", "of_G", "of_B", "of_C", "of_skip")
     strides = ("emit_head", "emit_row", "inject_head", "inject_row")
     return _case("gradients of the chains", chain_gradient_kernel, rank, "chain", tensors, strides) | {
         "work": {
             # E and F's gradients are read and written
-            "bytes": (7 + 5 * rank) * VECTOR + 4 * H * T + (4 + 2 * rank) * MATRIX,
+            "bytes": (7 + 5 * rank) * VECTOR + 4 * H * (T + 1) + (4 + 2 * rank) * MATRIX,
             "flops": H * T * (2 + rank) * (16 + 16 * rank) * N,
         }
     }

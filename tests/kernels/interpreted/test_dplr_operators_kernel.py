@@ -18,7 +18,11 @@ from ssm_lm.modeling.triton_dplr_operators import (
 
 
 def compare(inputs, T, tolerance=2e-6):
-    compare_with_twin(lambda *x: dplr_operators(*x, T), lambda *x: krylov_operators(*x, T), inputs, tolerance)
+    """With a skip."""
+    inputs = [*inputs, torch.randn(len(inputs[0])).requires_grad_()]
+    compare_with_twin(
+        lambda *x: dplr_operators(*x[:5], T, x[5]), lambda *x: krylov_operators(*x[:5], T, x[5]), inputs, tolerance
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,8 +72,8 @@ def test_layer(init, n_ssm, T):
     PyTorch makes in float32, or nearer.
     """
     layer = S4(3, 16, init=init, n_ssm=n_ssm)
-    wanted = {name for name, _ in layer.named_parameters()} - {"D"}
-    assert_as_near_as_pytorch(layer, lambda layer: layer.operators(T), wanted, 2e-6)
+    wanted = {name for name, _ in layer.named_parameters()}
+    assert_as_near_as_pytorch(layer, lambda layer: layer.operators_with_skip(T), wanted, 2e-6)
 
 
 def test_some_outputs_alone():
@@ -107,9 +111,10 @@ def test_more_states_keep_pytorch_and_float64_has_a_reason():
 @pytest.mark.slow
 def test_custom_operators():
     inputs = [x.requires_grad_() for x in example(2, 6, 2)]
-    opcheck(make_operators, (*inputs, 5))
+    opcheck(make_operators, (*inputs, 5, None))
+    opcheck(make_operators, (*inputs, 5, torch.randn(2).requires_grad_()))
     leaves = [x.detach() for x in inputs]
-    outputs = make_operators(*leaves, 5)
+    outputs = make_operators(*leaves, 5, None)
     opcheck(make_operators_backward, (*map(torch.randn_like, outputs), *leaves, *outputs[1:3]))
 
 
