@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 from .native_source import SOURCE
@@ -50,6 +51,36 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home
             said = said or str(error)
     return None, f"{compiler} did not build it: {said}"
+
+
+class _Argument(ctypes.Union):
+    _fields_ = [("i", ctypes.c_int64), ("f", ctypes.c_float), ("p", ctypes.c_void_p)]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [("function", ctypes.c_void_p), ("arguments", ctypes.c_void_p)]
+
+
+def bind(calls: list[tuple[str, tuple]], threads: int) -> Callable[[], None]:
+    """Calls of the library's functions, (name, arguments) each, as one that takes no arguments.
+
+    arguments: addresses as `ctypes.c_void_p`, int and float; who binds them keeps what the addresses point to.
+    """
+    arguments = [_argument(argument) for _, of_call in calls for argument in of_call]
+    row = (_Argument * len(arguments))(*arguments)
+    table, address = (_Call * len(calls))(), ctypes.addressof(row)
+    for entry, (name, of_call) in zip(table, calls, strict=True):
+        entry.function = ctypes.cast(getattr(library(), f"call_{name}"), ctypes.c_void_p).value
+        entry.arguments = address
+        address += len(of_call) * ctypes.sizeof(_Argument)
+    table.row = row  # lives as long as what points to it
+    return partial(library().run, ctypes.c_int64(len(calls)), table, ctypes.c_int64(threads))
+
+
+def _argument(value) -> _Argument:
+    if isinstance(value, ctypes.c_void_p):
+        return _Argument(p=value.value)
+    return _Argument(f=value) if isinstance(value, float) else _Argument(i=value)
 
 
 def _folder() -> Path:

@@ -2,6 +2,9 @@
 
 Every function is one operation on few tokens, in float32, and stands for the PyTorch code named beside it, which is its
 twin in the tests. Weights may be bfloat16 (`half` = 1): a float's upper half.
+
+`run` is a whole step: all threads go through the same list of calls together, and share the loops that are marked
+`omp for`, at whose end they wait for one another.
 """
 
 SOURCE = r"""
@@ -24,8 +27,8 @@ static inline float at(const void *p, I i, I half) {
 /* y = W x + bias: x (B, in), W (out, in), y (B, out). Bound by the reading of W; four rows of x share it. */
 #define LINEAR(NAME, TYPE, LOAD)                                                                    \
     static void NAME(I B, I out, I in, const float *x, const TYPE *W, const void *bias, I half,     \
-                     float *y, I threads) {                                                         \
-        _Pragma("omp parallel for num_threads(threads) schedule(static)")                           \
+                     float *y) {                                                                    \
+        _Pragma("omp for schedule(static)")                                                         \
         for (I o = 0; o < out; o++) {                                                               \
             const TYPE *w = W + o * in;                                                             \
             const float plus = bias ? at(bias, o, half) : 0;                                        \
@@ -54,37 +57,40 @@ static inline float at(const void *p, I i, I half) {
 LINEAR(linear_float, float, SAME)
 LINEAR(linear_half, uint16_t, widen)
 
-void linear(I B, I out, I in, const float *x, const void *W, const void *bias, I half, float *y, I threads) {
-    if (half) linear_half(B, out, in, x, W, bias, half, y, threads);
-    else linear_float(B, out, in, x, W, bias, half, y, threads);
+static void linear(I B, I out, I in, const float *x, const void *W, const void *bias, I half, float *y) {
+    if (half) linear_half(B, out, in, x, W, bias, half, y);
+    else linear_float(B, out, in, x, W, bias, half, y);
+}
+
+static void norm_row(I H, const float *x, const void *weight, const void *bias, I half, float eps, I layer, float *y) {
+    float mean = 0, square = 0;
+    if (layer) {
+        #pragma omp simd reduction(+ : mean)
+        for (I i = 0; i < H; i++) mean += x[i];
+        mean /= H;
+    }
+    #pragma omp simd reduction(+ : square)
+    for (I i = 0; i < H; i++) square += (x[i] - mean) * (x[i] - mean);
+    const float scale = 1 / sqrtf(square / H + eps);
+    for (I i = 0; i < H; i++) {
+        y[i] = (x[i] - mean) * scale * (weight ? at(weight, i, half) : 1) + (bias ? at(bias, i, half) : 0);
+    }
 }
 
 /* nn.LayerNorm where layer is 1, else nn.RMSNorm: x, y (B, H) */
-void norm(I B, I H, const float *x, const void *weight, const void *bias, I half, float eps, I layer, float *y) {
-    for (I b = 0; b < B; b++, x += H, y += H) {
-        float mean = 0, square = 0;
-        if (layer) {
-            #pragma omp simd reduction(+ : mean)
-            for (I i = 0; i < H; i++) mean += x[i];
-            mean /= H;
-        }
-        #pragma omp simd reduction(+ : square)
-        for (I i = 0; i < H; i++) square += (x[i] - mean) * (x[i] - mean);
-        const float scale = 1 / sqrtf(square / H + eps);
-        for (I i = 0; i < H; i++) {
-            y[i] = (x[i] - mean) * scale * (weight ? at(weight, i, half) : 1) + (bias ? at(bias, i, half) : 0);
-        }
-    }
+static void norm(I B, I H, const float *x, const void *weight, const void *bias, I half, float eps, I layer, float *y) {
+    #pragma omp for schedule(static)
+    for (I b = 0; b < B; b++) norm_row(H, x + b * H, weight, bias, half, eps, layer, y + b * H);
 }
 
 /* In all steps T tokens of B rows follow one another: u and y are (B, T, channels), the state (B, ...) of a row goes
    from the one before to the one after them. */
 
 /* DiscreteDiagonal.step: state = Lambda_bar state + u, y = row . state + D u. u, y (B, T, H); state (B, H, N) */
-void step_diagonal(I B, I T, I H, I N, const float *u, float *state, const float *Lambda, const float *row,
-                   const float *D, float *y, I threads) {
+static void step_diagonal(I B, I T, I H, I N, const float *u, float *state, const float *Lambda, const float *row,
+                          const float *D, float *y) {
     const I half = N / 2;
-    #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+    #pragma omp for schedule(static) collapse(2)
     for (I b = 0; b < B; b++) {
         for (I h = 0; h < H; h++) {
             float *re = state + (b * H + h) * N, *im = re + half;
@@ -107,10 +113,10 @@ void step_diagonal(I B, I T, I H, I N, const float *u, float *state, const float
 
 /* DiscreteDPLR.step: state = R(E) state - F G^T state + B_bar u, y = C_row . state + D u. F, G (H, rank, N),
    rank <= 4 */
-void step_dplr(I B, I T, I H, I N, I rank, const float *u, float *state, const float *E, const float *F,
-               const float *G, const float *B_bar, const float *C_row, const float *D, float *y, I threads) {
+static void step_dplr(I B, I T, I H, I N, I rank, const float *u, float *state, const float *E, const float *F,
+                      const float *G, const float *B_bar, const float *C_row, const float *D, float *y) {
     const I half = N / 2;
-    #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+    #pragma omp for schedule(static) collapse(2)
     for (I b = 0; b < B; b++) {
         for (I h = 0; h < H; h++) {
             float *re = state + (b * H + h) * N, *im = re + half;
@@ -146,15 +152,18 @@ void step_dplr(I B, I T, I H, I N, I rank, const float *u, float *state, const f
 
 /* DiscreteMIMO.step between its two products: states (B, T, P), the state after every token, takes the place of what
    drives it: state = Lambda_bar state + states */
-void step_states(I B, I T, I P, float *states, float *state, const float *Lambda) {
+static void step_states(I B, I T, I P, float *states, float *state, const float *Lambda) {
     const I half = P / 2;
-    for (I b = 0; b < B; b++, state += P) {
-        for (I t = 0; t < T; t++, states += P) {
+    #pragma omp for schedule(static)
+    for (I b = 0; b < B; b++) {
+        float *now = state + b * P;
+        for (I t = 0; t < T; t++) {
+            float *y = states + (b * T + t) * P;
             #pragma omp simd
             for (I n = 0; n < half; n++) {
-                const float re = state[n], im = state[half + n];
-                state[n] = states[n] += Lambda[n] * re - Lambda[half + n] * im;
-                state[half + n] = states[half + n] += Lambda[n] * im + Lambda[half + n] * re;
+                const float re = now[n], im = now[half + n];
+                now[n] = y[n] += Lambda[n] * re - Lambda[half + n] * im;
+                now[half + n] = y[half + n] += Lambda[n] * im + Lambda[half + n] * re;
             }
         }
     }
@@ -163,17 +172,18 @@ void step_states(I B, I T, I P, float *states, float *state, const float *Lambda
 /* DiscreteSSD.step, D v included: x (B, T, H + 2 N (+ E)), y (B, T, H), H = E P. scale, bias (2, N) of b and c; bc
    room for (B, T, 2 N). Lambda_bar (E, N), dt (E); or, where inverse, softplus^-1(dt) (E), is no NULL, every token has
    a step of its own, the rates are decay (E) and omega (E, N / 2), and room is for (B, E, N) */
-void step_ssd(I B, I T, I E, I P, I N, const float *x, float *state, const float *Lambda_bar, const double *dt,
-              const double *decay, const double *omega, const double *inverse, const float *scale, const float *bias,
-              float eps, const float *D, float *bc, float *room, float *y, I threads) {
+static void step_ssd(I B, I T, I E, I P, I N, const float *x, float *state, const float *Lambda_bar, const double *dt,
+                     const double *decay, const double *omega, const double *inverse, const float *scale,
+                     const float *bias, float eps, const float *D, float *bc, float *room, float *y) {
     const I H = E * P, half = N / 2, width = H + 2 * N + (inverse ? E : 0);
+    #pragma omp for schedule(static) collapse(2)
     for (I r = 0; r < B * T; r++) {
         for (I part = 0; part < 2; part++) {
             const float *from = x + r * width + H + part * N;
-            norm(1, N, from, scale + part * N, bias + part * N, 0, eps, 0, bc + (2 * r + part) * N);
+            norm_row(N, from, scale + part * N, bias + part * N, 0, eps, 0, bc + (2 * r + part) * N);
         }
     }
-    #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+    #pragma omp for schedule(static) collapse(2)
     for (I b = 0; b < B; b++) {
         for (I e = 0; e < E; e++) {
             for (I t = 0; t < T; t++) {
@@ -210,41 +220,45 @@ void step_ssd(I B, I T, I E, I P, I N, const float *x, float *state, const float
 }
 
 /* ShortConvolution, then f, 0 identity, 2 silu: u, y (B, T, C) in rows that lie u_apart, y_apart; tail (B, K - 1, C) */
-void convolve(I f, I B, I T, I C, I K, const float *u, I u_apart, float *tail, const void *weight, const void *bias,
-              I half, float *y, I y_apart) {
+static void convolve(I f, I B, I T, I C, I K, const float *u, I u_apart, float *tail, const void *weight,
+                     const void *bias, I half, float *y, I y_apart) {
+    #pragma omp for schedule(static) collapse(2)
     for (I b = 0; b < B; b++) {
-        float *past = tail + b * (K - 1) * C;
-        for (I t = 0; t < T; t++) {
-            const float *from = u + (b * T + t) * u_apart;
-            float *to = y + (b * T + t) * y_apart;
-            for (I c = 0; c < C; c++) {
-                const float v = from[c];
+        for (I c = 0; c < C; c++) {
+            float *past = tail + b * (K - 1) * C + c;
+            for (I t = 0; t < T; t++) {
+                const float v = u[(b * T + t) * u_apart + c];
                 float sum = at(bias, c, half) + at(weight, c * K + K - 1, half) * v;
                 for (I j = 0; j + 1 < K; j++) {
-                    sum += at(weight, c * K + j, half) * past[j * C + c];
-                    past[j * C + c] = j + 2 < K ? past[(j + 1) * C + c] : v;
+                    sum += at(weight, c * K + j, half) * past[j * C];
+                    past[j * C] = j + 2 < K ? past[(j + 1) * C] : v;
                 }
-                to[c] = f == 2 ? sum / (1 + expf(-sum)) : sum;
+                y[(b * T + t) * y_apart + c] = f == 2 ? sum / (1 + expf(-sum)) : sum;
             }
         }
     }
 }
 
 /* y = f(a) b for `rows` rows of `width` numbers, which lie a_apart, b_apart and y_apart; f: 0 identity, 2 silu */
-void multiply(I f, I rows, I width, const float *a, I a_apart, const float *b, I b_apart, float *y, I y_apart) {
-    for (I r = 0; r < rows; r++, a += a_apart, b += b_apart, y += y_apart) {
-        for (I i = 0; i < width; i++) y[i] = (f == 2 ? a[i] / (1 + expf(-a[i])) : a[i]) * b[i];
+static void multiply(I f, I rows, I width, const float *a, I a_apart, const float *b, I b_apart, float *y, I y_apart) {
+    #pragma omp for schedule(static) collapse(2)
+    for (I r = 0; r < rows; r++) {
+        for (I i = 0; i < width; i++) {
+            const float v = a[r * a_apart + i];
+            y[r * y_apart + i] = (f == 2 ? v / (1 + expf(-v)) : v) * b[r * b_apart + i];
+        }
     }
 }
 
 /* y += D x: x, y (B, H) */
-void add_skip(I B, I H, const float *x, const float *D, float *y) {
+static void add_skip(I B, I H, const float *x, const float *D, float *y) {
+    #pragma omp for schedule(static) collapse(2)
     for (I b = 0; b < B; b++) for (I h = 0; h < H; h++) y[b * H + h] += D[h] * x[b * H + h];
 }
 
 /* the activations of activations.py (0 identity, 1 gelu, 2 silu): n numbers, y may be x */
-void activate(I kind, I n, const float *x, float *y, I threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static) if (n > 4096)
+static void activate(I kind, I n, const float *x, float *y) {
+    #pragma omp for schedule(static)
     for (I i = 0; i < n; i++) {
         const float v = x[i];
         switch (kind) {
@@ -257,14 +271,56 @@ void activate(I kind, I n, const float *x, float *y, I threads) {
 
 /* the residual h (B, H) after a sublayer. mode 0: h += p; 1, "glu": h += p[:H] sigmoid(p[H:]), p (B, 2H);
    2, "half": h += y sigmoid(p) */
-void add_gated(I mode, I B, I H, const float *p, const float *y, float *h) {
+static void add_gated(I mode, I B, I H, const float *p, const float *y, float *h) {
     const I width = mode == 1 ? 2 * H : H;
-    for (I b = 0; b < B; b++, p += width, y += H, h += H) {
+    #pragma omp for schedule(static) collapse(2)
+    for (I b = 0; b < B; b++) {
         for (I i = 0; i < H; i++) {
-            if (mode == 0) h[i] += p[i];
-            else if (mode == 1) h[i] += p[i] / (1 + expf(-p[H + i]));
-            else h[i] += y[i] / (1 + expf(-p[i]));
+            const float v = p[b * width + i];
+            if (mode == 0) h[b * H + i] += v;
+            else if (mode == 1) h[b * H + i] += v / (1 + expf(-p[b * width + H + i]));
+            else h[b * H + i] += y[b * H + i] / (1 + expf(-v));
         }
     }
+}
+
+/* What Python can put into the list of a step: each of these takes its arguments from a row of A. */
+
+typedef union { I i; float f; void *p; } A;
+typedef struct { void (*function)(const A *); const A *arguments; } Call;
+
+void call_linear(const A *a) { linear(a[0].i, a[1].i, a[2].i, a[3].p, a[4].p, a[5].p, a[6].i, a[7].p); }
+void call_norm(const A *a) { norm(a[0].i, a[1].i, a[2].p, a[3].p, a[4].p, a[5].i, a[6].f, a[7].i, a[8].p); }
+void call_step_diagonal(const A *a) {
+    step_diagonal(a[0].i, a[1].i, a[2].i, a[3].i, a[4].p, a[5].p, a[6].p, a[7].p, a[8].p, a[9].p);
+}
+void call_step_dplr(const A *a) {
+    step_dplr(a[0].i, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p, a[7].p, a[8].p, a[9].p, a[10].p, a[11].p,
+              a[12].p, a[13].p);
+}
+void call_step_states(const A *a) { step_states(a[0].i, a[1].i, a[2].i, a[3].p, a[4].p, a[5].p); }
+void call_step_ssd(const A *a) {
+    step_ssd(a[0].i, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p, a[7].p, a[8].p, a[9].p, a[10].p, a[11].p, a[12].p,
+             a[13].p, a[14].f, a[15].p, a[16].p, a[17].p, a[18].p);
+}
+void call_convolve(const A *a) {
+    convolve(a[0].i, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].i, a[7].p, a[8].p, a[9].p, a[10].i, a[11].p, a[12].i);
+}
+void call_multiply(const A *a) {
+    multiply(a[0].i, a[1].i, a[2].i, a[3].p, a[4].i, a[5].p, a[6].i, a[7].p, a[8].i);
+}
+void call_add_skip(const A *a) { add_skip(a[0].i, a[1].i, a[2].p, a[3].p, a[4].p); }
+void call_activate(const A *a) { activate(a[0].i, a[1].i, a[2].p, a[3].p); }
+void call_add_gated(const A *a) { add_gated(a[0].i, a[1].i, a[2].i, a[3].p, a[4].p, a[5].p); }
+
+void run(I n, const Call *calls, I threads) {
+    #pragma omp parallel num_threads(threads)
+    for (I k = 0; k < n; k++) calls[k].function(calls[k].arguments);
+}
+
+/* linear with nothing before or after it */
+void product(I B, I out, I in, const float *x, const void *W, const void *bias, I half, float *y, I threads) {
+    #pragma omp parallel num_threads(threads)
+    linear(B, out, in, x, W, bias, half, y);
 }
 """

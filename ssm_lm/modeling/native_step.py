@@ -12,7 +12,7 @@ long as modules, weights and states are those that it was written for: see `Prog
 import ctypes
 import weakref
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
@@ -26,9 +26,9 @@ from .feed_forwards import S4FeedForward, SwiGLU
 from .kernels_s4 import in_force
 from .losses import LanguageModelHead
 from .mixers import GatedMixer, H3Mixer, S4Mixer
-from .native_library import library
+from .native_library import bind, library
 from .norms_and_dropout import RMSNorm
-from .single_steps import discrete_from
+from .single_steps import discrete_from, versions_of
 
 ACTIVATION_NUMBERS = {"identity": 0, "gelu": 1, "silu": 2}
 FEW_ROWS = 8  # above it PyTorch's matrix product is faster than rows that share the reading of a weight
@@ -78,8 +78,9 @@ def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache
     if weight.shape[1:] != hidden_states.shape[2:]:  # of an engine that holds it elsewhere
         return None
     x, y = hidden_states.to(torch.float32).contiguous(), _room(*hidden_states.shape[:2], len(weight))
-    arguments = rows, *weight.shape, x, weight, None, _is_half(weight), y, torch.get_num_threads()
-    library().linear(*map(_for_c, arguments))
+    sizes, places = map(ctypes.c_int64, (rows, *weight.shape)), map(_address, (x, weight, None))
+    half, threads = ctypes.c_int64(_is_half(weight)), ctypes.c_int64(torch.get_num_threads())
+    library().product(*sizes, *places, half, _address(y), threads)
     return y.to(weight.dtype)
 
 
@@ -158,10 +159,11 @@ class NoProgram:
 class Program:
     """T steps of a model on one cache, for a batch of B rows.
 
-    h (B T, H): the residual stream, float32. calls: what runs, in order; each takes no arguments. memos: for each state
-    space, what its coefficients were taken from. states: where each state lies, what drives it and through which
-    module, for a cache that records its past. Everything that a call points to is kept here, so that no
-    address outlives its memory.
+    h (B T, H): the residual stream, float32. listed: what runs, in order, names and arguments of the library's
+    functions or what Python calls; runs: the same, as many of the library's at once as follow one another. discretized:
+    the parameters of the state spaces, from which coefficients were made; versions: how often they had been written to.
+    states: where each state lies, what drives it and through which module, for a cache that records its past.
+    Everything that a call points to is kept here, so that no address outlives its memory.
     """
 
     def __init__(self, model: nn.Module, inputs: torch.Tensor, cache, look: tuple | None):
@@ -169,7 +171,7 @@ class Program:
             raise Unsupported("dropout")
         self.shape, self.dtype, self.threads = inputs.shape[:2], inputs.dtype, torch.get_num_threads()
         self.rows = self.shape.numel()
-        self.calls, self.kept, self.memos, self.states = [], [], [], []
+        self.listed, self.kept, self.discretized, self.states = [], [], [], []
         self.seen, self.looked = _Seen(model), look
         self.h = self.room(model.config.hidden_size)
         for block, layer in zip(model.layers, cache.layers, strict=True):
@@ -179,6 +181,10 @@ class Program:
                     raise Unsupported(type(sublayer.inner).__name__)
                 write(self, sublayer.inner, self.norm(sublayer.norm, self.h), layer)
         self.out = self.norm(model.norm, self.h)
+        self.versions, self.runs = versions_of(self.discretized), []
+        for is_of_python, group in groupby(self.listed, callable):
+            calls = list(group)
+            self.runs += calls if is_of_python else [bind(calls, self.threads)]
 
     def is_current(self, model: nn.Module, inputs: torch.Tensor, cache, look: tuple | None) -> bool:
         """Whether modules, weights and states are still those that the calls were bound to. look: see Programs."""
@@ -188,7 +194,7 @@ class Program:
             and torch.get_num_threads() == self.threads
             and not model.training
             and all(cache.layers[i].states[j].data_ptr() == address for i, j, address, *_ in self.states)
-            and all(discrete_from(ssm, memo) is discrete for ssm, memo, discrete in self.memos)
+            and versions_of(self.discretized) == self.versions
         ):
             return False
         if look is None or look != self.looked:
@@ -201,8 +207,8 @@ class Program:
         for i, j, *_ in self.states:
             cache.layers[i].before_update(j)
         self.h.copy_(inputs.flatten(0, 1))
-        for call in self.calls:
-            call()
+        for run in self.runs:
+            run()
         for i, j, _, module, x in self.states:
             layer = cache.layers[i]
             inputs = x.view(*self.shape, -1).clone() if layer.record_past else None  # the next token writes over x
@@ -215,7 +221,7 @@ class Program:
         return _room(self.rows, width)
 
     def call(self, name: str, *arguments) -> None:
-        """A function of the library with its arguments bound: tensors as addresses, None as 0, numbers as they are."""
+        """A function of the library and its arguments: tensors as addresses, None as 0, numbers as they are."""
         for argument in arguments:
             if torch.is_tensor(argument):
                 if not argument.is_contiguous() or argument.device.type != "cpu":
@@ -223,7 +229,7 @@ class Program:
                 self.kept.append(argument)
             elif isinstance(argument, Columns):
                 self.kept.append(argument.of)
-        self.calls.append(partial(getattr(library(), name), *map(_for_c, arguments)))
+        self.listed.append((name, tuple(map(_for_c, arguments))))
 
     def weight(self, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """A parameter's memory. Raises Unsupported for one that the library cannot read."""
@@ -255,9 +261,9 @@ class Program:
         """x W^T + bias, W (out, in)."""
         y = self.room(len(W))
         if self.rows <= FEW_ROWS:
-            self.call("linear", self.rows, *W.shape, x, W, bias, _is_half(W, bias), y, self.threads)
+            self.call("linear", self.rows, *W.shape, x, W, bias, _is_half(W, bias), y)
         else:
-            self.calls.append(partial(_many_rows, x, W, bias, y))
+            self.listed.append(partial(_many_rows, x, W, bias, y))
         return y
 
     def activate(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -265,7 +271,7 @@ class Program:
             raise Unsupported(type(module).__name__)
         name = FUSED_ACTIVATIONS[type(module)]
         if name != "identity":
-            self.call("activate", ACTIVATION_NUMBERS[name], x.numel(), x, x, self.threads)
+            self.call("activate", ACTIVATION_NUMBERS[name], x.numel(), x, x)
         return x
 
     def state(self, mixer: nn.Module, index: int, module: nn.Module, x: torch.Tensor, layer) -> torch.Tensor:
@@ -279,19 +285,19 @@ class Program:
 
     def state_space(self, mixer: nn.Module, x: torch.Tensor, layer) -> torch.Tensor:
         """The steps of a mixer's state space, D x included."""
-        ssm, memo = mixer.ssm, layer.get_memo(mixer.state_index)
+        ssm = mixer.ssm
         state = self.state(mixer, mixer.state_index, ssm, x, layer)
-        discrete = discrete_from(ssm, memo)
-        self.memos.append((ssm, memo, discrete))
+        discrete = discrete_from(ssm, layer.get_memo(mixer.state_index))
+        self.discretized += ssm.parameters()
         D, sizes = self.weight(ssm.D, torch.float32), (*self.shape, *state.shape[1:])
         if isinstance(discrete, DiscreteDiagonal):
             y = self.room(x.shape[1])
-            self.call("step_diagonal", *sizes, x, state, discrete.Lambda_bar, discrete.row, D, y, self.threads)
+            self.call("step_diagonal", *sizes, x, state, discrete.Lambda_bar, discrete.row, D, y)
         elif isinstance(discrete, DiscreteDPLR) and discrete.F.shape[-1] <= 4:
             y, rank = self.room(x.shape[1]), discrete.F.shape[-1]
             F, G = (part.transpose(1, 2).contiguous() for part in (discrete.F, discrete.G))
             system = (discrete.E, F, G, discrete.B_bar, discrete.C_row)
-            self.call("step_dplr", *sizes, rank, x, state, *system, D, y, self.threads)
+            self.call("step_dplr", *sizes, rank, x, state, *system, D, y)
         elif isinstance(discrete, DiscreteMIMO):
             Lambda_bar, drives, reads = discrete.coefficients()
             states = self.product(x, drives)
@@ -310,7 +316,7 @@ class Program:
         sizes = (*self.shape, E, state.shape[1] // E, N)
         rates = system.dt, system.decay, system.omega.contiguous(), system.inverse
         normed = system.scale, system.bias, NORM_EPSILON
-        self.call("step_ssd", *sizes, x, state, system.Lambda_bar, *rates, *normed, D, bc, room, y, self.threads)
+        self.call("step_ssd", *sizes, x, state, system.Lambda_bar, *rates, *normed, D, bc, room, y)
         return y
 
     def convolve(self, mixer: nn.Module, x: torch.Tensor, y: torch.Tensor, layer, activation: str = "identity") -> None:
@@ -343,13 +349,13 @@ def _room(*shape: int) -> torch.Tensor:
 
 def _for_c(argument):
     """An argument as the library takes it; see Program.call."""
-    if torch.is_tensor(argument):
-        return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, Columns):
-        return ctypes.c_void_p(argument.of.data_ptr())
-    if argument is None:
-        return ctypes.c_void_p(0)
-    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+        return _address(argument.of)
+    return _address(argument) if argument is None or torch.is_tensor(argument) else argument
+
+
+def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
 
 
 def _is_half(*weights) -> bool:
@@ -427,7 +433,7 @@ def _write_gated(program: Program, mixer: GatedMixer, x: torch.Tensor, layer) ->
     u, gate = program.room(width), both[:, width:]
     program.convolve(mixer, both, u, layer, "silu")
     if channels < width:
-        program.calls.append(partial(u[:, channels:].copy_, both[:, channels:width]))
+        program.listed.append(partial(u[:, channels:].copy_, both[:, channels:width]))
     y = program.multiply(gate, program.state_space(mixer, u, layer), "silu")
     program.add(program.linear(mixer.out_proj, program.norm(mixer.norm, y)))
 

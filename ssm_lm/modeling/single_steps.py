@@ -27,12 +27,17 @@ class Memo:
         """
         if torch.compiler.is_compiling():
             return
-        try:
-            versions = [p._version for p in layer._parameters.values()]  # of each token, and parameters() is slow
-        except RuntimeError:  # made in torch.inference_mode(), which does not count
-            versions = []
+        versions = versions_of(layer._parameters.values())  # of each token, and parameters() is slow
         if versions != self.versions:
             self.discrete, self.step, self.versions = None, None, versions
+
+
+def versions_of(parameters) -> list[int]:
+    """How often each was written to; nothing of parameters made in torch.inference_mode(), which does not count."""
+    try:
+        return [p._version for p in parameters]
+    except RuntimeError:
+        return []
 
 
 def discrete_from(layer, memo: Memo | None, reverse: bool = False) -> Discrete:

@@ -72,6 +72,17 @@ def test_equals_the_plain_step(name, rows, tokens, steps):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_a_token_is_one_call_of_the_library(monkeypatch):
+    """But for what Python does between: products of many rows."""
+    model, lengths, bind = tiny_model(**MODELS["ssd"]), [], native_step.bind
+    monkeypatch.setattr(native_step, "bind", lambda calls, threads: lengths.append(len(calls)) or bind(calls, threads))
+    decode(model, prompt(12, 8))
+    assert len(lengths) == 1
+    assert lengths[0] > 10
+    decode(model, prompt(12, 9))
+    assert len(lengths) > 2
+
+
 @pytest.mark.parametrize("name", ["s4", "s5", "h3", "ssd"])
 def test_bfloat16_weights_are_read_as_they_are(name, steps):
     """Closer to the float32 model with the same weights than the plain step, which rounds what it computes too."""
