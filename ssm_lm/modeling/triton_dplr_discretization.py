@@ -147,8 +147,8 @@ def bilinear_gradient_kernel(
     RANK: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Each channel's part: of_log_dt (H,), of_log_re and of_im (H, N/2), whose rows lie half_row numbers apart, of_B and
-    of_P (H, N), whose rows lie `row` apart, the second part of P of_second after the first, and of_C (H, N).
+    """Each channel's part: of_log_dt (H,), of_log_re and of_im (H, N/2), whose rows lie half_row numbers apart, of_B
+    and of_P (H, N), whose rows lie `row` apart, the second part of P of_second after the first, and of_C (H, N).
     """
     h, N, n = tl.program_id(0).to(tl.int64), 2 * half, tl.arange(0, HALF)
     s = h % S
@@ -270,8 +270,8 @@ def run_backward(
     P: torch.Tensor,
     B: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """The gradients of log_dt, of C and of Lambda_log_re, Lambda_im, B and P. What channels share is summed over them in
-    order, in one launch: then the last four are one (S, N/2 + N/2 + N + rank N), see `parts`.
+    """The gradients of log_dt, of C and of Lambda_log_re, Lambda_im, B and P. What channels share is summed over them
+    in order, in one launch: then the last four are one (S, N/2 + N/2 + N + rank N), see `parts`.
     """
     (H,), (rank, S, N) = log_dt.shape, P.shape
     gradients = [x.contiguous() for x in (of_E, of_F, of_G, of_B_bar, of_C_row)]

@@ -341,8 +341,8 @@ def chain_gradient_kernel(
     RANK: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Adds to of_E and of_F, and writes of_G (H, N, RANK), of_B and of_C (H, N) and of_skip (H,): from the last token to
-    the first, the gradients l of x_j, y_j and v_j, each the input of the one before.
+    """Adds to of_E and of_F, and writes of_G (H, N, RANK), of_B and of_C (H, N) and of_skip (H,): from the last token
+    to the first, the gradients l of x_j, y_j and v_j, each the input of the one before.
     """
     h, N = tl.program_id(0).to(tl.int64), 2 * half
     n = tl.arange(0, HALF)[None, :]
@@ -426,7 +426,11 @@ def run_forward(
     if len(E):
         with on_device(E.device):
             operators_kernel[grid](
-                *inputs, *outputs, *sizes, int(skip is not None), **constants, STEPS=STEPS, num_warps=WARPS["operators"], num_stages=1
+                *(*inputs, *outputs, *sizes, int(skip is not None)),
+                **constants,
+                STEPS=STEPS,
+                num_warps=WARPS["operators"],
+                num_stages=1,
             )
     return outputs
 
