@@ -28,7 +28,8 @@ def test_digits():
 
 def write_idx(path, array, compress):
     header = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    (gzip.open if compress else open)(path, "wb").write(header + array.tobytes())
+    with (gzip.open if compress else open)(path, "wb") as file:
+        file.write(header + array.tobytes())
 
 
 @pytest.mark.parametrize("compress", [False, True])
