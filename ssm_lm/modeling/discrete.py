@@ -141,7 +141,18 @@ class DiscreteSSD(NamedTuple):
         return (heads @ c[:, None, :, None]).flatten(1), heads.flatten(1, 2)
 
     def coefficients(self) -> tuple[torch.Tensor, ...]:
-        raise NotImplementedError("the step of an SSD has no kernel")
+        """Float32: Lambda_bar (E, N) and dt (E,), or with steps of the tokens' own the rates [-decay | omega] and
+        softplus^-1(dt); the scales of b and c, then their biases (4, N).
+        """
+        norms = torch.cat([self.scale, self.bias]).float()
+        if self.inverse is None:
+            return self.Lambda_bar.float(), self.dt.float(), norms
+        rates = torch.cat([-self.decay[:, None].expand_as(self.omega), self.omega], -1)
+        return rates.float(), self.inverse.float(), norms
+
+    def in_double(self) -> "DiscreteSSD":
+        """The same system, for a twin in float64."""
+        return DiscreteSSD(*(part if part is None else part.double() for part in self))
 
 
 Discrete = DiscreteDPLR | DiscreteDiagonal | DiscreteMIMO | DiscreteSSD

@@ -122,7 +122,7 @@ def is_any(length: int) -> bool:
 def _by_steps(layer, problem, runs) -> Execution:
     kernel = False
     if not layer.bidirectional and not problem.gradient:
-        kernel = runs("step", layer.limit_of_step(problem.dtype), ())
+        kernel = runs(layer.step_operation, layer.limit_of_step(problem.dtype), ())
     fused = FUSED_ACTIVATIONS.get(type(problem.activation)) if kernel else None
     return Execution("recurrent", kernel, layer.chunk_size, layer.log_dt.dtype, fused, False)
 
@@ -149,7 +149,7 @@ def rule_of(layer: nn.Module, u: torch.Tensor, state: torch.Tensor | None = None
 
     def runs(operation, unsupported, key):
         read = [u] if operation == "chunk_scan" else [u, layer.log_dt]
-        if operation == "step" and state is not None:
+        if operation == layer.step_operation and state is not None:
             read = [*read, state]
         return use_kernel(operation, *read, unsupported=unsupported, setting=layer.kernels, problem=key)
 

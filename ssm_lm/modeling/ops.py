@@ -4,7 +4,7 @@
     chunk scan    chunked.py                                triton_chunk_scan.py
     S5's scan     prefix_scans.py, token by token           triton_s5_scan.py
     SSD's scan    ssd_chunks.py                             triton_ssd_scan.py
-    a step        discrete.py                               triton_step.py
+    a step        discrete.py                               triton_step.py, triton_ssd_step.py
     short taps    short_taps.py                             triton_short_convolution.py
     S4's system   dplr_discretization.py                    triton_dplr_discretization.py
     S4D operators diagonal_operators.py                     triton_diagonal_operators.py
@@ -69,6 +69,7 @@ __all__ = [
     "short_convolution",
     "siso_step",
     "ssd_scan",
+    "ssd_step",
     "toeplitz",
     "use_kernel",
     "vandermonde",
@@ -265,6 +266,20 @@ def siso_step(u, state, coefficients, skip, activation: str) -> torch.Tensor:
 def mimo_step(u, state, Lambda, weight_in, weight_out, skip, activation: str) -> torch.Tensor:
     """The same of S5."""
     return STEP.either(True)[1](u, state, Lambda, weight_in, weight_out, skip, activation)
+
+
+def _load_ssd_step():
+    from .triton_ssd_step import self_check_cases, ssd_step_
+
+    return ssd_step_, self_check_cases
+
+
+SSD_STEP = Operation("ssd_step", None, _load_ssd_step)
+
+
+def ssd_step(x, state, transition, steps, norms, skip, activation: str) -> torch.Tensor:
+    """The same of SSD: x (B, input_size) -> y (B, H). See triton_ssd_step.py."""
+    return SSD_STEP.either(True)(x, state, transition, steps, norms, skip, activation)
 
 
 # ---- S4's system, and the operators of a chunk of it

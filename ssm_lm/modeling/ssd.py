@@ -26,7 +26,7 @@ from .checks import check_heads
 from .discrete import DiscreteSSD
 from .hippo import INITIALIZATIONS
 from .kernel_limits import LONGEST_SSD_CHUNK, limit_of_ssd_scan
-from .ops import ssd_scan
+from .ops import ssd_scan, ssd_step
 from .state_space import MIN_DECAY, StateSpace
 
 
@@ -44,6 +44,7 @@ class SSD(StateSpace):
 
     name = "ssd"
     has_chunk_kernel = False
+    step_operation = "ssd_step"
     is_time_invariant = False
 
     def __init__(
@@ -170,8 +171,8 @@ class SSD(StateSpace):
     def longest_chunk(self, dtype):
         return LONGEST_SSD_CHUNK
 
-    def limit_of_step(self, dtype):
-        return "ssd has no kernel of a step"
+    def step_on_kernel(self, u, state, coefficients, activation):
+        return ssd_step(u, state, *coefficients, self.D, activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, head_dim={self.head_dim}, selective={self.selective}"

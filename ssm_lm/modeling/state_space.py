@@ -49,6 +49,7 @@ class StateSpace(nn.Module):
     fft_is_faster_below = 0
     kernels = "auto"  # as in S4Config.kernels: whether Triton kernels run
     has_chunk_kernel = True  # whether the chunk scan has a Triton kernel for the layer's signals
+    step_operation = "step"  # the kernel of a single token
     is_time_invariant = True  # False where B, C or dt depend on the token
     unconvolved = 0  # features at the end of its input that a convolution before it leaves as they are
     has_dense_carry = False  # of the chunk scan; True where A-bar is not diagonal

@@ -243,17 +243,20 @@ def mimo_blocks(B: int) -> tuple[dict[str, int], dict[str, int]]:
     return drive, {"DOT": True, "BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_P": 32, "num_warps": 4, "num_stages": 1}
 
 
-def _check(u: torch.Tensor, state: torch.Tensor, state_shape: tuple[int, int], skip: torch.Tensor, activation: str):
-    B, H = u.shape
-    if state.shape != (B, *state_shape) or skip.shape != (H,):
-        raise ValueError(
-            f"for u {(B, H)} the state is {(B, *state_shape)} and D {(H,)}, "
-            f"not {tuple(state.shape)} and {tuple(skip.shape)}"
-        )
+def check_step(B: int, state: torch.Tensor, state_shape: tuple[int, int], activation: str) -> None:
+    """ValueError where a state (B, *state_shape) cannot advance at its address, and for another activation."""
+    if state.shape != (B, *state_shape):
+        raise ValueError(f"for {B} rows the state is {(B, *state_shape)}, not {tuple(state.shape)}")
     if state.dtype != torch.float32 or not state.is_contiguous():
         raise ValueError(f"the state advances at its address: contiguous float32, not {state.dtype} {state.stride()}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+
+
+def _check(u: torch.Tensor, state: torch.Tensor, state_shape: tuple[int, int], skip: torch.Tensor, activation: str):
+    if skip.shape != u.shape[1:]:
+        raise ValueError(f"for u {tuple(u.shape)} D is {tuple(u.shape[1:])}, not {tuple(skip.shape)}")
+    check_step(len(u), state, state_shape, activation)
 
 
 @torch.library.custom_op(qualified("siso_step_"), mutates_args={"state"})

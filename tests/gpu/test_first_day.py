@@ -125,7 +125,7 @@ def test_the_rehearsal(tmp_path):
     assert over == ["bench kernels", "estimate"]
     assert found["self-checks"]["result"]["packages"]["torch"]["version"]
     tests = found["tests"]["result"]
-    assert tests["passed"] == 5  # steps of three layers, the cache's size, and the two runs of training
+    assert tests["passed"] == 7  # steps of five layers, the cache's size, and the two runs of training
     assert tests["failed"] == []
     losses = found["training"]["result"]["losses"]
     assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]

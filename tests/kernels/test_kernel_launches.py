@@ -154,6 +154,18 @@ def test_another_batch_of_the_rms_norm_compiles_nothing_new(seen):
     assert len(seen) == compiled
 
 
+def test_another_batch_of_the_ssd_step_compiles_nothing_new(seen):
+    """A kernel for constant steps and one for tokens' own; nothing is compiled here."""
+    from ssm_lm.modeling.triton_ssd_step import example, ssd_step_
+
+    for B in (1, 2, 16, 33):
+        for selective in (False, True):
+            state, system, shape = example(B, 24, 64, 64, selective)
+            x, skip = torch.ones(shape, dtype=torch.bfloat16), torch.ones(24 * 64)
+            ssd_step_(x, state, *system.coefficients(), skip, "identity")
+    assert len(seen) == 2
+
+
 def test_another_chunk_of_the_loss_compiles_nothing_new(seen):
     """What the self-check of a head has compiled is what chunks of other sizes run, with gradients."""
     from ssm_lm.modeling.triton_cross_entropy import logits_to_loss, self_check_cases
@@ -280,7 +292,7 @@ def test_self_checks(launched, name, target):
 
 SMALLEST = [
     *((name, target) for target in ("sm_90", "gfx942") for name in ("cauchy", "vandermonde", "s5_scan", "step")),
-    *(("diagonal_operators", target) for target in ("sm_90", "gfx942")),
+    *((name, target) for target in ("sm_90", "gfx942") for name in ("diagonal_operators", "ssd_step")),
     *((f"dplr_{name}", target) for target in ("sm_90", "gfx942") for name in ("operators", "discretization")),
     *(("chunk_scan", target) for target in ("sm_90", "sm_100", "gfx942")),  # Blackwell has other matrix instructions
 ]
@@ -319,6 +331,12 @@ def test_smallest_sizes(launched, name, target):
         for rank in (1, 2):
             inputs = [x.requires_grad_() for x in module.example(1, 1, 2, rank)]
             sum(x.sum() for x in module.dplr_discretization(*inputs)).backward()
+    elif name == "ssd_step":
+        for sizes in ((1, 1, 1, 2), (1, 16, 16, 64)):
+            for selective in (False, True):
+                state, system, shape = module.example(*sizes, selective)
+                skip = torch.ones(state.shape[1])
+                module.ssd_step_(torch.ones(shape, dtype=torch.float16), state, *system.coefficients(), skip, "silu")
     elif name == "step":
         for H, N in ((1, 2), (1024, 64)):
             u, skip = torch.ones(1, H, dtype=torch.bfloat16), torch.ones(H)
