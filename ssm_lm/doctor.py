@@ -106,7 +106,8 @@ def torch_and_devices() -> dict:
         report["gpu"] = None
     report["bf16_on_cpu"] = ", ".join(bf16_instructions()) or "emulated"
     report["triton"] = _triton()
-    report["decoding_on_a_cpu"] = _cpu_decoding()
+    report["decoding_on_a_cpu"] = _in_c("step")
+    report["operators_of_s4_on_a_cpu"] = _in_c("operators")
     return report
 
 
@@ -185,11 +186,11 @@ def kernels() -> dict[str, str]:
     return kernel_status()
 
 
-def _cpu_decoding() -> str:
-    """What a step of generate() runs in on a CPU. Builds the library where it is not there yet."""
+def _in_c(name: str) -> str:
+    """What a step of generate(), or the operators of s4, run in on a CPU. Builds a library that is not there yet."""
     from .modeling.native_library import why_not
 
-    return "C" if why_not() is None else f"PyTorch: {why_not()}"
+    return "C" if why_not(name) is None else f"PyTorch: {why_not(name)}"
 
 
 def self_check() -> dict:

@@ -1,4 +1,7 @@
-"""native_source.py as a library: compiled once a machine by the C compiler that is there, and kept.
+"""C sources as libraries, each compiled once a machine, when it is first asked for, by the compiler that is there.
+
+    step         native_source.py, the decoding step         compiled in a second
+    operators    native_operators_source.py, S4's operators  in three
 
 No compiler, or one that fails: there is no library, `why_not()` says so, and PyTorch runs instead.
 """
@@ -15,25 +18,44 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
-from .native_source import SOURCE
+import torch
+
+from .native_operators_source import SOURCE as OPERATORS
+from .native_source import SOURCE as STEP
+
+SOURCES = {"step": STEP, "operators": OPERATORS}
 
 # in this order; the first that works. Without OpenMP a step runs on one thread
 FLAGS = (("-fopenmp", "-march=native"), ("-fopenmp",), ("-fopenmp-simd", "-march=native"), ())
-SECONDS = 60  # a compiler takes about one
+SECONDS = 60  # for a compiler
 
 
-def library() -> ctypes.CDLL | None:
-    """The library, compiled by the first call on a machine (a second), or None where it cannot be had."""
-    return _load()[0]
+def library(name: str = "step") -> ctypes.CDLL | None:
+    """The library of one of SOURCES, or None where it cannot be had."""
+    return _load(name)[0]
 
 
-def why_not() -> str | None:
+def why_not(name: str = "step") -> str | None:
     """Why there is no library, in words, or None where there is one."""
-    return _load()[1]
+    return _load(name)[1]
+
+
+def floats(*shape: int) -> torch.Tensor:
+    """Memory for a library's numbers, whatever dtype and device the caller has made PyTorch's defaults."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+
+
+def for_c(argument: torch.Tensor | int | None):
+    """An argument as the libraries' functions take it."""
+    return address(argument) if argument is None or torch.is_tensor(argument) else ctypes.c_int64(argument)
 
 
 @cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
+def _load(name: str) -> tuple[ctypes.CDLL | None, str | None]:
     if sys.platform not in ("linux", "darwin"):
         return None, f"it is not built on {sys.platform}"
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
@@ -42,9 +64,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     said = ""
     for flags in FLAGS:
         try:
-            path = _folder() / f"step-{_key(compiler, flags)}.so"
+            path = _folder() / f"{name}-{_key(SOURCES[name], compiler, flags)}.so"
             if not path.exists():
-                _compile(compiler, flags, path)
+                _compile(SOURCES[name], compiler, flags, path)
             return ctypes.CDLL(str(path)), None
         except subprocess.CalledProcessError as error:
             said = said or error.stderr.decode(errors="replace").strip().splitlines()[-1]
@@ -88,21 +110,21 @@ def _folder() -> Path:
     return Path(root) / "ssm_lm"
 
 
-def _key(compiler: str, flags: tuple[str, ...]) -> str:
+def _key(source: str, compiler: str, flags: tuple[str, ...]) -> str:
     """Of all that the machine code depends on: homes are shared by machines with other processors."""
     try:
         features = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
         features = platform.processor()
-    return hashlib.sha256(repr((SOURCE, compiler, flags, platform.machine(), features)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((source, compiler, flags, platform.machine(), features)).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+def _compile(text: str, compiler: str, flags: tuple[str, ...], path: Path) -> None:
     """Under another name, then renamed: processes that start together do not read half a file."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        source, built = Path(folder) / "step.c", Path(folder) / "step.so"
-        source.write_text(SOURCE)
+        source, built = Path(folder) / "source.c", Path(folder) / "built.so"
+        source.write_text(text)
         words = [compiler, "-O3", "-fno-math-errno", *flags, "-shared", "-fPIC", str(source), "-o", str(built), "-lm"]
         subprocess.run(words, check=True, capture_output=True, timeout=SECONDS)
         built.replace(path)

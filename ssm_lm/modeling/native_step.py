@@ -9,7 +9,6 @@ the types below with their own weights. Everything else takes the plain step, wh
 long as modules, weights and states are those that it was written for: see `Program.is_current`.
 """
 
-import ctypes
 import weakref
 from functools import partial
 from itertools import chain, groupby
@@ -26,7 +25,7 @@ from .feed_forwards import S4FeedForward, SwiGLU
 from .kernels_s4 import in_force
 from .losses import LanguageModelHead
 from .mixers import GatedMixer, H3Mixer, S4Mixer
-from .native_library import bind, library
+from .native_library import address, bind, floats, for_c, library
 from .norms_and_dropout import RMSNorm
 from .single_steps import discrete_from, versions_of
 
@@ -77,10 +76,9 @@ def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache
         return None
     if weight.shape[1:] != hidden_states.shape[2:]:  # of an engine that holds it elsewhere
         return None
-    x, y = hidden_states.to(torch.float32).contiguous(), _room(*hidden_states.shape[:2], len(weight))
-    sizes, places = map(ctypes.c_int64, (rows, *weight.shape)), map(_address, (x, weight, None))
-    half, threads = ctypes.c_int64(_is_half(weight)), ctypes.c_int64(torch.get_num_threads())
-    library().product(*sizes, *places, half, _address(y), threads)
+    x, y = hidden_states.to(torch.float32).contiguous(), floats(*hidden_states.shape[:2], len(weight))
+    arguments = rows, *weight.shape, x, weight, None, _is_half(weight), y, torch.get_num_threads()
+    library().product(*map(for_c, arguments))
     return y.to(weight.dtype)
 
 
@@ -218,7 +216,7 @@ class Program:
     # ---- what the writers are made of. x and y are buffers (B T, width), float32
 
     def room(self, width: int) -> torch.Tensor:
-        return _room(self.rows, width)
+        return floats(self.rows, width)
 
     def call(self, name: str, *arguments) -> None:
         """A function of the library and its arguments: tensors as addresses, None as 0, numbers as they are."""
@@ -312,7 +310,7 @@ class Program:
 
     def _ssd(self, system: DiscreteSSD, x, state, D) -> torch.Tensor:
         E, N = len(system.dt), state.shape[2]
-        y, bc, room = self.room(state.shape[1]), self.room(2 * N), _room(self.shape[0], E, N)
+        y, bc, room = self.room(state.shape[1]), self.room(2 * N), floats(self.shape[0], E, N)
         sizes = (*self.shape, E, state.shape[1] // E, N)
         rates = system.dt, system.decay, system.omega.contiguous(), system.inverse
         normed = system.scale, system.bias, NORM_EPSILON
@@ -342,20 +340,11 @@ class Program:
         self.call("add_gated", mode, *self.h.shape, p, y, self.h)
 
 
-def _room(*shape: int) -> torch.Tensor:
-    """Memory for the library's numbers, whatever dtype and device the caller has made PyTorch's defaults."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
 def _for_c(argument):
     """An argument as the library takes it; see Program.call."""
     if isinstance(argument, Columns):
-        return _address(argument.of)
-    return _address(argument) if argument is None or torch.is_tensor(argument) else argument
-
-
-def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+        return address(argument.of)
+    return address(argument) if argument is None or torch.is_tensor(argument) else argument
 
 
 def _is_half(*weights) -> bool:

@@ -14,6 +14,8 @@
     Cauchy        cauchy.py                                 triton_cauchy.py
     Vandermonde   vandermonde.py                            triton_vandermonde.py
 
+On a CPU S4's operators have a third form beside twin and kernel, in C: native_operators.py.
+
 This is the one place where the two meet. The twins lie below and know no kernel; a kernel's file knows its twin, to
 check itself against it; what lies above says whether the kernel runs, as execution.py or kernels_s4.py has decided.
 
@@ -41,6 +43,7 @@ from .kernel_limits import (
     limit_of_vandermonde,
 )
 from .kernels_s4 import Operation, kernel_status, use_kernel
+from .native_operators import is_for_the_library, native_operators
 from .prefix_scans import associative_scan, complex_scan
 from .real_form import apply_diagonal, powers
 from .rms_norm import rms_norm as plain_rms_norm
@@ -318,7 +321,10 @@ DPLR_OPERATORS = Operation("dplr_operators", krylov_operators, _load_dplr_operat
 def dplr_operators(
     discrete: DiscreteDPLR, length: int, skip: torch.Tensor | None = None, setting: str = "auto"
 ) -> ChunkOperators:
-    """The operators of a chunk of `length` tokens; see dplr_operators.py. setting: S4Config's key `kernels`."""
+    """The operators of a chunk of `length` tokens; see dplr_operators.py, and on a CPU native_operators.py.
+
+    setting: S4Config's key `kernels`.
+    """
     N, rank = discrete.F.shape[1:]
     # of more states there is a scan's kernel and none of operators: `kernels: triton` forces what there is
     run_kernel = N <= LARGEST_OPERATOR_STATE and DPLR_OPERATORS.runs_kernel(
@@ -327,6 +333,8 @@ def dplr_operators(
         setting=setting,
         problem=(N, rank),
     )
+    if not run_kernel and is_for_the_library(discrete, skip, setting):
+        return native_operators(discrete, length, skip)
     return DPLR_OPERATORS.either(run_kernel)(*discrete, length, skip)
 
 

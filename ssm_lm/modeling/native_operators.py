@@ -1,0 +1,80 @@
+"""The operators of a chunk of S4 on a CPU, forward and backward, by the library of native_operators_source.py.
+
+It stands for dplr_operators.py, its twin, whose squarings of dense matrices take ten times as long; it is used in
+float32, with the switch of all kernels on "auto". In graphs that are compiled or exported, in other dtypes, for few
+channels and where there is no compiler, the twin runs. A channel's numbers do not depend on how many threads there are,
+or on the other channels.
+
+Shapes: H channels, N order of the real system, T chunk length.
+"""
+
+import ctypes
+import os
+
+import torch
+
+from .chunked import ChunkOperators, operator_shapes
+from .discrete import DiscreteDPLR
+from .kernels_s4 import in_force
+from .native_library import floats, for_c, library
+
+MOST_RANK = 4  # of the source
+# numbers of A_bar in all channels, 64 of 64 states, from which a run of a hundred steps gains what a compiler takes
+SMALLEST = 1 << 18
+
+_forked: list[bool] = []  # in a child of a fork, where the parent's threads are not
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
+def is_for_the_library(discrete: DiscreteDPLR, skip: torch.Tensor | None, setting: str) -> bool:
+    """Whether `native_operators` is to run. setting: S4Config's key `kernels`."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if any(type(x) is not torch.Tensor for x in discrete):  # but one without numbers, for example
+        return False
+    read = discrete if skip is None else (*discrete, skip)
+    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in read):
+        return False
+    N, rank = discrete.F.shape[1:]
+    if discrete.E.numel() * N < SMALLEST or rank > MOST_RANK:
+        return False
+    return in_force(setting) == "auto" and library("operators") is not None
+
+
+def native_operators(discrete: DiscreteDPLR, length: int, skip: torch.Tensor | None = None) -> ChunkOperators:
+    """`krylov_operators` by the library."""
+    return ChunkOperators(*_Operators.apply(length, skip, *discrete))
+
+
+class _Operators(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, length: int, skip: torch.Tensor | None, *discrete):
+        discrete = [x.contiguous() for x in discrete]
+        H, N, rank = discrete[1].shape
+        ctx.save_for_backward(*discrete)
+        outputs = [floats(*shape) for shape in operator_shapes(H, length, N, dense=True)]
+        _call("operators", (H, N, rank, length), *discrete, None if skip is None else skip.contiguous(), *outputs)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_taps, of_emit, of_inject, of_carry):
+        discrete = ctx.saved_tensors
+        H, N, rank = discrete[1].shape
+        found = [floats(*x.shape) for x in discrete]
+        given = [of_taps.contiguous()]
+        for x in (of_emit, of_inject, of_carry):
+            x = x if x.stride(2) == 1 else x.contiguous()
+            given += x, *x.stride()[:2]
+        _call("operators_backward", (H, N, rank, of_taps.shape[1]), *discrete, *given, *found)
+        return None, of_taps[:, 0].clone() if ctx.needs_input_grad[1] else None, *found
+
+
+def _call(name: str, sizes: tuple[int, int, int, int], *arguments) -> None:
+    """A function of the library, with room and threads for it. The caller holds the tensors until it returns."""
+    functions = library("operators")
+    functions.operators_room.restype = ctypes.c_int64
+    threads = 1 if _forked else min(torch.get_num_threads(), sizes[0])
+    room = floats(threads, functions.operators_room(*map(for_c, sizes[1:])))
+    getattr(functions, name)(*map(for_c, (*sizes, *arguments, room, threads)))
