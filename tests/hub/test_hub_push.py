@@ -28,6 +28,7 @@ from ssm_lm.hub.contents import _is_pickle
 from ssm_lm.hub.export import export
 
 REPO = Path(__file__).parents[2]
+HUB_1_5 = huggingface_hub.__version__.startswith("1.5.")  # the lowest that is allowed
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_a_second_push_sends_nothing(folder, hub):
     assert (hub.uploads, hub.received) == (uploads, received)
     branch, message, sent = hub.repos["user/tiny"].commits[-1]
     assert (branch, message) == ("main", "More")
-    if huggingface_hub.__version__.startswith("1.5."):  # sends again what goes into the commit itself, no weights
+    if HUB_1_5:  # sends again what goes into the commit itself, no weights
         assert "README.md" in sent
     else:
         assert sent == {"README.md": "file"}
@@ -125,7 +126,8 @@ def test_an_interrupted_push_goes_on(folder, hub, capsys, part_size):
     count = break_in_a_file(folder, hub)
     assert "push again" in refusal(capsys, folder)
     first = {sha for sha, _ in hub.uploads}
-    assert len(first) == count - 1
+    # hub 1.5 lets go of what has not begun when a file breaks
+    assert len(first) == count - 1 or (HUB_1_5 and len(first) < count)
     assert hub.files("user/tiny") == {}  # half a model is never to be seen
     hub.drop, before = None, hub.received
     push(folder)
