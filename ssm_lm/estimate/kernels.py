@@ -383,6 +383,75 @@ def _vandermonde(v_re, v_im, log_re, log_im, length):
     return _Vandermonde.apply(v_re, v_im, log_re, log_im, length)
 
 
+# ---- the layer norm, and dropout
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, dtype):
+        ctx.save_for_backward(x, weight)
+        with kernel_launches(1):
+            _read(x, weight, bias)
+            return torch.zeros_like(x, dtype=dtype), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_past):
+        x, weight = ctx.saved_tensors
+        with kernel_launches(1):
+            _read(grad_y, grad_past, x, weight)
+            C = x.shape[-1]
+            grad_x = torch.zeros_like(x)
+            found = x.new_zeros(programs_of_a_norm(x.numel() // C, C), 2, C, dtype=torch.float32)
+        return grad_x, *found.sum(0).to(weight.dtype), None
+
+
+def _layer_norm(x, weight, bias, eps, dtype):
+    return _LayerNorm.apply(x, weight, bias, dtype)
+
+
+class _DropActivated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        with kernel_launches(1):
+            _read(x)
+            return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        with kernel_launches(1):
+            _read(grad_y, x)
+            return torch.zeros_like(x)
+
+
+def _drop_activated(x, activation, p):
+    return _DropActivated.apply(x)
+
+
+class _DropGated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, residual, x, bias):
+        ctx.save_for_backward(x, bias)
+        with kernel_launches(1):
+            _read(residual, x, bias)
+            return torch.zeros_like(residual)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, bias = ctx.saved_tensors
+        with kernel_launches(1):
+            _read(grad_y, x, bias)
+            C = grad_y.shape[-1]
+            grad_x = torch.zeros_like(x)
+            found = x.new_zeros(programs_of_a_norm(grad_y.numel() // C, C), 2 * C, dtype=torch.float32)
+        return grad_y, grad_x, found.sum(0).to(bias.dtype)
+
+
+def _drop_gated(residual, x, bias, p):
+    return _DropGated.apply(residual, x, bias)
+
+
 # operation -> what stands in for its kernel; that of a step of decoding is not asked for in training
 STAND_INS = {
     "chunk_scan": Implementation(_forward, _backward, to_rows),
@@ -393,6 +462,8 @@ STAND_INS = {
     "dplr_discretization": _dplr_discretization,
     "dplr_operators": _dplr_operators,
     "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "dropout": (_drop_activated, _drop_gated),
     "cross_entropy": _logits_to_loss,
     "cauchy": _cauchy,
     "vandermonde": _vandermonde,

@@ -156,12 +156,15 @@ class OnPaper:
         }
 
     def sublayers(self) -> dict:
-        """Of one sublayer of each kind, forward and backward: bytes that are moved, those of our kernels, launches."""
+        """Of one sublayer of each kind, forward and backward: bytes that are moved, the least that can be, those of our
+        kernels, launches.
+        """
         kinds = dict(zip(self.pieces.kinds, self.pieces.block, strict=True))
         return {
             kind: {
                 way: {
                     "bytes": getattr(trace, f"{way}_traffic"),
+                    "least": getattr(trace, f"{way}_least"),
                     "in_kernels": getattr(trace, f"{way}_in_kernels"),
                     "launches": getattr(trace, f"{way}_launches"),
                 }

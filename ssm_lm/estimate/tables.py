@@ -100,13 +100,16 @@ def _print_roofline(console: Console, limits: dict) -> None:
 
 def _print_sublayers(console: Console, sublayers: dict) -> None:
     table = Table(
-        *("sublayer", "forward, MB", "of our kernels", "launches", "backward, MB", "of our kernels", "launches"),
+        *("sublayer", "forward, MB", "least", "times", "of our kernels", "launches"),
+        *("backward, MB", "least", "times", "of our kernels", "launches"),
         title="One sublayer of a micro-batch",
         title_justify="left",
     )
     for kind, ways in sublayers.items():
         numbers = (
-            f"{way['bytes'] / 1e6:,.0f} {way['in_kernels'] / 1e6:,.0f} {way['launches']}" for way in ways.values()
+            f"{way['bytes'] / 1e6:,.0f} {way['least'] / 1e6:,.0f} {way['bytes'] / way['least']:.1f} "
+            f"{way['in_kernels'] / 1e6:,.0f} {way['launches']}"
+            for way in ways.values()
         )
         table.add_row(kind, *" ".join(numbers).split())
     console.print(table)

@@ -124,6 +124,8 @@ class Trace(NamedTuple):
     backward_peak: the most during the backward, with what was kept and the output's gradient; parameter gradients are
     in it as they come. gradients: of the parameters, after the backward. forward_traffic, backward_traffic: what the
     operators read and wrote, each on its own, as PyTorch runs them without fusion, and our kernels what they ask for.
+    forward_least, backward_least: what no implementation that keeps as much can do without: inputs, parameters and what
+    is kept, the output's gradient, and the gradients, each read or written once.
     """
 
     kept: int
@@ -136,6 +138,8 @@ class Trace(NamedTuple):
     backward_launches: int
     forward_in_kernels: int  # of the traffic, what our kernels move
     backward_in_kernels: int
+    forward_least: int
+    backward_least: int
 
 
 def trace(module: nn.Module, inputs: list[torch.Tensor], autocast: torch.dtype | None, **kwargs) -> Trace:
@@ -147,6 +151,7 @@ def trace(module: nn.Module, inputs: list[torch.Tensor], autocast: torch.dtype |
     for tensor in [*inputs, *kwargs.values(), *module.parameters()]:
         if isinstance(tensor, torch.Tensor):
             counter.add(tensor)
+    given = counter.live
     with counter:
         before = counter.start()
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
@@ -162,4 +167,6 @@ def trace(module: nn.Module, inputs: list[torch.Tensor], autocast: torch.dtype |
         input_gradients = sum(x.grad.numel() * x.grad.element_size() for x in inputs if x.grad is not None)
         gradients = counter.live - before - input_gradients
     traffic = forward_traffic, backward_traffic
-    return Trace(kept, forward_peak, backward_peak, gradients, *traffic, *launches, *in_kernels)
+    # what was given and kept is read, the output's gradient in its place, and gradients are written
+    least = given + kept, given + kept + input_gradients + gradients
+    return Trace(kept, forward_peak, backward_peak, gradients, *traffic, *launches, *in_kernels, *least)

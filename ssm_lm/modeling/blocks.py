@@ -6,7 +6,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_s4 import STATES, S4Config
 from .feed_forwards import FEED_FORWARDS
 from .mixers import MIXERS
-from .norms_and_dropout import make_dropout, make_norm
+from .norms_and_dropout import at_gated_end, make_dropout, make_norm, norm_before
 
 
 class S4Sublayer(nn.Module):
@@ -17,9 +17,15 @@ class S4Sublayer(nn.Module):
         self.norm = make_norm(config, before_product=True)
         self.inner = inner
         self.dropout = make_dropout(config)
+        self.kernels = config.kernels
 
     def forward(self, hidden_states, **kwargs):
-        return hidden_states + self.dropout(self.inner(self.norm(hidden_states), **kwargs))
+        normed, hidden_states = norm_before(self.norm, hidden_states)
+        if getattr(self.inner, "takes_end", False):
+            end = at_gated_end(hidden_states, self.dropout, self.kernels)
+            if end is not None:
+                return self.inner(normed, end=end, **kwargs)
+        return hidden_states + self.dropout(self.inner(normed, **kwargs))
 
 
 class S4Block(GradientCheckpointingLayer):

@@ -67,10 +67,15 @@ def as_autocast(u: torch.Tensor) -> torch.Tensor:
     A norm returns float32 there, and what stands before a layer is often one: taken as it comes, a kernel's scan would
     keep 20 bytes a token and channel for the backward, not 8. Not in float16: a state leaves its range.
     """
+    return u.to(as_autocast_dtype(u))
+
+
+def as_autocast_dtype(u: torch.Tensor) -> torch.dtype:
+    """That of `as_autocast(u)`."""
     device = u.device.type
     if u.dtype != torch.float32 or not torch.is_autocast_enabled(device):
-        return u
-    return u.to(torch.bfloat16) if torch.get_autocast_dtype(device) == torch.bfloat16 else u
+        return u.dtype
+    return torch.bfloat16 if torch.get_autocast_dtype(device) == torch.bfloat16 else u.dtype
 
 
 # (operation, what its kernel cannot do of the problem or None, the problem's key) -> whether the kernel runs

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_s4 import S4Config
-from .norms_and_dropout import make_dropout
+from .norms_and_dropout import after_activation, make_dropout
 
 
 class S4FeedForward(nn.Module):
@@ -20,9 +20,12 @@ class S4FeedForward(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = make_dropout(config)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.kernels = config.kernels
 
     def forward(self, hidden_states):
-        return self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states))))
+        x = self.up_proj(hidden_states)
+        fused = after_activation(x, x.dtype, self.activation, self.dropout, self.kernels)
+        return self.down_proj(self.dropout(self.activation(x)) if fused is None else fused(x))
 
 
 class SwiGLU(nn.Module):

@@ -144,6 +144,13 @@ def limit_of_rms_norm(x: torch.dtype, weight: torch.dtype, C: int) -> str | None
     return f"{C} channels, more than {MOST_NORMED}" if C > MOST_NORMED else None
 
 
+def limit_of_dropout(*dtypes: torch.dtype, C: int = 0) -> str | None:
+    """Of rows of C channels where their place matters."""
+    if not set(dtypes) <= set(KERNEL_DTYPES):
+        return f"numbers of {', '.join(map(str, dtypes))}"
+    return f"{C} channels, more than {MOST_NORMED}" if C > MOST_NORMED else None
+
+
 def rows_of_a_norm(C: int) -> int:
     """Rows of C channels that a program holds at a time."""
     return max(1, 2048 >> (C - 1).bit_length())

@@ -15,6 +15,7 @@ convolution's tail, then the state space's.
 """
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -22,8 +23,8 @@ from transformers.activations import ACT2FN
 
 from .configuration_s4 import S4Config
 from .documents import Documents
-from .execution import Execution, as_autocast
-from .norms_and_dropout import make_dropout, make_rms_norm
+from .execution import Execution, as_autocast, as_autocast_dtype
+from .norms_and_dropout import after_activation, make_dropout, make_rms_norm
 from .ops import gradient_in_rows
 from .short_convolution import ShortConvolution
 from .ssm import LAYERS, StateSpace
@@ -137,6 +138,13 @@ class ConvolvedMixer(Mixer):
         return y
 
 
+class GatedProjection(nn.Linear):
+    """W x + b, whose second half gates the first; with `end`, what that makes of W x and b: `at_gated_end`."""
+
+    def forward(self, x, end: Callable | None = None):
+        return super().forward(x) if end is None else end(nn.functional.linear(x, self.weight), self.bias)
+
+
 class S4Mixer(Mixer):
     """A state space, then a position-wise layer, gated or not, that mixes the channels."""
 
@@ -144,21 +152,42 @@ class S4Mixer(Mixer):
         super().__init__(config, layer_index, state_index)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = make_dropout(config)
-        self.glu = config.glu
-        self.out_proj = nn.Linear(config.hidden_size, (2 if config.glu == "glu" else 1) * config.hidden_size)
-
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, documents: Documents | None = None):
-        x = masked(hidden_states, attention_mask)
-        y, execution = self.scan(x, self.cache_of(past_key_values), documents, self.activation)
-        return self._mix(self.dropout(y), execution.in_rows)
-
-    def _mix(self, y, in_rows: bool):
-        # a quantised projection may read memory as it lies
-        if in_rows and type(self.out_proj) is nn.Linear:  # the order of memory in which the chunk scan's kernel works
-            y = gradient_in_rows(y)
-            projected = self.out_proj(y.flatten(0, 1)).view(*y.shape[:2], -1)
+        self.glu, self.kernels = config.glu, config.kernels
+        if config.glu == "glu":
+            self.out_proj = GatedProjection(config.hidden_size, 2 * config.hidden_size)
         else:
-            projected = self.out_proj(y.contiguous())
+            self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    @property
+    def takes_end(self) -> bool:
+        """Whether `forward` takes an `end`; not with an adapter around the projection."""
+        return type(self.out_proj) is GatedProjection
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        past_key_values=None,
+        documents: Documents | None = None,
+        end: Callable | None = None,
+    ):
+        """end: of `at_gated_end`; what comes back is then the sublayer's output."""
+        x = masked(hidden_states, attention_mask)
+        fused = after_activation(x, as_autocast_dtype(x), self.activation, self.dropout, self.kernels)
+        activation = self.activation if fused is None else None
+        y, execution = self.scan(x, self.cache_of(past_key_values), documents, activation)
+        return self._mix((fused or self.dropout)(y), execution.in_rows, end)
+
+    def _mix(self, y, in_rows: bool, end: Callable | None):
+        more = () if end is None else (end,)
+        # a quantised projection may read memory as it lies
+        if in_rows and type(self.out_proj) in (nn.Linear, GatedProjection):
+            y = gradient_in_rows(y)  # the order of memory in which the chunk scan's kernel works
+            projected = self.out_proj(y.flatten(0, 1), *more).view(*y.shape[:2], -1)
+        else:
+            projected = self.out_proj(y.contiguous(), *more)
+        if end is not None:
+            return projected
         if self.glu == "half":
             return y * torch.sigmoid(projected)
         return nn.functional.glu(projected, dim=-1) if self.glu == "glu" else projected

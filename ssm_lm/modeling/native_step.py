@@ -24,9 +24,9 @@ from .execution import FEW_TOKENS
 from .feed_forwards import S4FeedForward, SwiGLU
 from .kernels_s4 import in_force
 from .losses import LanguageModelHead
-from .mixers import GatedMixer, H3Mixer, S4Mixer
+from .mixers import GatedMixer, GatedProjection, H3Mixer, S4Mixer
 from .native_library import address, bind, floats, for_c, library
-from .norms_and_dropout import RMSNorm
+from .norms_and_dropout import LayerNorm, RMSNorm
 from .single_steps import discrete_from, versions_of
 
 ACTIVATION_NUMBERS = {"identity": 0, "gelu": 1, "silu": 2}
@@ -241,17 +241,17 @@ class Program:
         return tensor
 
     def norm(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if type(module) not in (nn.LayerNorm, RMSNorm):
+        if type(module) not in (nn.LayerNorm, LayerNorm, RMSNorm):
             raise Unsupported(type(module).__name__)
         weight, bias = self.weight(module.weight), self.weight(getattr(module, "bias", None))
         half = _is_half(weight, bias)
         eps = module.eps if module.eps is not None else torch.finfo(torch.float32).eps
         y = self.room(x.shape[1])
-        self.call("norm", *x.shape, x, weight, bias, half, float(eps), type(module) is nn.LayerNorm, y)
+        self.call("norm", *x.shape, x, weight, bias, half, float(eps), isinstance(module, nn.LayerNorm), y)
         return y
 
     def linear(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if type(module) is not nn.Linear:
+        if type(module) not in (nn.Linear, GatedProjection):
             raise Unsupported(type(module).__name__)
         return self.product(x, self.weight(module.weight), self.weight(module.bias))
 

@@ -1,11 +1,16 @@
-"""The norm and the dropout of a config."""
+"""The norm and the dropout of a config, each with what one launch of a kernel can do beside it."""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
+from .activations import FUSED_ACTIVATIONS
 from .configuration_s4 import S4Config
-from .kernel_limits import limit_of_rms_norm
-from .ops import RMS_NORM, rms_norm
+from .execution import as_autocast_dtype
+from .kernel_limits import limit_of_dropout, limit_of_rms_norm
+from .ops import DROPOUT, LAYER_NORM, RMS_NORM, drop_activated, drop_gated, layer_norm, rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
@@ -39,10 +44,39 @@ def make_rms_norm(config: S4Config, channels: int, before_product: bool) -> RMSN
     return norm
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, and in training, before a sublayer that its input goes past, our kernel."""
+
+    kernels = "auto"  # as in S4Config.kernels: whether the Triton kernel runs
+
+    def forward(self, x, with_input=False):
+        """y; with_input: y, by the kernel in bfloat16 where autocast makes that of float32, and x, to go past the
+        sublayer: of this x and not of the first, so that both gradients meet in the norm's backward.
+        """
+        if not with_input:
+            return super().forward(x)
+        dtypes, out = (x.dtype, self.weight.dtype), as_autocast_dtype(x)
+        if (torch.is_grad_enabled() or self.training) and LAYER_NORM.runs_kernel(
+            x,
+            unsupported=limit_of_rms_norm(*dtypes, x.shape[-1]),
+            setting=self.kernels,
+            problem=(*dtypes, out, x.shape[-1]),
+        ):
+            return layer_norm(x, self.weight, self.bias, self.eps, out)
+        return super().forward(x), x
+
+
+def norm_before(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """norm(x), and x for what goes past, see `LayerNorm`."""
+    return norm(x, with_input=True) if isinstance(norm, LayerNorm) else (norm(x), x)
+
+
 def make_norm(config: S4Config, before_product: bool = False) -> nn.Module:
     if config.norm == "rms":
         return make_rms_norm(config, config.hidden_size, before_product)
-    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+    norm = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+    norm.kernels = config.kernels
+    return norm
 
 
 class TiedDropout(nn.Dropout):
@@ -54,3 +88,39 @@ class TiedDropout(nn.Dropout):
 
 def make_dropout(config: S4Config) -> nn.Module:
     return (TiedDropout if config.tie_dropout else nn.Dropout)(config.dropout)
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return type(dropout) is nn.Dropout and dropout.training and 0 < dropout.p < 1
+
+
+def after_activation(
+    x: torch.Tensor, dtype: torch.dtype, activation: nn.Module, dropout: nn.Module, kernels: str
+) -> Callable | None:
+    """y -> dropout(activation(y)) in one launch, for y in `dtype` on the device of x; None where no kernel runs."""
+    name = FUSED_ACTIVATIONS.get(type(activation), "identity")
+    if name == "identity" or not _drops(dropout):
+        return None
+    runs = DROPOUT.runs_kernel(
+        x, unsupported=limit_of_dropout(dtype), setting=kernels, problem=("activated", dtype, name)
+    )
+    return partial(drop_activated, activation=name, p=dropout.p) if runs else None
+
+
+def at_gated_end(residual: torch.Tensor, dropout: nn.Module, kernels: str) -> Callable | None:
+    """(x, bias) -> residual + dropout(glu(x + bias)) in one launch, for x, a matrix product; None where no kernel runs,
+    as outside of training.
+    """
+    if not dropout.training or not (_drops(dropout) or dropout.p == 0):
+        return None
+    device, C = residual.device.type, residual.shape[-1]
+    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else residual.dtype
+    runs = DROPOUT.runs_kernel(
+        residual,
+        unsupported=limit_of_dropout(residual.dtype, product, C=C),
+        setting=kernels,
+        problem=("gated", residual.dtype, product, C, dropout.p > 0),
+    )
+    if not runs:
+        return None
+    return lambda x, bias: drop_gated(residual, x, bias.to(residual.dtype), dropout.p)

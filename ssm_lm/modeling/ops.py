@@ -10,6 +10,8 @@
     S4D operators diagonal_operators.py                     triton_diagonal_operators.py
     S4 operators  dplr_operators.py                         triton_dplr_operators.py
     RMS norm      rms_norm.py                               triton_rms_norm.py
+    layer norm    layer_norm.py                             triton_layer_norm.py
+    dropout       dropped.py, with given factors            triton_dropout.py
     loss          cross_entropy.py                          triton_cross_entropy.py
     Cauchy        cauchy.py                                 triton_cauchy.py
     Vandermonde   vandermonde.py                            triton_vandermonde.py
@@ -43,6 +45,7 @@ from .kernel_limits import (
     limit_of_vandermonde,
 )
 from .kernels_s4 import Operation, kernel_status, use_kernel
+from .layer_norm import layer_norm as plain_layer_norm
 from .native_operators import is_for_the_library, native_operators
 from .prefix_scans import associative_scan, complex_scan
 from .real_form import apply_diagonal, powers
@@ -61,9 +64,12 @@ __all__ = [
     "diagonal_operators",
     "dplr_discretization",
     "dplr_operators",
+    "drop_activated",
+    "drop_gated",
     "fft_convolution",
     "gradient_in_rows",
     "kernel_status",
+    "layer_norm",
     "logits_to_loss",
     "mimo_step",
     "powers",
@@ -228,6 +234,45 @@ def rms_norm(
 ) -> torch.Tensor:
     """`rms_norm.rms_norm`, or its Triton kernel with run_kernel, whose limits the caller knows."""
     return RMS_NORM.either(run_kernel)(x, weight, eps, gate, dtype)
+
+
+# ---- the layer norm
+
+
+def _load_layer_norm():
+    from .triton_layer_norm import layer_norm, self_check_cases
+
+    return layer_norm, self_check_cases
+
+
+LAYER_NORM = Operation("layer_norm", plain_layer_norm, _load_layer_norm)
+
+
+def layer_norm(x, weight, bias, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`layer_norm.layer_norm` by its Triton kernel."""
+    return LAYER_NORM.either(True)(x, weight, bias, eps, dtype)
+
+
+# ---- dropout with what stands beside it. Where the kernel does not run, PyTorch's own draws other factors
+
+
+def _load_dropout():
+    from .triton_dropout import drop_activated, drop_gated, self_check_cases
+
+    return (drop_activated, drop_gated), self_check_cases
+
+
+DROPOUT = Operation("dropout", None, _load_dropout)
+
+
+def drop_activated(x, activation: str, p: float) -> torch.Tensor:
+    """dropout(act(x)) with probability p by the Triton kernel; y lies in memory as x does."""
+    return DROPOUT.either(True)[0](x, activation, p)
+
+
+def drop_gated(residual, x, bias, p: float) -> torch.Tensor:
+    """residual + dropout(glu(x + bias)) by the Triton kernel."""
+    return DROPOUT.either(True)[1](residual, x, bias, p)
 
 
 # ---- the loss of logits

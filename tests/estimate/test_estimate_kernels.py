@@ -19,7 +19,7 @@ from ssm_lm.estimate.memory import count_pieces, on_gpu
 from ssm_lm.estimate.trace import StorageCounter, trace
 from ssm_lm.modeling.kernel_launch import assume
 from ssm_lm.modeling.mixers import make_state_space
-from ssm_lm.modeling.norms_and_dropout import RMSNorm
+from ssm_lm.modeling.norms_and_dropout import LayerNorm, RMSNorm, after_activation, at_gated_end
 from ssm_lm.modeling.ops import CROSS_ENTROPY
 from ssm_lm.modeling.short_convolution import ShortConvolution
 from ssm_lm.modeling.ssm import S4, S4D, S5, SSD
@@ -123,22 +123,26 @@ def test_a_step_of_an_ssd_scans_in_bfloat16():
     assert launched == [[dtype] * 3 + [torch.float64] for dtype in (torch.bfloat16, torch.float32)]
 
 
-def opened(monkeypatch, module, operation: str, *kernels: str) -> list[str]:
+OPENED = "run_forward", "save", "backward", "run_backward"
+
+
+def opened(monkeypatch, module, operation: str, *kernels: str, parts: tuple[str, ...] = OPENED) -> list[str]:
     """A kernel's operation, made of its launches but for these, so that the buffers between them are seen; the list of
-    the kernels that it will have launched.
+    the kernels that it will have launched. parts: the names of its functions.
     """
     launched = []
+    run_forward, save, backward, run_backward = (getattr(module, name) for name in parts)
 
     class Operation(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            output = module.run_forward(*inputs)
-            module.save(ctx, inputs, output)
+            output = run_forward(*inputs)
+            save(ctx, inputs, output)
             return output
 
         @staticmethod
         def backward(ctx, *gradients):
-            return module.backward(ctx, *gradients, run=module.run_backward)
+            return backward(ctx, *gradients, run=run_backward)
 
     class Kernel:
         def __init__(self, name):
@@ -151,6 +155,27 @@ def opened(monkeypatch, module, operation: str, *kernels: str) -> list[str]:
         monkeypatch.setattr(module, name, Kernel(name))
     monkeypatch.setattr(module, operation, Operation.apply)
     return launched
+
+
+def compare_with_launchers(operation: str, kernel, module, inputs: list, rows: list[str]):
+    """What stands in for a kernel keeps, holds and moves what its launchers do, and the rows of the report say, forward
+    and backward; a launch each, beside those of PyTorch's operators.
+    """
+    found = []
+    for which in (kernel, STAND_INS[operation]):
+        with assume("sm_90", {operation: which}):
+            for x in (*inputs, *module.parameters()):
+                x.grad = None
+            found.append(trace(module, inputs, torch.bfloat16))
+    theirs, ours = found
+    assert (ours.kept, ours.gradients) == (theirs.kept, theirs.gradients)
+    assert ours.forward_peak == pytest.approx(theirs.forward_peak, rel=0.01)
+    assert ours.backward_peak == pytest.approx(theirs.backward_peak, rel=0.01)
+    ways = ours.forward_launches - theirs.forward_launches, ours.backward_launches - theirs.backward_launches
+    assert ways == (1, 1)
+    cases = {case["name"]: case["work"]["bytes"] for case in compile_cases("sm_90")}
+    expected = [cases[row] for row in rows]
+    assert [ours.forward_in_kernels, ours.backward_in_kernels] == pytest.approx(expected, rel=0.01)
 
 
 @pytest.fixture
@@ -263,8 +288,40 @@ def test_the_recipe_is_counted_by_the_rows_of_the_report():
     pieces = count_pieces(config, 8, values["sequence_length"], autocast=torch.bfloat16, architecture="sm_90")
     ssm = pieces.block[pieces.kinds.index("ssm")]
     moved = [ssm.forward_in_kernels, ssm.backward_in_kernels]
-    assert moved == pytest.approx(bytes_of_rows(S4, "chunk"), rel=0.01)
+    found = {case["name"]: case["work"]["bytes"] for case in compile_cases("sm_90")}
+    # the activation goes with the dropout that follows it, and not with the scan
+    training = (found[f"chunk_scan training {way}dense bf16 N=64 w4s4"] for way in ("", "gelu "))
+    around = ("layer_norm {} fp32 to bf16", "dropout activated {} gelu bf16", "dropout gated {} bf16 on fp32")
+    expected = [
+        of_scan + sum(found[row.format(way)] for row in around)
+        for of_scan, way in zip(bytes_of_rows(S4, "chunk"), ("forward", "backward"), strict=True)
+    ]
+    expected[0] += next(training) - next(training)
+    assert moved == pytest.approx(expected, rel=0.01)
     assert moved < [ssm.forward_traffic, ssm.backward_traffic]  # the rest is of operators of PyTorch
+
+
+def test_the_table_of_a_sublayer_of_the_recipe_is_what_is_counted():
+    """That of docs/scaling.md: bytes, the least that can be, launches; the least at 8 windows by hand as well."""
+    values = read_train_config(str(REPO / "configs" / "train" / "wikitext103.yaml"), {})
+    keys = {"vocab_size": 1000, "adaptive_cutoffs": None, "head_dropout": 0.0, "arch": ["ssm"]}
+    config, length = S4Config(**values["model"] | keys), values["sequence_length"]
+    page = (REPO / "docs" / "scaling.md").read_text()
+    for batch in (1, 8):
+        (ssm,) = count_pieces(config, batch, length, autocast=torch.bfloat16, architecture="sm_90").block
+        assert (ssm.forward_launches, ssm.backward_launches) == (11, 20)
+        cells = [
+            cell
+            for moved, least in ((ssm.forward_traffic, ssm.forward_least), (ssm.backward_traffic, ssm.backward_least))
+            for cell in (f"{moved / 1e6:,.0f}", f"{least / 1e6:,.0f}", f"{moved / least:.1f}")
+        ]
+        assert f"| {batch} | {' | '.join(cells)} |" in page
+    elements, H, N = batch * length * config.hidden_size, config.hidden_size, config.state_size
+    matrix = 2 * H * H  # of the projection, kept in bfloat16
+    parameters = 4 * (matrix + 2 * H + 2 * H + H * N + 2 * H + 3 * N)  # bias; norm; C; D, dt; Lambda, B, P
+    kept = (2 + 2 + 2 + 2 + 4) * elements + 2 * matrix  # signal, states, y, what the product takes and gives
+    assert ssm.forward_least == pytest.approx(parameters + kept + 8 * elements, rel=1e-4)
+    assert ssm.backward_least == pytest.approx(2 * parameters + kept + 12 * elements, rel=1e-4)
 
 
 @needs_triton
@@ -374,20 +431,71 @@ def test_a_gated_norm_moves_what_its_report_says_and_holds_what_its_kernel_holds
     from ssm_lm.modeling import triton_rms_norm as module
 
     launched = opened(monkeypatch, module, "norm_rows", "norm_kernel", "norm_backward_kernel")
-    found = []
-    for which in (module.rms_norm, STAND_INS["rms_norm"]):
-        with assume("sm_90", {"rms_norm": which}), FakeTensorMode():
-            x, wide = (torch.empty(8, 8192, c, dtype=torch.bfloat16, requires_grad=True) for c in (1536, 3200))
-            found.append(trace(GatedNorm(1536), [x, wide], torch.bfloat16))
-    theirs, ours = found
+    with FakeTensorMode():
+        inputs = [torch.empty(8, 8192, c, dtype=torch.bfloat16, requires_grad=True) for c in (1536, 3200)]
+        rows = [f"rms_norm {way} bf16 to bf16 gated" for way in ("forward", "backward")]
+        compare_with_launchers("rms_norm", module.rms_norm, GatedNorm(1536), inputs, rows)
     assert launched == ["norm_kernel", "norm_backward_kernel"]
-    assert (ours.kept, ours.gradients) == (theirs.kept, theirs.gradients)
-    assert ours.forward_peak == pytest.approx(theirs.forward_peak, rel=0.01)
-    assert ours.backward_peak == pytest.approx(theirs.backward_peak, rel=0.01)
-    assert (ours.forward_launches, ours.backward_launches) == (1, theirs.backward_launches + 1)
-    cases = {case["name"]: case["work"]["bytes"] for case in compile_cases("sm_90")}
-    expected = [cases[f"rms_norm {way} bf16 to bf16 gated"] for way in ("forward", "backward")]
-    assert [ours.forward_in_kernels, ours.backward_in_kernels] == pytest.approx(expected, rel=0.01)
+
+
+class Residual(torch.nn.Module):
+    """A sublayer that does nothing, around a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = LayerNorm(1024)
+
+    def forward(self, x):
+        y, past = self.norm(x, with_input=True)
+        return y + past
+
+
+@needs_triton
+def test_a_layer_norm_moves_what_its_report_says_and_holds_what_its_kernel_holds(monkeypatch):
+    from ssm_lm.modeling import triton_layer_norm as module
+
+    names = "layer_norm_kernel", "layer_norm_backward_kernel"
+    launched = opened(monkeypatch, module, "norm_rows", *names, parts=("run_forward",) * 3 + ("run_backward",))
+    monkeypatch.setattr(module, "norm_rows", module.run_forward)
+    monkeypatch.setattr(module, "norm_rows_backward", module.run_backward)
+    with FakeTensorMode():
+        inputs = [torch.empty(8, 8192, 1024, requires_grad=True)]
+        rows = [f"layer_norm {way} fp32 to bf16" for way in ("forward", "backward")]
+        compare_with_launchers("layer_norm", module.layer_norm, Residual(), inputs, rows)
+    assert launched == list(names)
+
+
+@needs_triton
+def test_dropout_moves_what_its_report_says_and_holds_what_its_kernels_hold(monkeypatch):
+    from ssm_lm.modeling import triton_dropout as module
+    from ssm_lm.modeling.mixers import GatedProjection
+
+    class Activated(torch.nn.Module):
+        def forward(self, x):
+            return after_activation(x, x.dtype, GELUActivation(), torch.nn.Dropout(0.25), "auto")(x)
+
+    class Gated(GatedProjection):
+        def forward(self, residual, x):
+            return at_gated_end(residual, torch.nn.Dropout(0.25), "auto")(x, self.bias)
+
+    # a seed without data has no value
+    monkeypatch.setattr(module, "scalars", lambda p, seed: (0, 0, 1.0))
+    monkeypatch.setattr(module, "draw_seed", lambda: torch.empty(0))
+    kernels, launched = (module.drop_activated, module.drop_gated), []
+    for kind, names in (
+        ("activated", ["activated_kernel"] * 2),
+        ("gated", ["gated_kernel", "gated_backward_kernel"]),
+    ):
+        parts = f"run_{kind}", f"save_{kind}", f"backward_of_{kind}", f"run_{kind}_backward"
+        launched = opened(monkeypatch, module, kind, *names, parts=parts)
+        with FakeTensorMode():
+            low = torch.empty(8, 8192, 1024 * (1 + (kind == "gated")), dtype=torch.bfloat16, requires_grad=True)
+            residual = torch.empty(8, 8192, 1024, requires_grad=True)
+            part, inputs = (Gated(1024, 2048), [residual, low]) if kind == "gated" else (Activated(), [low])
+            of = "gelu bf16" if kind == "activated" else "bf16 on fp32"
+            rows = [f"dropout {kind} {way} {of}" for way in ("forward", "backward")]
+            compare_with_launchers("dropout", kernels, part, inputs, rows)
+        assert launched == names
 
 
 def test_what_an_index_names_and_what_is_filled_are_counted_alone():

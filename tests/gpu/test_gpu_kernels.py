@@ -192,6 +192,14 @@ def test_self_checks(place):
         for of_bias, entries in ((None, 50257), (None, 32768), (torch.float32, 20003)):
             problem = dtype, of_bias, entries
             assert use_kernel("cross_entropy", where, problem=problem) == place.has_kernels, problem
+        for out, channels in ((dtype, 1024), (torch.bfloat16, 768)):
+            problem = dtype, torch.float32, out, channels
+            assert use_kernel("layer_norm", where, problem=problem) == place.has_kernels, problem
+            for drops in (False, True):
+                problem = "gated", dtype, out, channels, drops
+                assert use_kernel("dropout", where, problem=problem) == place.has_kernels, problem
+            problem = "activated", out, "gelu"
+            assert use_kernel("dropout", where, problem=problem) == place.has_kernels, problem
         for out, channels, gated in ((dtype, 1536, True), (torch.bfloat16, 768, False)):
             problem = dtype, torch.float32, out, channels, gated
             assert use_kernel("rms_norm", where, problem=problem) == place.has_kernels, problem

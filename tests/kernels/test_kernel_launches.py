@@ -166,6 +166,36 @@ def test_another_batch_of_the_ssd_step_compiles_nothing_new(seen):
     assert len(seen) == 2
 
 
+def test_another_batch_of_a_layer_norm_and_of_dropout_compiles_nothing_new(seen):
+    """Nor another seed, probability or, of what is no multiple of 16, length; the problems are the recipe's."""
+    from ssm_lm.modeling import triton_dropout, triton_layer_norm
+
+    low = torch.bfloat16
+    for module, problem, count in (
+        (triton_layer_norm, (torch.float32, torch.float32, low, 1024), 2),
+        (triton_dropout, ("activated", low, "gelu"), 4),  # of a multiple of 16, and of any number
+        (triton_dropout, ("gated", torch.float32, low, 1024, True), 2),
+    ):
+        before = len(seen)
+        for case in module.self_check_cases(torch.device("cpu"), *problem):
+            case.kernel()
+        seen_before = set(seen)
+        # the self-check of dropout also draws the factors that its twin gets, in float32
+        assert len(seen) - before <= count + 3
+        for B, L, p in ((8, 1024, 0.25), (1, 1, 0.5), (1, 17, 0.1), (3, 333, 0.9)):
+            x = torch.empty(B, L, 1024, requires_grad=True)
+            wide = torch.empty(B, L, 2048, dtype=low, requires_grad=True)
+            if module is triton_layer_norm:
+                y, past = module.layer_norm(x, *torch.ones(2, 1024, requires_grad=True), 1e-5, low)
+                (y.sum() + past.sum()).backward()
+            elif problem[0] == "activated":
+                for signal in (wide, torch.empty(B, L, 3, dtype=low, requires_grad=True)):
+                    module.drop_activated(signal, "gelu", p).sum().backward()
+            else:
+                module.drop_gated(x, wide, torch.ones(2048, requires_grad=True), p).sum().backward()
+        assert set(seen) == seen_before
+
+
 def test_another_chunk_of_the_loss_compiles_nothing_new(seen):
     """What the self-check of a head has compiled is what chunks of other sizes run, with gradients."""
     from ssm_lm.modeling.triton_cross_entropy import logits_to_loss, self_check_cases

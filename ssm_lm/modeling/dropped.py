@@ -1,0 +1,26 @@
+"""Dropout with what stands beside it in a sublayer, in plain PyTorch: the twins of triton_dropout.py.
+
+    y = m act(x)                      after a state space
+    y = r + m glu(x + b)              at the end of its sublayer, r what went past it
+
+m is 0 with probability p, else 1 / (1 - p). Source: Srivastava et al., 2014; glu: Dauphin et al., 1612.08083.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .activations import ACTIVATIONS
+
+
+def drop_activated(x: torch.Tensor, activation: str, factors: torch.Tensor | None = None) -> torch.Tensor:
+    """m act(x) of x's shape; activation: one of ACTIVATIONS; factors: m, None for ones."""
+    y = ACTIVATIONS[activation].function(x)
+    return y if factors is None else y * factors
+
+
+def drop_gated(
+    residual: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, factors: torch.Tensor | None = None
+) -> torch.Tensor:
+    """residual + m glu(x + bias): residual (..., C), x (..., 2 C), bias (2 C,); factors: m, None for ones."""
+    y = F.glu(x + bias, -1)
+    return residual + (y if factors is None else y * factors)
