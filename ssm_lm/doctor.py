@@ -108,6 +108,7 @@ def torch_and_devices() -> dict:
     report["triton"] = _triton()
     report["decoding_on_a_cpu"] = _in_c("step")
     report["operators_of_s4_on_a_cpu"] = _in_c("operators")
+    report["operators_of_s4d_on_a_cpu"] = _in_c("diagonal")
     return report
 
 
@@ -187,7 +188,7 @@ def kernels() -> dict[str, str]:
 
 
 def _in_c(name: str) -> str:
-    """What a step of generate(), or the operators of s4, run in on a CPU. Builds a library that is not there yet."""
+    """What a step of generate() or a layer's operators run in on a CPU. Builds a library that is not there yet."""
     from .modeling.native_library import why_not
 
     return "C" if why_not(name) is None else f"PyTorch: {why_not(name)}"

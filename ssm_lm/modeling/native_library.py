@@ -2,6 +2,7 @@
 
     step         native_source.py, the decoding step         compiled in a second
     operators    native_operators_source.py, S4's operators  in three
+    diagonal     native_diagonal_source.py, S4D's            in one
 
 No compiler, or one that fails: there is no library, `why_not()` says so, and PyTorch runs instead.
 """
@@ -20,10 +21,11 @@ from pathlib import Path
 
 import torch
 
+from .native_diagonal_source import SOURCE as DIAGONAL
 from .native_operators_source import SOURCE as OPERATORS
 from .native_source import SOURCE as STEP
 
-SOURCES = {"step": STEP, "operators": OPERATORS}
+SOURCES = {"step": STEP, "operators": OPERATORS, "diagonal": DIAGONAL}
 
 # in this order; the first that works. Without OpenMP a step runs on one thread
 FLAGS = (("-fopenmp", "-march=native"), ("-fopenmp",), ("-fopenmp-simd", "-march=native"), ())
@@ -43,6 +45,10 @@ def why_not(name: str = "step") -> str | None:
 def floats(*shape: int) -> torch.Tensor:
     """Memory for a library's numbers, whatever dtype and device the caller has made PyTorch's defaults."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def doubles(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float64, device="cpu")
 
 
 def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:

@@ -10,8 +10,10 @@ Shapes: H channels, N order of the real system, T chunk length.
 
 import ctypes
 import os
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from .chunked import ChunkOperators, operator_shapes
 from .discrete import DiscreteDPLR
@@ -27,19 +29,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _forked.append(True))
 
 
+def may_run(read: Sequence[torch.Tensor], setting: str) -> bool:
+    """Whether C may take these tensors: on a CPU, in no graph. setting: S4Config's key `kernels`."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_force(setting) != "auto":
+        return False
+    # a subclass may be a tensor without numbers
+    return all(type(x) in (torch.Tensor, nn.Parameter) and x.device.type == "cpu" for x in read)
+
+
+def threads_for(channels: int) -> int:
+    """How many share them: as many as PyTorch's; one in a child of a fork."""
+    return 1 if _forked else min(torch.get_num_threads(), channels)
+
+
+def side_by_side(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """A matrix of each channel, whose numbers lie side by side in a row, and how far channels and rows are apart."""
+    x = x if x.stride(2) == 1 else x.contiguous()
+    return x, *x.stride()[:2]
+
+
 def is_for_the_library(discrete: DiscreteDPLR, skip: torch.Tensor | None, setting: str) -> bool:
     """Whether `native_operators` is to run. setting: S4Config's key `kernels`."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if any(type(x) is not torch.Tensor for x in discrete):  # but one without numbers, for example
-        return False
-    read = discrete if skip is None else (*discrete, skip)
-    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in read):
-        return False
     N, rank = discrete.F.shape[1:]
-    if discrete.E.numel() * N < SMALLEST or rank > MOST_RANK:
+    read = discrete if skip is None else (*discrete, skip)
+    if discrete.E.numel() * N < SMALLEST or rank > MOST_RANK or not may_run(read, setting):
         return False
-    return in_force(setting) == "auto" and library("operators") is not None
+    return all(x.dtype == torch.float32 for x in read) and library("operators") is not None
 
 
 def native_operators(discrete: DiscreteDPLR, length: int, skip: torch.Tensor | None = None) -> ChunkOperators:
@@ -65,8 +80,7 @@ class _Operators(torch.autograd.Function):
         found = [floats(*x.shape) for x in discrete]
         given = [of_taps.contiguous()]
         for x in (of_emit, of_inject, of_carry):
-            x = x if x.stride(2) == 1 else x.contiguous()
-            given += x, *x.stride()[:2]
+            given += side_by_side(x)
         _call("operators_backward", (H, N, rank, of_taps.shape[1]), *discrete, *given, *found)
         return None, of_taps[:, 0].clone() if ctx.needs_input_grad[1] else None, *found
 
@@ -75,6 +89,6 @@ def _call(name: str, sizes: tuple[int, int, int, int], *arguments) -> None:
     """A function of the library, with room and threads for it. The caller holds the tensors until it returns."""
     functions = library("operators")
     functions.operators_room.restype = ctypes.c_int64
-    threads = 1 if _forked else min(torch.get_num_threads(), sizes[0])
+    threads = threads_for(sizes[0])
     room = floats(threads, functions.operators_room(*map(for_c, sizes[1:])))
     getattr(functions, name)(*map(for_c, (*sizes, *arguments, room, threads)))

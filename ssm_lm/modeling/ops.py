@@ -16,7 +16,8 @@
     Cauchy        cauchy.py                                 triton_cauchy.py
     Vandermonde   vandermonde.py                            triton_vandermonde.py
 
-On a CPU S4's operators have a third form beside twin and kernel, in C: native_operators.py.
+On a CPU S4's and S4D's operators have a third form beside twin and kernel, in C: native_operators.py and
+native_diagonal.py.
 
 This is the one place where the two meet. The twins lie below and know no kernel; a kernel's file knows its twin, to
 check itself against it; what lies above says whether the kernel runs, as execution.py or kernels_s4.py has decided.
@@ -46,6 +47,8 @@ from .kernel_limits import (
 )
 from .kernels_s4 import Operation, kernel_status, use_kernel
 from .layer_norm import layer_norm as plain_layer_norm
+from .native_diagonal import is_for_the_library as diagonal_is_for_the_library
+from .native_diagonal import native_diagonal
 from .native_operators import is_for_the_library, native_operators
 from .prefix_scans import associative_scan, complex_scan
 from .real_form import apply_diagonal, powers
@@ -396,11 +399,16 @@ DIAGONAL_OPERATORS = Operation("diagonal_operators", power_operators, _load_diag
 
 
 def diagonal_operators(discrete: DiscreteDiagonal, length: int, setting: str = "auto") -> ChunkOperators:
-    """The operators of a chunk of `length` tokens; see diagonal_operators.py. setting: S4Config's key `kernels`."""
+    """The operators of a chunk of `length` tokens; see diagonal_operators.py, and on a CPU native_diagonal.py.
+
+    setting: S4Config's key `kernels`.
+    """
     parts, N = discrete[:4], 2 * discrete.CB_re.shape[1]
     run_kernel = N <= LARGEST_STATE and DIAGONAL_OPERATORS.runs_kernel(
         *parts, unsupported=limit_of_diagonal_operators(discrete.CB_re.dtype), setting=setting, problem=(N,)
     )
+    if not run_kernel and diagonal_is_for_the_library(parts, setting):
+        return native_diagonal(*parts, length)
     return DIAGONAL_OPERATORS.either(run_kernel)(*parts, length)
 
 
