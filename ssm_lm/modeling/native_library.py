@@ -1,7 +1,8 @@
 """C sources as libraries, each compiled once a machine, when it is first asked for, by the compiler that is there.
 
     step         native_source.py, the decoding step         compiled in a second
-    operators    native_operators_source.py, S4's operators  in three
+    operators    native_operators_source.py, S4's operators  in four
+                 native_scan_source.py, and its chunk scan
     diagonal     native_diagonal_source.py, S4D's            in one
 
 No compiler, or one that fails: there is no library, `why_not()` says so, and PyTorch runs instead.
@@ -23,9 +24,10 @@ import torch
 
 from .native_diagonal_source import SOURCE as DIAGONAL
 from .native_operators_source import SOURCE as OPERATORS
+from .native_scan_source import SOURCE as SCAN
 from .native_source import SOURCE as STEP
 
-SOURCES = {"step": STEP, "operators": OPERATORS, "diagonal": DIAGONAL}
+SOURCES = {"step": STEP, "operators": OPERATORS + SCAN, "diagonal": DIAGONAL}
 
 # in this order; the first that works. Without OpenMP a step runs on one thread
 FLAGS = (("-fopenmp", "-march=native"), ("-fopenmp",), ("-fopenmp-simd", "-march=native"), ())

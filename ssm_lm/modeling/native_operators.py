@@ -50,11 +50,15 @@ def side_by_side(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
 
 def is_for_the_library(discrete: DiscreteDPLR, skip: torch.Tensor | None, setting: str) -> bool:
     """Whether `native_operators` is to run. setting: S4Config's key `kernels`."""
-    N, rank = discrete.F.shape[1:]
-    read = discrete if skip is None else (*discrete, skip)
-    if discrete.E.numel() * N < SMALLEST or rank > MOST_RANK or not may_run(read, setting):
+    H, N, rank = discrete.F.shape
+    return rank <= MOST_RANK and takes(discrete if skip is None else (*discrete, skip), H, N, setting)
+
+
+def takes(read: Sequence[torch.Tensor], H: int, N: int, setting: str) -> bool:
+    """Whether the library is there, and for these tensors, of so many channels of so many states."""
+    if H * N * N < SMALLEST or any(x.dtype != torch.float32 for x in read) or not may_run(read, setting):
         return False
-    return all(x.dtype == torch.float32 for x in read) and library("operators") is not None
+    return library("operators") is not None
 
 
 def native_operators(discrete: DiscreteDPLR, length: int, skip: torch.Tensor | None = None) -> ChunkOperators:

@@ -84,24 +84,49 @@ INLINE void add_gradients(I wide, I rank, const float *f, const float *g, const 
     }
 }
 
-/* C (rows, n) = A B, B (terms, n); rows a multiple of 4, n of 32. a_row, a_term: how far the numbers of A lie apart */
-APART void product(I rows, I terms, I n, const float *A, I a_row, I a_term, const float *B, float *C) {
-    for (I i = 0; i < rows; i += 4) {
-        for (I c = 0; c < n; c += 32) {
-            float sum[4][32];
-            memset(sum, 0, sizeof(sum));
-            for (I k = 0; k < terms; k++) {
-                const float *a = A + k * a_term + i * a_row, *b = B + k * n + c;
-                const float a0 = a[0], a1 = a[a_row], a2 = a[2 * a_row], a3 = a[3 * a_row];
-                #pragma omp simd
-                for (I j = 0; j < 32; j++) {
-                    sum[0][j] += a0 * b[j];
-                    sum[1][j] += a1 * b[j];
-                    sum[2][j] += a2 * b[j];
-                    sum[3][j] += a3 * b[j];
-                }
-            }
-            for (I r = 0; r < 4; r++) memcpy(C + (i + r) * n + c, sum[r], sizeof(sum[r]));
+/* A register, by name: of an array of sums the compiler keeps a copy in memory */
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+typedef float Register __attribute__((vector_size(BYTES), aligned(4), may_alias));
+#define COLUMNS (2 * BYTES / 4)
+#define AT(address) (*(Register *)(address))
+
+/* count rows, 4 or 1, and COLUMNS columns of C = A B, or C += A B: see `product` */
+#define ROW(r)                                                                   \
+    Register left##r = {0}, right##r = {0};                                      \
+    if (more && r < count) left##r = AT(C + r * c_row), right##r = AT(C + r * c_row + COLUMNS / 2);
+#define TERM(r)                                                                  \
+    if (r < count) left##r += a[r * a_row] * b_left, right##r += a[r * a_row] * b_right;
+#define KEEP(r)                                                                  \
+    if (r < count) AT(C + r * c_row) = left##r, AT(C + r * c_row + COLUMNS / 2) = right##r;
+INLINE void tile(I count, I terms, const float *A, I a_row, I a_term, const float *B, I b_term, float *C, I c_row,
+                 I more) {
+    ROW(0) ROW(1) ROW(2) ROW(3)
+    for (I k = 0; k < terms; k++) {
+        const float *a = A + k * a_term;
+        const Register b_left = AT(B + k * b_term), b_right = AT(B + k * b_term + COLUMNS / 2);
+        TERM(0) TERM(1) TERM(2) TERM(3)
+    }
+    KEEP(0) KEEP(1) KEEP(2) KEEP(3)
+}
+/* C (rows, n) = A B, or C += A B where more, with A (rows, terms) and B (terms, n); n a multiple of 32. a_row, a_term,
+   b_term, c_row: how far rows and terms lie apart */
+APART void product(I rows, I terms, I n, const float *A, I a_row, I a_term, const float *B, I b_term, float *C, I c_row,
+                   I more) {
+    I i = 0;
+    for (; i + 4 <= rows; i += 4) {
+        for (I c = 0; c < n; c += COLUMNS) {
+            tile(4, terms, A + i * a_row, a_row, a_term, B + c, b_term, C + i * c_row + c, c_row, more);
+        }
+    }
+    for (; i < rows; i++) {
+        for (I c = 0; c < n; c += COLUMNS) {
+            tile(1, terms, A + i * a_row, a_row, a_term, B + c, b_term, C + i * c_row + c, c_row, more);
         }
     }
 }
@@ -113,12 +138,12 @@ typedef struct { I N, rank, T; const float *E, *F, *G, *B, *C, *skip; } System; 
 typedef struct { float *E, *F, *G, *B, *C; } Gradients;
 
 /* One channel's vectors of n = 2 wide numbers: e, f_r, g_r; x_j = A^j B; y_j = C A^j; v_jr = g_r A^j; w_jr = E^j f_r;
-   power = E^(T-1); j up to `tokens`, T as a multiple of 4. rest: room for what else is made */
-typedef struct { I half, n, tokens; float *e, *f, *g, *x, *y, *v, *w, *power, *rest; } Walk;
+   power = E^(T-1); j up to T. rest: room for what else is made */
+typedef struct { I half, n; float *e, *f, *g, *x, *y, *v, *w, *power, *rest; } Walk;
 
 INLINE Walk walk_in(float *room, const System *s, I wide, I rank) {
-    Walk k = {s->N / 2, 2 * wide, (s->T + 3) / 4 * 4};
-    const I vectors = (k.tokens + 1) * k.n;
+    Walk k = {s->N / 2, 2 * wide};
+    const I vectors = (s->T + 1) * k.n;
     k.e = room;
     k.f = k.e + k.n;
     k.g = k.f + rank * k.n;
@@ -134,9 +159,8 @@ INLINE Walk walk_in(float *room, const System *s, I wide, I rank) {
 /* Numbers of room that a thread needs: those of a Walk, and what the backward makes of them, which is more than the
    forward does */
 I operators_room(I N, I rank, I T) {
-    const I n = 2 * widened(N / 2), tokens = (T + 3) / 4 * 4;
-    const I walk = (2 + 2 * rank) * n + (2 + 2 * rank) * (tokens + 1) * n;
-    return walk + 2 * n * n + (1 + 2 * rank) * tokens * n + (5 + 4 * rank) * n;
+    const I n = 2 * widened(N / 2), walk = (2 + 2 * rank) * n + (2 + 2 * rank) * (T + 1) * n;
+    return walk + 2 * n * n + (1 + 2 * rank) * T * n + (5 + 4 * rank) * n;
 }
 
 INLINE Walk walk(const System *s, I h, I wide, I rank, float *room) {
@@ -162,9 +186,6 @@ INLINE Walk walk(const System *s, I h, I wide, I rank, float *room) {
         }
         if (t < T - 1) multiply(wide, 0, k.e, 1, k.f, k.g, k.power, k.power);
     }
-    /* rows that products take with the others, and of which nothing is read */
-    memset(k.v + (T + 1) * rank * n, 0, (k.tokens - T) * rank * n * sizeof(float));
-    memset(k.w + (T + 1) * rank * n, 0, (k.tokens - T) * rank * n * sizeof(float));
     return k;
 }
 
@@ -203,7 +224,7 @@ INLINE void operators_of(const System *s, I h, I wide, I rank, float *taps, Matr
     /* E^T - sum_j w_(T-1-j) v_j */
     float *back = k.rest, *sum = back + T * rank * n;
     for (I t = 0; t < T; t++) memcpy(back + t * rank * n, k.w + (T - 1 - t) * rank * n, rank * n * sizeof(float));
-    product(n, T * rank, n, back, 1, n, k.v, sum);
+    product(n, T * rank, n, back, 1, n, k.v, n, sum, n, 0);
     multiply(wide, 0, k.e, 1, k.f, k.g, k.power, k.power);
     for (I m = 0; m < n; m++) for (I c = 0; c < n; c++) sum[m * n + c] = -sum[m * n + c];
     for (I m = 0; m < half; m++) {
@@ -222,8 +243,8 @@ INLINE void gradients_of(const System *s, I h, I wide, I rank, const float *of_t
                          Matrices of_inject, Matrices of_carry, Gradients out, float *room) {
     const Walk k = walk(s, h, wide, rank, room);
     const I T = s->T, N = s->N, half = k.half, n = 2 * wide;
-    float *of_A = k.rest, *turned = of_A + n * n, *of_v = turned + n * n, *of_w = of_v + k.tokens * rank * n;
-    float *of_x = of_w + k.tokens * rank * n, *of_e = of_x + k.tokens * n, *of_f = of_e + n, *of_g = of_f + rank * n;
+    float *of_A = k.rest, *turned = of_A + n * n, *of_v = turned + n * n, *of_w = of_v + T * rank * n;
+    float *of_x = of_w + T * rank * n, *of_e = of_x + T * n, *of_f = of_e + n, *of_g = of_f + rank * n;
     float *of_c = of_g + rank * n, *lx = of_c + n, *ly = lx + n, *lv = ly + n, *lw = lv + rank * n;
     memset(of_A, 0, n * n * sizeof(float));
     for (I m = 0; m < N; m++) {
@@ -233,8 +254,8 @@ INLINE void gradients_of(const System *s, I h, I wide, I rank, const float *of_t
     for (I m = 0; m < n; m++) for (I c = 0; c < n; c++) turned[m * n + c] = of_A[c * n + m];
     from_columns(of_x, of_inject.at + h * of_inject.head, of_inject.row, T, half, wide);
     /* minus the gradient of v_(T-1-j) in row j, and of w_(T-1-j) */
-    product(k.tokens * rank, n, n, k.w, n, 1, of_A, of_v);
-    product(k.tokens * rank, n, n, k.v, n, 1, turned, of_w);
+    product(T * rank, n, n, k.w, n, 1, of_A, n, of_v, n, 0);
+    product(T * rank, n, n, k.v, n, 1, turned, n, of_w, n, 0);
     memset(of_e, 0, (5 + 4 * rank) * n * sizeof(float));
     /* T conj(E)^(T-1) times the diagonal, as of the complex product */
     for (I m = 0; m < half; m++) {

@@ -16,8 +16,8 @@
     Cauchy        cauchy.py                                 triton_cauchy.py
     Vandermonde   vandermonde.py                            triton_vandermonde.py
 
-On a CPU S4's and S4D's operators have a third form beside twin and kernel, in C: native_operators.py and
-native_diagonal.py.
+On a CPU S4's and S4D's operators and S4's chunk scan have a third form beside twin and kernel, in C:
+native_operators.py, native_diagonal.py and native_scan.py.
 
 This is the one place where the two meet. The twins lie below and know no kernel; a kernel's file knows its twin, to
 check itself against it; what lies above says whether the kernel runs, as execution.py or kernels_s4.py has decided.
@@ -50,6 +50,7 @@ from .layer_norm import layer_norm as plain_layer_norm
 from .native_diagonal import is_for_the_library as diagonal_is_for_the_library
 from .native_diagonal import native_diagonal
 from .native_operators import is_for_the_library, native_operators
+from .native_scan import NATIVE
 from .prefix_scans import associative_scan, complex_scan
 from .real_form import apply_diagonal, powers
 from .rms_norm import rms_norm as plain_rms_norm
@@ -118,6 +119,7 @@ def chunk_scan(
     activation: str = "identity",
     rest: bool = False,
     run_kernel: bool = False,
+    in_c: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Run an LTI state space over u in chunks: O(L), matmuls within a chunk and one small recurrence between them.
 
@@ -130,10 +132,12 @@ def chunk_scan(
     activation: what y goes through, one of ACTIVATIONS; the kernel applies it before y is rounded.
     rest: see `chunked.Wanted`.
     run_kernel: whether the Triton kernel runs. Those of `kernel_limits` are the caller's to know.
+    in_c: whether the library does, where the kernel does not; `scans_in_c` knows.
     Returns y (B, L, p H), None without has_output, and the final state (B, H, N). Both are differentiable.
     """
     wanted = Wanted(keep, has_output, activation, rest)
-    return differentiable(CHUNK_SCAN.either(run_kernel), u, operators, initial_state, wanted, parameters)
+    implementation = NATIVE if in_c and not run_kernel else CHUNK_SCAN.either(run_kernel)
+    return differentiable(implementation, u, operators, initial_state, wanted, parameters)
 
 
 class _GradientInRows(torch.autograd.Function):
