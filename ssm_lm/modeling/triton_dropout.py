@@ -343,11 +343,13 @@ def _normal(device):
 
 
 def _activated_cases(device, dtype, activation) -> list[Case]:
-    """Of a multiple of 16 elements, more than a block, and of another number. The twin gets the kernel's factors."""
+    """Of a multiple of 16 elements, more than a block, and of another number. The twin gets the kernel's factors, which
+    are seen in what is left of ones, by the same machine code.
+    """
     normal, seed, cases = _normal(device), torch.tensor(7), []
     for tokens in (80, 5):
         x, gradient = normal(3, tokens, 7, dtype=dtype), normal(3, tokens, 7)
-        drawn = activated(torch.ones(x.shape, device=device), "identity", P, seed).double()
+        drawn = (activated(torch.ones_like(x), activation, P, seed) != 0).double() / (1 - P)
         ours = partial(activated, activation=activation, p=P, seed=seed)
         twin = partial(plain_drop_activated, activation=activation, factors=drawn)
         label = f"dropout of {x.numel()} times {activation} in {dtype}".replace("torch.", "")
@@ -365,10 +367,8 @@ def _gated_cases(device, of_residual, of_x, C, drops) -> list[Case]:
         normal(2 * C, dtype=of_residual),
     ]
     drawn = None
-    if drops:  # glu(0 + [1 | 30]) is one
-        wide = torch.cat([torch.ones(C), torch.full((C,), 30.0)]).to(device)
-        zeros = torch.zeros(1, rows, 2 * C, device=device)
-        drawn = gated(zeros[..., :C], zeros, wide, p, seed).double()
+    if drops:
+        drawn = (gated(torch.zeros_like(leaves[0]), *map(torch.ones_like, leaves[1:]), p, seed) != 0).double() / (1 - p)
     ours, twin = partial(gated, p=p, seed=seed), partial(plain_drop_gated, factors=drawn)
     label = f"a gated end of {of_x} on {of_residual}{', dropped' * drops}".replace("torch.", "")
     tolerance = max(TOLERANCES[of_residual], TOLERANCES[of_x])
