@@ -157,7 +157,7 @@ def _generation(name: str, model, size: Size, length: int, batch: int) -> Turn:
     if cached:
         with torch.no_grad():
             output = model(ids[:, :-1], use_cache=True, logits_to_keep=1)
-        key = "past_key_values" if getattr(output, "past_key_values", None) is not None else "cache_params"
+        key = next(key for key in output if key in ("cache", "past_key_values", "cache_params"))
         text["cache"] = {key: output[key]}
         work = bytes_of_a_token(model, output[key])
 

@@ -97,7 +97,7 @@ class S4Config(PreTrainedConfig):
     """
 
     model_type = "s4"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # before transformers 5.24, and from there on
 
     vocab_size: int = 50257
     hidden_size: int = 1024

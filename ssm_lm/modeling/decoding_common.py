@@ -1,6 +1,12 @@
-"""What the decoding strategies share: the settings that they refuse, and their output."""
+"""What the decoding strategies share: the settings that they refuse, their output, and what a cache is called there."""
+
+from dataclasses import fields
 
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# of a model's output; from transformers 5.24 on its name is `cache`, and the other one warns
+CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 def cache_of(model_kwargs: dict):
@@ -54,5 +60,5 @@ class Collected:
         if not self.as_dict:
             return sequences
         return GenerateDecoderOnlyOutput(
-            sequences=sequences, scores=self.scores, logits=self.logits, past_key_values=cache
+            sequences=sequences, scores=self.scores, logits=self.logits, **{CACHE_FIELD: cache}
         )

@@ -11,7 +11,7 @@ the group beam search that transformers had.
 import torch
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
-from .decoding_common import cache_of, check_not_sharded, check_settings
+from .decoding_common import CACHE_FIELD, cache_of, check_not_sharded, check_settings
 
 
 def diverse_beam_search(
@@ -83,7 +83,7 @@ def diverse_beam_search(
     return GenerateBeamDecoderOnlyOutput(
         sequences=sequences,
         sequences_scores=scores.flatten() if generation_config.output_scores else None,
-        past_key_values=cache_of(model_kwargs),
+        **{CACHE_FIELD: cache_of(model_kwargs)},
     )
 
 

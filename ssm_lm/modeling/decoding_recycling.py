@@ -17,7 +17,7 @@ Source: Luo et al., "Turning Trash into Treasure: Accelerating Inference of Larg
 
 import torch
 
-from .decoding_common import Collected, check_not_sharded, check_one_beam, check_settings
+from .decoding_common import CACHE_FIELD, Collected, check_not_sharded, check_one_beam, check_settings
 
 PROMPT_ROWS = 256  # of the prompt's last tokens, the logits are recycled; this bounds their memory
 
@@ -62,7 +62,7 @@ def token_recycling(
         raise ValueError(f"matrix must hold integers on the CPU, not {matrix.dtype} on {matrix.device}")
     model_kwargs["logits_to_keep"] = PROMPT_ROWS
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    logits, cache = outputs.logits, outputs.past_key_values
+    logits, cache = outputs.logits, outputs[CACHE_FIELD]
     if len(logits) > 1:
         raise ValueError(f"{name} takes one prompt at a time, not {len(logits)}")
     cache.activate_past_recording()

@@ -32,6 +32,7 @@ from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, tied_keys
 from .blocks import S4Block
 from .cache_s4 import check_holds_states  # whose import registers the "s4" cache layer
 from .configuration_s4 import S4Config
+from .decoding_common import CACHE_FIELD
 from .decoding_s4 import STRATEGIES
 from .documents import find_documents, from_position_ids, from_starts
 from .losses import LanguageModelHead, average, causal_targets, kept_positions
@@ -183,9 +184,7 @@ class S4Model(S4PreTrainedModel):
                 documents=documents,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values if use_cache else None)
 
 
 class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
@@ -285,25 +284,23 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
             cache=cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
+        hidden_states, past_key_values = outputs.last_hidden_state, getattr(outputs, CACHE_FIELD)
         adaptive = self.config.adaptive_cutoffs is not None
         if skip_logits is None:
             skip_logits = self.training and (adaptive or self.config.loss_chunk_size is not None)
             skip_logits = skip_logits and labels is not None
         elif skip_logits and labels is None:
             raise ValueError("skip_logits leaves only the loss, and there is none without labels")
-        logits = None if skip_logits else self._logits(kept_positions(hidden_states, logits_to_keep), outputs)
+        logits = None if skip_logits else self._logits(kept_positions(hidden_states, logits_to_keep), past_key_values)
         loss = None
         if labels is not None and (skip_logits or adaptive):
             loss = self.loss_without_logits(hidden_states, labels, **kwargs)
         elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
+        return CausalLMOutputWithPast(loss, logits, past_key_values, outputs.hidden_states)
 
-    def _logits(self, hidden_states, outputs):
-        logits = native_logits(self.model, self.lm_head, hidden_states, outputs.past_key_values)
+    def _logits(self, hidden_states, past_key_values):
+        logits = native_logits(self.model, self.lm_head, hidden_states, past_key_values)
         return self.lm_head(hidden_states) if logits is None else logits
 
     def loss_without_logits(self, hidden_states, labels, num_items_in_batch=None, shift_labels=None, **kwargs):

@@ -35,7 +35,7 @@ importlib.metadata.version = version
 # the wheels of other packages know for which system they were built; ours then sees a Mac
 MAC = """
 import os, platform, sys
-import huggingface_hub.hf_api, torch, transformers.generation, transformers.modeling_utils
+import huggingface_hub.hf_api, psutil, torch, transformers.generation, transformers.modeling_utils
 
 sys.platform = "darwin"
 os.sched_getaffinity = None
