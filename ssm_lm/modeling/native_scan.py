@@ -1,8 +1,8 @@
-"""The chunk scan of S4 on a CPU, forward and backward, by the library of native_scan_source.py.
+"""The chunk scan of S4 and S4D on a CPU, forward and backward, by the library of native_scan_source.py.
 
-It stands for chunked.py, its twin, in float32, for real signals and a dense carry, where S4's operators come from the
-library too: a channel's chunks stay in cache through all products, and no matrix passes by once a chunk. A channel's
-numbers do not depend on how many threads there are.
+It stands for chunked.py, its twin, in float32, for real signals, where the operators come from C too: a channel's
+chunks stay in cache through all products, and no matrix passes by once a chunk. A channel's numbers do not depend on
+how many threads there are.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from .native_operators import takes, threads_for
 
 def scans_in_c(layer, signal: torch.Tensor) -> bool:
     """Whether NATIVE is to scan the signal (B, L, H) of a layer: where the library makes its operators."""
-    if not layer.has_dense_carry:
+    if signal.shape[2] != layer.state_shape[0]:  # S5's, whose states meet
         return False
     return takes((signal, layer.log_dt), signal.shape[2], layer.state_size, layer.kernels)
 
@@ -30,7 +30,7 @@ def forward(u, operators: ChunkOperators, initial_state, wanted: Wanted, save: b
     y = floats(B, L, H) if wanted.has_output else None
     starts = floats(H, L // T, B, N) if save else None
     given = (*_contiguous(operators), _as_bytes(wanted.keep), _or_none(initial_state))
-    _call("scan", (B, H, N, T, L // T), u, *given, y, final, starts)
+    _call("scan", (B, H, N, T, L // T), _is_diagonal(operators), u, *given, y, final, starts)
     saved = u.new_empty(0) if starts is None else starts
     if not wanted.has_output or wanted.activation == "identity":
         return y, final, Saved(u, saved, None)
@@ -46,11 +46,15 @@ def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, gr
     grad_y = ACTIVATIONS[wanted.activation].backward(grad_y, before).contiguous()
     found = grad_u, grad_state, of_taps, gram = floats(B, L, H), floats(B, H, N), floats(H, T), floats(H, T + N, T + N)
     given = (*_contiguous(operators), _as_bytes(wanted.keep), grad_y, _or_none(grad_final))
-    _call("scan_backward", (B, H, N, T, L // T), u, *given, *found, starts)
+    _call("scan_backward", (B, H, N, T, L // T), _is_diagonal(operators), u, *given, *found, starts)
     return grad_u, grad_state, operator_gradients(gram, of_taps, operators.carry)
 
 
 NATIVE = Implementation(forward, backward, PLAIN.to_rows)
+
+
+def _is_diagonal(operators: ChunkOperators) -> int:
+    return int(operators.carry.dim() == 2)
 
 
 def _contiguous(tensors) -> list[torch.Tensor]:

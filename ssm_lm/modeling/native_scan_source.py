@@ -1,5 +1,5 @@
-"""The C source of the chunk scan of S4 on a CPU, behind native_operators_source.py's, whose `product` it takes; see
-native_scan.py, and chunked.py for the equations.
+"""The C source of the chunk scan of S4 and S4D on a CPU, behind native_operators_source.py's, whose `product` it
+takes; see native_scan.py, and chunked.py for the equations.
 
 A thread takes some channels, whose numbers lie side by side in a token, and some chunks of them at a time, so that all
 that is made of them stays in its cache: rows of T tokens, turned out of the sequence and back into it. In them chunk c
@@ -11,9 +11,10 @@ SOURCE = r"""
 #define CHANNELS_AT_ONCE 16
 #define TOKENS_AT_ONCE 4096
 
-/* chunks: of the sequence; keep (B, chunks), or NULL; starts (H, chunks B, N) */
+/* chunks: of the sequence; carry (H, N, N), or (H, N) where it is diagonal, in real form; keep (B, chunks), or NULL;
+   starts (H, chunks B, N) */
 typedef struct {
-    I B, H, N, T, chunks;
+    I B, H, N, T, chunks, diagonal;
     const float *taps, *emit, *inject, *carry;
     const uint8_t *keep;
     float *starts;
@@ -88,6 +89,50 @@ INLINE void reset(const Scan *s, float *rows, I c) {
     }
 }
 
+/* to += from A^T for the rows (B, N) of a chunk and the carry A of one channel; with sign -1, from A. carry: that
+   matrix, laid out for it, where A is dense */
+INLINE void carry_over(const Scan *s, I h, const float *carry, float sign, const float *from, float *to) {
+    const I N = s->N, half = N / 2, of_N = columns(N);
+    if (!s->diagonal) {
+        product(s->B, N, of_N, from, of_N, 1, carry, of_N, to, of_N, 1);
+        return;
+    }
+    const float *re = s->carry + h * N, *im = re + half;
+    for (I b = 0; b < s->B; b++, from += of_N, to += of_N) {
+        #pragma omp simd
+        for (I n = 0; n < half; n++) {
+            const float angle = sign * im[n], x = from[n], y = from[half + n];
+            to[n] += re[n] * x - angle * y;
+            to[half + n] += re[n] * y + angle * x;
+        }
+    }
+}
+
+/* Sums over R rows of driven^T starts: all (N, N), or where the carry is diagonal what its gradient is made of */
+INLINE void carry_sums(const Scan *s, I R, const float *driven, const float *starts, float *sums, I wide, float *room) {
+    const I N = s->N, half = N / 2, of_N = columns(N);
+    if (!s->diagonal) {
+        product(N, R, of_N, driven, 1, of_N, starts, of_N, sums, wide, 0);
+        return;
+    }
+    float *rr = room, *ri = rr + half, *ir = ri + half, *ii = ir + half;
+    memset(room, 0, 2 * N * sizeof(float));
+    for (I r = 0; r < R; r++, driven += of_N, starts += of_N) {
+        #pragma omp simd
+        for (I n = 0; n < half; n++) {
+            rr[n] += driven[n] * starts[n];
+            ri[n] += driven[n] * starts[half + n];
+            ir[n] += driven[half + n] * starts[n];
+            ii[n] += driven[half + n] * starts[half + n];
+        }
+    }
+    for (I n = 0; n < N; n++) memset(sums + n * wide, 0, of_N * sizeof(float));
+    for (I n = 0; n < half; n++) {
+        float *re = sums + n * wide, *im = sums + (half + n) * wide;
+        re[n] = rr[n], re[half + n] = ri[n], im[n] = ir[n], im[half + n] = ii[n];
+    }
+}
+
 /* Numbers of room that a thread needs; the backward's is more */
 I scan_room(I B, I N, I T, I chunks) {
     const Scan s = {B, 0, N, T, chunks};
@@ -110,13 +155,13 @@ APART void scan_channels(const Scan *s, I h, I count, const float *u, const floa
             const I at = h + i;
             float *own = rows + i * apart;
             turn(inject, s->inject + at * N * T, N, T);
-            turn(carry, s->carry + at * N * N, N, N);
+            if (!s->diagonal) turn(carry, s->carry + at * N * N, N, N);
             read_state(s, starts, first == 0 ? state : final, at);
             product(R, T, of_N, own, of_T, 1, inject, of_N, starts + B * of_N, of_N, 0);
             for (I c = first; c < last; c++) {
                 float *start = starts + (c - first) * B * of_N;
                 reset(s, start, c);
-                product(B, N, of_N, start, of_N, 1, carry, of_N, start + B * of_N, of_N, 1);
+                carry_over(s, at, carry, 1, start, start + B * of_N);
             }
             write_state(s, starts + R * of_N, final, at);
             for (I r = 0; s->starts && r < R; r++) {
@@ -157,7 +202,7 @@ APART void scan_channels_back(const Scan *s, I h, I count, const float *u, const
             float *own = rows + i * apart, *of_own = of_rows + i * apart, *driven = reached + B * of_N;
             pad_rows(emit, s->emit + at * T * N, T, N);
             pad_rows(inject, s->inject + at * N * T, N, T);
-            pad_rows(carry, s->carry + at * N * N, N, N);
+            if (!s->diagonal) pad_rows(carry, s->carry + at * N * N, N, N);
             pad_rows(starts, s->starts + (at * s->chunks + first) * B * N, R, N);
             memset(within, 0, T * of_T * sizeof(float));
             for (I t = 0; t < T; t++) for (I j = 0; j <= t; j++) within[t * of_T + j] = s->taps[at * T + t - j];
@@ -165,7 +210,7 @@ APART void scan_channels_back(const Scan *s, I h, I count, const float *u, const
             read_state(s, reached + R * of_N, is_first ? of_final : of_state, at);
             for (I c = last - 1; c >= first; c--) {
                 float *start = reached + (c - first) * B * of_N;
-                product(B, N, of_N, start + B * of_N, of_N, 1, carry, of_N, start, of_N, 1);
+                carry_over(s, at, carry, -1, start + B * of_N, start);
                 reset(s, start, c);
             }
             write_state(s, reached, of_state, at);
@@ -174,7 +219,7 @@ APART void scan_channels_back(const Scan *s, I h, I count, const float *u, const
             product(T, R, of_T, of_own, 1, of_T, own, of_T, sums, wide, 0);
             product(T, R, of_N, of_own, 1, of_T, starts, of_N, sums + of_T, wide, 0);
             product(N, R, of_T, driven, 1, of_N, own, of_T, sums + T * wide, wide, 0);
-            product(N, R, of_N, driven, 1, of_N, starts, of_N, sums + T * wide + of_T, wide, 0);
+            carry_sums(s, R, driven, starts, sums + T * wide + of_T, wide, carry);
             memset(along, 0, T * sizeof(float));
             for (I t = 0; t < T; t++) add(t + 1, along + T - 1 - t, 1, sums + t * wide);
             if (is_first) {
@@ -208,18 +253,18 @@ APART void scan_channels_back(const Scan *s, I h, I count, const float *u, const
         }                                                                                                 \
     }
 
-void scan(I B, I H, I N, I T, I chunks, const float *u, const float *taps, const float *emit, const float *inject,
-          const float *carry, const uint8_t *keep, const float *state, float *y, float *final, float *starts,
-          float *room, I threads) {
-    const Scan s = {B, H, N, T, chunks, taps, emit, inject, carry, keep, starts};
+void scan(I B, I H, I N, I T, I chunks, I diagonal, const float *u, const float *taps, const float *emit,
+          const float *inject, const float *carry, const uint8_t *keep, const float *state, float *y, float *final,
+          float *starts, float *room, I threads) {
+    const Scan s = {B, H, N, T, chunks, diagonal, taps, emit, inject, carry, keep, starts};
     OVER_CHANNELS(scan_channels(&s, h, count, u, state, y, final, own))
 }
 
-void scan_backward(I B, I H, I N, I T, I chunks, const float *u, const float *taps, const float *emit,
+void scan_backward(I B, I H, I N, I T, I chunks, I diagonal, const float *u, const float *taps, const float *emit,
                    const float *inject, const float *carry, const uint8_t *keep, const float *of_y,
                    const float *of_final, float *of_u, float *of_state, float *of_taps, float *gram, float *starts,
                    float *room, I threads) {
-    const Scan s = {B, H, N, T, chunks, taps, emit, inject, carry, keep, starts};
+    const Scan s = {B, H, N, T, chunks, diagonal, taps, emit, inject, carry, keep, starts};
     OVER_CHANNELS(scan_channels_back(&s, h, count, u, of_y, of_final, of_u, of_state, of_taps, gram, own))
 }
 """

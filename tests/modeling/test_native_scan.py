@@ -1,4 +1,4 @@
-"""S4's chunk scan in C against its twin, when it runs, and when it does not."""
+"""The chunk scan of S4 and S4D in C against its twin, when it runs, and when it does not."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from ssm_lm.modeling.chunked import PLAIN, ChunkOperators, Wanted, operator_shap
 from ssm_lm.modeling.documents import find_documents
 from ssm_lm.modeling.native_scan import NATIVE
 from ssm_lm.modeling.ops import chunk_scan
-from ssm_lm.modeling.ssm import S4, S4D
+from ssm_lm.modeling.ssm import S4, S4D, S5
 
 pytestmark = pytest.mark.skipif(
     native_library.library("operators") is None, reason=f"no library: {native_library.why_not('operators')}"
@@ -28,11 +28,11 @@ def runs(monkeypatch):
     return names
 
 
-def example(B, H, N, T, chunks, dtype=torch.float32):
+def example(B, H, N, T, chunks, dtype=torch.float32, dense=True):
     """u, operators whose states fade, an initial state, and which chunks go on."""
     torch.manual_seed(0)
-    operators = [torch.randn(shape, dtype=torch.float64) * 0.3 for shape in operator_shapes(H, T, N, dense=True)]
-    operators[3] = 0.9 * torch.linalg.qr(operators[3])[0]
+    operators = [torch.randn(shape, dtype=torch.float64) * 0.3 for shape in operator_shapes(H, T, N, dense)]
+    operators[3] = 0.9 * torch.linalg.qr(operators[3])[0] if dense else operators[3].clamp(-0.6, 0.6)
     u, state = torch.randn(B, chunks * T, H, dtype=torch.float64), torch.randn(B, H, N, dtype=torch.float64)
     keep = torch.rand(B, chunks) < 0.7
     return u.to(dtype), ChunkOperators(*(x.to(dtype) for x in operators)), state.to(dtype), keep
@@ -59,9 +59,10 @@ def difference(ours, expected):
     [(2, 19, 64, 64, 5), (1, 3, 6, 5, 4), (3, 33, 34, 33, 1), (1, 16, 66, 99, 3), (5, 2, 2, 1, 7), (2, 1, 8, 700, 8)],
 )
 @pytest.mark.parametrize("which", ["zero", "state", "documents", "final"])
-def test_scan(B, H, N, T, chunks, which):
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "diagonal"])
+def test_scan(B, H, N, T, chunks, which, dense):
     """And its gradients, against the twin in float64: segments that are whole and not, sizes of no multiple."""
-    u, operators, state, keep = example(B, H, N, T, chunks)
+    u, operators, state, keep = example(B, H, N, T, chunks, dense=dense)
     activation = "gelu" if which == "state" else "identity"
     wanted = Wanted(keep if which == "documents" else None, which != "final", activation)
     weights = [
@@ -103,7 +104,8 @@ def test_the_same_bits():
 
 
 @pytest.mark.parametrize(("B", "H", "N", "T", "chunks"), [(2, 19, 10, 7, 3), (1, 16, 64, 64, 2), (1, 2, 4, 3000, 2)])
-def test_memory(monkeypatch, B, H, N, T, chunks):
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "diagonal"])
+def test_memory(monkeypatch, B, H, N, T, chunks, dense):
     """Nothing is written beside what was asked for, and nothing is read that was not written."""
     kept, margin = [], 64
 
@@ -113,7 +115,7 @@ def test_memory(monkeypatch, B, H, N, T, chunks):
         kept.append(around)
         return around[margin : margin + size].view(shape)
 
-    u, operators, state, keep = example(B, H, N, T, chunks)
+    u, operators, state, keep = example(B, H, N, T, chunks, dense=dense)
     problem = u, operators, state, Wanted(keep), [torch.randn(u.shape), torch.randn(state.shape)]
     expected = run(NATIVE, *problem)
     monkeypatch.setattr(native_scan, "floats", floats)
@@ -124,10 +126,10 @@ def test_memory(monkeypatch, B, H, N, T, chunks):
         assert around[-margin:].isnan().all()
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_layer(runs, frozen):
+@pytest.mark.parametrize(("kind", "frozen"), [(S4, False), (S4, True), (S4D, False)])
+def test_layer(runs, kind, frozen):
     """A layer in both settings, over documents and from a state, of whole chunks and a rest."""
-    layer, results = S4(20, 16, chunk_size=16).requires_grad_(not frozen), []
+    layer, results = kind(20, 16, chunk_size=16).requires_grad_(not frozen), []
     u, state, w = torch.randn(2, 40, 20, requires_grad=True), torch.randn(2, 20, 16), torch.randn(2, 40, 20)
     documents = find_documents(torch.arange(40).expand(2, 40) // 17, 16)
     for setting in ("auto", "torch"):
@@ -146,7 +148,7 @@ def test_when_it_runs(runs, monkeypatch):
     layer = S4(4, 8, chunk_size=4)
     layer(u, mode="chunk")
     assert runs == ["scan"]
-    for other in (S4D(4, 8), S4(4, 8).double()):
+    for other in (S5(4, 8), S4(4, 8).double()):
         other(u, mode="chunk")
     layer(u.bfloat16(), mode="chunk")
     monkeypatch.setenv("SSM_LM_KERNELS", "torch")
