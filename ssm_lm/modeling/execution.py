@@ -89,8 +89,8 @@ def decide(layer: nn.Module, problem: Problem, runs: Rule) -> Execution:
     few tokens on a cache, or one token      recurrent
     the scan's kernel runs                   chunk
     what was asked for                       that
-    auto                                     fft below `layer.fft_is_faster_below` where no state is needed,
-                                             else chunk
+    auto                                     fft below `layer.fft_is_faster_below` where no state is needed and
+                                             the chunk scan does not run in C, else chunk
     """
     mode, length = problem.mode, problem.length
     if is_any(length):
@@ -107,7 +107,8 @@ def decide(layer: nn.Module, problem: Problem, runs: Rule) -> Execution:
     if kernel:
         mode = "chunk"
     elif mode == "auto":
-        mode = "fft" if length < layer.fft_is_faster_below and not needs_state else "chunk"
+        is_faster = length < layer.fft_is_faster_below and not layer.scans_in_c(layer.scan_dtype(problem.dtype))
+        mode = "fft" if is_faster and not needs_state else "chunk"
     if not kernel:
         dtype = scan_dtype if mode == "chunk" else layer.log_dt.dtype
         finds_state = mode == "fft" and needs_state and layer.has_chunk_kernel

@@ -13,14 +13,7 @@ from . import chunked
 from .activations import ACTIVATIONS
 from .chunked import PLAIN, ChunkOperators, Implementation, Saved, Wanted, operator_gradients
 from .native_library import floats, for_c, library
-from .native_operators import takes, threads_for
-
-
-def scans_in_c(layer, signal: torch.Tensor) -> bool:
-    """Whether NATIVE is to scan the signal (B, L, H) of a layer: where the library makes its operators."""
-    if signal.shape[2] != layer.state_shape[0]:  # S5's, whose states meet
-        return False
-    return takes((signal, layer.log_dt), signal.shape[2], layer.state_size, layer.kernels)
+from .native_operators import threads_for
 
 
 def forward(u, operators: ChunkOperators, initial_state, wanted: Wanted, save: bool):

@@ -14,7 +14,6 @@ from torch.func import functional_call
 from .chunked import ChunkOperators
 from .documents import Documents, move_apart, move_together
 from .execution import Execution
-from .native_scan import scans_in_c
 from .ops import chunk_scan
 
 
@@ -71,7 +70,8 @@ class LayerScan:
         rest = rest or (T < longest and state is not None)
         options = {"has_output": has_output, "activation": activation, "rest": rest}
         options["run_kernel"] = self.execution.kernel
-        options["in_c"] = scans_in_c(self.layer, signal)
+        is_plain = type(signal) is torch.Tensor and signal.device.type == "cpu"
+        options["in_c"] = is_plain and self.layer.scans_in_c(signal.dtype)
         if torch.compiler.is_compiling():
             return chunk_scan(signal, make(), state, keep, **options)
         names, parameters = zip(*make.named_parameters(), strict=True)

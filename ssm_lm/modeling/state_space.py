@@ -28,6 +28,7 @@ from .documents import Documents, find_documents
 from .execution import MODES, Execution, Problem, as_autocast, decide, rule_of
 from .kernel_launch import architecture
 from .kernel_limits import limit_of_chunk_scan, limit_of_step, longest_chunk
+from .native_operators import takes
 from .real_form import apply_diagonal
 from .sequence_modes import LayerScan, run_chunk, run_whole
 from .single_steps import Memo, prepare_steps, run_steps, run_steps_on_kernel, state_after
@@ -215,6 +216,12 @@ class StateSpace(nn.Module):
     def longest_chunk(self, dtype: torch.dtype) -> int:
         """The longest chunk that the scan's kernel takes of signals in this dtype."""
         return longest_chunk(dtype, self.state_size, self.has_dense_carry)
+
+    def scans_in_c(self, dtype: torch.dtype) -> bool:
+        """Whether the chunk scan of signals in this dtype is native_scan.py's: not of S5, whose states meet."""
+        if not self.has_chunk_kernel or dtype != self.log_dt.dtype:
+            return False
+        return takes((self.log_dt,), self.hidden_size, self.state_size, self.kernels)
 
     def scan_kernel(self, architecture: str, dtype: torch.dtype) -> tuple[str, str | None, tuple]:
         """The operation that scans signals in this dtype, what its kernel cannot do of them, and the problem's key."""

@@ -163,3 +163,11 @@ def test_when_it_runs(runs, monkeypatch):
     monkeypatch.setattr(native_operators, "library", lambda name: None)
     assert torch.equal(layer(u, mode="chunk")[0], expected)
     assert runs == ["scan"]
+
+
+def test_where_it_runs_chunks_are_faster_than_an_fft(monkeypatch):
+    layer, u = S4D(4, 8), torch.randn(1, 100, 4)
+    assert layer.decide(u).mode == "chunk"
+    assert layer.decide(u.bfloat16()).mode == "fft"
+    monkeypatch.setattr(native_operators, "library", lambda name: None)
+    assert layer.decide(u).mode == "fft"
