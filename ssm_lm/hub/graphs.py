@@ -83,6 +83,9 @@ class StatesInAndOut(nn.Module):
         return logits, [state for layer in layers for state in layer.states]
 
 
+OPERATORS = "operators", "operators_with_skip"  # the methods of a state space that make them
+
+
 @contextlib.contextmanager
 def derived_once(graph: StatesInAndOut, length: int) -> Iterator[None]:
     """What is derived from the parameters for `length` tokens a call is made now, in the precision that it needs, and
@@ -93,7 +96,8 @@ def derived_once(graph: StatesInAndOut, length: int) -> Iterator[None]:
         if length > 1:
             for space in spaces:
                 if space.is_time_invariant:
-                    space.operators = _constantly(space.operators(length))
+                    made = {name: getattr(space, name)(length) for name in OPERATORS}
+                    vars(space).update({name: _constantly(operators) for name, operators in made.items()})
         mixers = [m for m in graph.model.modules() if isinstance(getattr(m, "ssm", None), StateSpace)]
         for mixer in mixers:
             memo = Memo()
@@ -104,7 +108,8 @@ def derived_once(graph: StatesInAndOut, length: int) -> Iterator[None]:
     finally:
         graph.memos = [{} for _ in graph.zero]
         for space in spaces:
-            space.__dict__.pop("operators", None)
+            for name in OPERATORS:
+                vars(space).pop(name, None)
 
 
 def _constantly(operators):

@@ -347,11 +347,14 @@ def _activated_cases(device, dtype, activation) -> list[Case]:
     are seen in what is left of ones, by the same machine code.
     """
     normal, seed, cases = _normal(device), torch.tensor(7), []
+    ours = partial(activated, activation=activation, p=P, seed=seed)
+
+    def twin(x):
+        drawn = (ours(torch.ones_like(x, dtype=dtype)) != 0).double() / (1 - P)
+        return plain_drop_activated(x, activation=activation, factors=drawn)
+
     for tokens in (80, 5):
         x, gradient = normal(3, tokens, 7, dtype=dtype), normal(3, tokens, 7)
-        drawn = (activated(torch.ones_like(x), activation, P, seed) != 0).double() / (1 - P)
-        ours = partial(activated, activation=activation, p=P, seed=seed)
-        twin = partial(plain_drop_activated, activation=activation, factors=drawn)
         label = f"dropout of {x.numel()} times {activation} in {dtype}".replace("torch.", "")
         cases.append(gradient_case(label, ours, twin, [x], [gradient], TOLERANCES[dtype]))
     return cases
@@ -366,10 +369,15 @@ def _gated_cases(device, of_residual, of_x, C, drops) -> list[Case]:
         normal(1, rows, 2 * C, dtype=of_x),
         normal(2 * C, dtype=of_residual),
     ]
-    drawn = None
-    if drops:
-        drawn = (gated(torch.zeros_like(leaves[0]), *map(torch.ones_like, leaves[1:]), p, seed) != 0).double() / (1 - p)
-    ours, twin = partial(gated, p=p, seed=seed), partial(plain_drop_gated, factors=drawn)
+    ours = partial(gated, p=p, seed=seed)
+
+    def twin(*inputs):
+        drawn = None
+        if drops:
+            of_ones = ours(torch.zeros_like(leaves[0]), *map(torch.ones_like, leaves[1:]))
+            drawn = (of_ones != 0).double() / (1 - p)
+        return plain_drop_gated(*inputs, factors=drawn)
+
     label = f"a gated end of {of_x} on {of_residual}{', dropped' * drops}".replace("torch.", "")
     tolerance = max(TOLERANCES[of_residual], TOLERANCES[of_x])
     return [gradient_case(label, ours, twin, leaves, [normal(1, rows, C)], tolerance)]
