@@ -9,7 +9,6 @@ import ctypes
 
 import torch
 
-from . import chunked
 from .activations import ACTIVATIONS
 from .chunked import PLAIN, ChunkOperators, Implementation, Saved, Wanted, operator_gradients
 from .native_library import floats, for_c, library
@@ -33,7 +32,7 @@ def forward(u, operators: ChunkOperators, initial_state, wanted: Wanted, save: b
 def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, grad_final, length: int):
     """See `chunked.Implementation`."""
     if grad_y is None:
-        return chunked.backward(saved, operators, wanted, grad_y, grad_final, length)
+        return PLAIN.backward(saved, operators, wanted, grad_y, grad_final, length)
     u, starts, before = saved
     (B, L, H), (N, T) = u.shape, operators.inject.shape[1:]
     grad_y = ACTIVATIONS[wanted.activation].backward(grad_y, before).contiguous()
