@@ -109,6 +109,7 @@ def torch_and_devices() -> dict:
     report["decoding_on_a_cpu"] = _in_c("step")
     report["operators_of_s4_on_a_cpu"] = _in_c("operators")
     report["operators_of_s4d_on_a_cpu"] = _in_c("diagonal")
+    report["scan_of_ssd_on_a_cpu"] = _in_c("ssd")
     return report
 
 

@@ -6,6 +6,7 @@ Triton kernel of the same products is triton_cauchy.py.
 
 import torch
 
+from .first_order import first_order
 from .kernel_launch import device_kind
 
 # elements of (H, block of nodes, N/2): large enough for a matmul, and on a GPU for a launch; small enough to stay in a
@@ -48,7 +49,7 @@ class _Cauchy(torch.autograd.Function):
         return x, y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad_x, grad_y):
         weights, nodes, Lambda_re, Lambda_im = ctx.saved_tensors
         grad_weights = torch.zeros_like(weights)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .activations import ACTIVATIONS
+from .first_order import first_order
 from .kernel_launch import device_kind
 from .real_form import apply_diagonal
 
@@ -304,7 +305,7 @@ class _ChunkScan(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad_y, grad_final):
         sequence, starts, before, keep, *leaves = ctx.saved_tensors
         needed = ctx.needs_input_grad[7:]

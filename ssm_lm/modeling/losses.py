@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .cross_entropy import IGNORED
+from .first_order import first_order
 from .kernel_limits import limit_of_cross_entropy
 from .ops import CROSS_ENTROPY, logits_to_loss
 
@@ -63,7 +64,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad_total):
         scaled = (
             None if grad is None else (grad * grad_total).to(dtype)

@@ -11,6 +11,7 @@ import ctypes
 import torch
 
 from .chunked import ChunkOperators, operator_shapes
+from .first_order import first_order
 from .native_library import doubles, floats, for_c, library
 from .native_operators import may_run, side_by_side, threads_for
 
@@ -41,7 +42,7 @@ class _Operators(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, of_taps, of_emit, of_inject, of_carry):
         parts = ctx.saved_tensors
         H, half = parts[0].shape

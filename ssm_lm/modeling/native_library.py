@@ -4,6 +4,7 @@
     operators    native_operators_source.py, S4's operators  in four
                  native_scan_source.py, and its chunk scan
     diagonal     native_diagonal_source.py, S4D's            in one
+    ssd          native_ssd_source.py, SSD's chunk scan      in two
 
 No compiler, or one that fails: there is no library, `why_not()` says so, and PyTorch runs instead.
 """
@@ -24,10 +25,17 @@ import torch
 
 from .native_diagonal_source import SOURCE as DIAGONAL
 from .native_operators_source import SOURCE as OPERATORS
+from .native_products_source import SOURCE as PRODUCTS
 from .native_scan_source import SOURCE as SCAN
 from .native_source import SOURCE as STEP
+from .native_ssd_source import SOURCE as SSD
 
-SOURCES = {"step": STEP, "operators": OPERATORS + SCAN, "diagonal": DIAGONAL}
+SOURCES = {
+    "step": STEP,
+    "operators": PRODUCTS + OPERATORS + SCAN,
+    "diagonal": DIAGONAL,
+    "ssd": PRODUCTS + SSD,
+}
 
 # in this order; the first that works. Without OpenMP a step runs on one thread
 FLAGS = (("-fopenmp", "-march=native"), ("-fopenmp",), ("-fopenmp-simd", "-march=native"), ())

@@ -17,6 +17,7 @@ from torch import nn
 
 from .chunked import ChunkOperators, operator_shapes
 from .discrete import DiscreteDPLR
+from .first_order import first_order
 from .kernels_s4 import in_force
 from .native_library import floats, for_c, library
 
@@ -30,8 +31,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def may_run(read: Sequence[torch.Tensor], setting: str) -> bool:
-    """Whether C may take these tensors: on a CPU, in no graph. setting: S4Config's key `kernels`."""
+    """Whether C may take these tensors: on a CPU, in no graph or transform. setting: S4Config's key `kernels`."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_force(setting) != "auto":
+        return False
+    if torch._C._are_functorch_transforms_active():  # torch.func asks more of an operation than its gradient
         return False
     # a subclass may be a tensor without numbers
     return all(type(x) in (torch.Tensor, nn.Parameter) and x.device.type == "cpu" for x in read)
@@ -54,11 +57,11 @@ def is_for_the_library(discrete: DiscreteDPLR, skip: torch.Tensor | None, settin
     return rank <= MOST_RANK and takes(discrete if skip is None else (*discrete, skip), H, N, setting)
 
 
-def takes(read: Sequence[torch.Tensor], H: int, N: int, setting: str) -> bool:
-    """Whether the library is there, and for these tensors, of so many channels of so many states."""
+def takes(read: Sequence[torch.Tensor], H: int, N: int, setting: str, name: str = "operators") -> bool:
+    """Whether the library `name` is there, and for these tensors, of so many channels of so many states."""
     if H * N * N < SMALLEST or any(x.dtype != torch.float32 for x in read) or not may_run(read, setting):
         return False
-    return library("operators") is not None
+    return library(name) is not None
 
 
 def native_operators(discrete: DiscreteDPLR, length: int, skip: torch.Tensor | None = None) -> ChunkOperators:
@@ -77,7 +80,7 @@ class _Operators(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, of_taps, of_emit, of_inject, of_carry):
         discrete = ctx.saved_tensors
         H, N, rank = discrete[1].shape

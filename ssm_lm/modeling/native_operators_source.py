@@ -9,13 +9,6 @@ loops over channels are compiled twice: for the 64 states and rank 1 that models
 """
 
 SOURCE = r"""
-#include <stdint.h>
-#include <string.h>
-
-typedef int64_t I;
-
-#define INLINE static inline __attribute__((always_inline))
-#define APART static __attribute__((noinline)) /* compiled once, not in every loop */
 #define REGISTERS 16                           /* numbers of one, or of several */
 #define MOST 4                                 /* largest rank */
 
@@ -34,17 +27,6 @@ APART void narrow(float *to, const float *from, I apart, I half, I wide) {
         to[n * apart] = from[n];
         to[(half + n) * apart] = from[wide + n];
     }
-}
-
-INLINE float dot(I n, const float *a, const float *b) {
-    float sum = 0;
-    #pragma omp simd reduction(+ : sum)
-    for (I i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-INLINE void add(I n, float *x, float a, const float *y) {
-    #pragma omp simd
-    for (I i = 0; i < n; i++) x[i] += a * y[i];
 }
 
 /* y = (R(e) - sum_r f_r g_r^T) x; with sign -1, and g before f, x^T (R(e) - sum_r f_r g_r^T). y may be x */
@@ -80,53 +62,6 @@ INLINE void add_gradients(I wide, I rank, const float *f, const float *g, const 
         for (I n = 0; n < 2 * wide; n++) {
             of_f[at + n] -= by_f * l[n];
             of_g[at + n] -= by_g * x[n];
-        }
-    }
-}
-
-/* A register, by name: of an array of sums the compiler keeps a copy in memory */
-#if defined(__AVX512F__)
-#define BYTES 64
-#elif defined(__AVX__)
-#define BYTES 32
-#else
-#define BYTES 16
-#endif
-typedef float Register __attribute__((vector_size(BYTES), aligned(4), may_alias));
-#define COLUMNS (2 * BYTES / 4)
-#define AT(address) (*(Register *)(address))
-
-/* count rows, 4 or 1, and COLUMNS columns of C = A B, or C += A B: see `product` */
-#define ROW(r)                                                                   \
-    Register left##r = {0}, right##r = {0};                                      \
-    if (more && r < count) left##r = AT(C + r * c_row), right##r = AT(C + r * c_row + COLUMNS / 2);
-#define TERM(r)                                                                  \
-    if (r < count) left##r += a[r * a_row] * b_left, right##r += a[r * a_row] * b_right;
-#define KEEP(r)                                                                  \
-    if (r < count) AT(C + r * c_row) = left##r, AT(C + r * c_row + COLUMNS / 2) = right##r;
-INLINE void tile(I count, I terms, const float *A, I a_row, I a_term, const float *B, I b_term, float *C, I c_row,
-                 I more) {
-    ROW(0) ROW(1) ROW(2) ROW(3)
-    for (I k = 0; k < terms; k++) {
-        const float *a = A + k * a_term;
-        const Register b_left = AT(B + k * b_term), b_right = AT(B + k * b_term + COLUMNS / 2);
-        TERM(0) TERM(1) TERM(2) TERM(3)
-    }
-    KEEP(0) KEEP(1) KEEP(2) KEEP(3)
-}
-/* C (rows, n) = A B, or C += A B where more, with A (rows, terms) and B (terms, n); n a multiple of 32. a_row, a_term,
-   b_term, c_row: how far rows and terms lie apart */
-APART void product(I rows, I terms, I n, const float *A, I a_row, I a_term, const float *B, I b_term, float *C, I c_row,
-                   I more) {
-    I i = 0;
-    for (; i + 4 <= rows; i += 4) {
-        for (I c = 0; c < n; c += COLUMNS) {
-            tile(4, terms, A + i * a_row, a_row, a_term, B + c, b_term, C + i * c_row + c, c_row, more);
-        }
-    }
-    for (; i < rows; i++) {
-        for (I c = 0; c < n; c += COLUMNS) {
-            tile(1, terms, A + i * a_row, a_row, a_term, B + c, b_term, C + i * c_row + c, c_row, more);
         }
     }
 }

@@ -1,5 +1,5 @@
-"""The C source of the chunk scan of S4 and S4D on a CPU, behind native_operators_source.py's, whose `product` it
-takes; see native_scan.py, and chunked.py for the equations.
+"""The C source of the chunk scan of S4 and S4D on a CPU; native_library.py compiles it, native_scan.py calls it, and
+chunked.py has the equations.
 
 A thread takes some channels, whose numbers lie side by side in a token, and some chunks of them at a time, so that all
 that is made of them stays in its cache: rows of T tokens, turned out of the sequence and back into it. In them chunk c
@@ -20,28 +20,9 @@ typedef struct {
     float *starts;
 } Scan;
 
-INLINE I columns(I n) { return (n + 31) / 32 * 32; }
 INLINE I chunks_at_once(const Scan *s) {
     const I most = TOKENS_AT_ONCE / (s->B * s->T);
     return most < 1 ? 1 : most < s->chunks ? most : s->chunks;
-}
-
-/* Rows of `width` numbers as rows of columns(width), zeros behind */
-APART void pad_rows(float *to, const float *from, I rows, I width) {
-    const I wide = columns(width);
-    for (I r = 0; r < rows; r++) {
-        memcpy(to + r * wide, from + r * width, width * sizeof(float));
-        memset(to + r * wide + width, 0, (wide - width) * sizeof(float));
-    }
-}
-/* The same of the transposed: from (rows, width), to (width, columns(rows)) */
-APART void turn(float *to, const float *from, I rows, I width) {
-    const I wide = columns(rows);
-    memset(to, 0, width * wide * sizeof(float));
-    for (I first = 0; first < rows; first += 16) {
-        const I last = first + 16 < rows ? first + 16 : rows;
-        for (I c = 0; c < width; c++) for (I r = first; r < last; r++) to[c * wide + r] = from[r * width + c];
-    }
 }
 
 /* `count` channels of chunks first .. last of a sequence (B, L, H), and their rows, of columns(T), `apart` for each */
@@ -154,8 +135,8 @@ APART void scan_channels(const Scan *s, I h, I count, const float *u, const floa
         for (I i = 0; i < count; i++) {
             const I at = h + i;
             float *own = rows + i * apart;
-            turn(inject, s->inject + at * N * T, N, T);
-            if (!s->diagonal) turn(carry, s->carry + at * N * N, N, N);
+            turn(inject, of_N, s->inject + at * N * T, T, N, T);
+            if (!s->diagonal) turn(carry, of_N, s->carry + at * N * N, N, N, N);
             read_state(s, starts, first == 0 ? state : final, at);
             product(R, T, of_N, own, of_T, 1, inject, of_N, starts + B * of_N, of_N, 0);
             for (I c = first; c < last; c++) {
@@ -168,7 +149,7 @@ APART void scan_channels(const Scan *s, I h, I count, const float *u, const floa
                 memcpy(s->starts + ((at * s->chunks + first) * B + r) * N, starts + r * of_N, N * sizeof(float));
             }
             if (!y) continue;
-            turn(emit, s->emit + at * T * N, T, N);
+            turn(emit, of_T, s->emit + at * T * N, N, T, N);
             memset(within, 0, T * of_T * sizeof(float));
             for (I t = 0; t < T; t++) memcpy(within + t * of_T + t, s->taps + at * T, (T - t) * sizeof(float));
             for (I c = 0; c < of_T; c += 32) { /* of a token the later ones know nothing */

@@ -16,8 +16,8 @@
     Cauchy        cauchy.py                                 triton_cauchy.py
     Vandermonde   vandermonde.py                            triton_vandermonde.py
 
-On a CPU S4's and S4D's operators and S4's chunk scan have a third form beside twin and kernel, in C:
-native_operators.py, native_diagonal.py and native_scan.py.
+On a CPU S4's and S4D's operators and the chunk scans but S5's have a third form beside twin and kernel, in C:
+native_operators.py, native_diagonal.py, native_scan.py and native_ssd.py.
 
 This is the one place where the two meet. The twins lie below and know no kernel; a kernel's file knows its twin, to
 check itself against it; what lies above says whether the kernel runs, as execution.py or kernels_s4.py has decided.
@@ -51,6 +51,7 @@ from .native_diagonal import is_for_the_library as diagonal_is_for_the_library
 from .native_diagonal import native_diagonal
 from .native_operators import is_for_the_library, native_operators
 from .native_scan import NATIVE
+from .native_ssd import native_ssd_scan
 from .prefix_scans import associative_scan, complex_scan
 from .real_form import apply_diagonal, powers
 from .rms_norm import rms_norm as plain_rms_norm
@@ -191,10 +192,11 @@ SSD_SCAN = Operation("ssd_scan", scan_vectors, _load_ssd_scan)
 
 
 def ssd_scan(
-    run_kernel: bool, v, b, c, dt, decay, omega, skip, state, begins, T: int, has_output: bool = True
+    run_kernel: bool, v, b, c, dt, decay, omega, skip, state, begins, T: int, has_output: bool = True, in_c=False
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """`scan_vectors` of ssd_chunks.py, by its Triton kernels if run_kernel."""
-    return SSD_SCAN.either(run_kernel)(v, b, c, dt, decay, omega, skip, state, begins, T, has_output)
+    """`scan_vectors` of ssd_chunks.py, by its Triton kernels if run_kernel, else by the library if in_c."""
+    scan = native_ssd_scan if in_c and not run_kernel else SSD_SCAN.either(run_kernel)
+    return scan(v, b, c, dt, decay, omega, skip, state, begins, T, has_output)
 
 
 # ---- the short convolution

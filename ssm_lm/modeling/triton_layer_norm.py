@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from .first_order import first_order
 from .kernel_launch import on_device, qualified
 from .kernel_limits import programs_of_a_norm, rows_of_a_norm
 from .kernels_s4 import Case, gradient_case
@@ -141,7 +142,7 @@ class _LayerNorm(torch.autograd.Function):
         return norm_rows(x, weight, bias, eps, dtype), x.view_as(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad_y, grad_past):
         grad_x, of_parameters = norm_rows_backward(grad_y, grad_past, *ctx.saved_tensors, ctx.eps)
         return grad_x, *of_parameters, None, None
