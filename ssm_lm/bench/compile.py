@@ -32,6 +32,7 @@ AMD_SHARED = 64 << 10
 AMD_SHARED_GFX950 = 160 << 10
 
 MATRIX_NVIDIA = re.compile(r"(?:[HIDQO]G?MMA|UTC\w*MMA)")
+MATRIX_PTX = re.compile(r"\b(?:wgmma|tcgen05|mma)\.(?:mma|sync)")
 MATRIX_AMD = re.compile(r"v_(?:mfma|smfmac|wmma|swmmac)")
 SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 GCN = re.compile(r"^\s+((?:v|s|ds|global|buffer|flat|scratch)_\w+)", re.MULTILINE)
@@ -127,34 +128,39 @@ def compile_kernel(kernel, target: str, arguments: dict[str, str], constexprs: d
     return triton.compile(source, target=parse_target(target), options=options)
 
 
-def compile_case(case: dict, target: str) -> Resources:
+def compile_case(case: dict, target: str, disassembled: bool = True) -> Resources:
     """Compile a case of `compile_cases` and read its resources."""
     compiled = compile_kernel(case["kernel"], target, case["arguments"], case["constexprs"], case["options"])
-    return resources(compiled)
+    return resources(compiled, disassembled)
 
 
-def resources(compiled) -> Resources:
-    """Of a CompiledKernel, for either vendor."""
+def resources(compiled, disassembled: bool = True) -> Resources:
+    """Of a CompiledKernel, for either vendor. disassembled: False saves NVIDIA's disassembler, which takes as long as
+    the compiler: instructions are 0, those for matrices are PTX's, and a kernel without a stack has no spills.
+    """
     target = compiled.metadata.target
-    return _nvidia(compiled, target.arch) if target.backend == "cuda" else _amd(compiled, target.arch)
+    return _nvidia(compiled, target.arch, disassembled) if target.backend == "cuda" else _amd(compiled, target.arch)
 
 
-def _nvidia(compiled, capability: int) -> Resources:
+def _nvidia(compiled, capability: int, disassembled: bool) -> Resources:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _output([knobs.nvidia.cuobjdump.path, "-res-usage", file.name])
-        sass = _output([knobs.nvidia.nvdisasm.path, "-c", file.name])
-    registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
-    operations = SASS.findall(sass)
+        registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
+        operations = []
+        if disassembled or stack:  # without its analysis of branches, which takes a third of the time
+            operations = SASS.findall(_output([knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name]))
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     per_multiprocessor, per_block, threads, blocks = NVIDIA[capability]
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)  # given out in units of 256 a warp
     by_shared = (per_multiprocessor << 10) // (shared + 1024)  # the system keeps 1 KiB a block
     resident = min(by_registers, by_shared, threads // (32 * warps), blocks) * warps
     tensor = [operation for operation in operations if MATRIX_NVIDIA.match(operation)]
+    if not operations:
+        tensor = MATRIX_PTX.findall(compiled.asm["ptx"])
     return Resources(
         registers=registers,
         spills=sum(operation.startswith(("LDL", "STL")) for operation in operations),
