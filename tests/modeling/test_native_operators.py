@@ -184,6 +184,13 @@ def test_when_it_runs(runs, monkeypatch):
     assert len(runs) == 2
 
 
+def test_a_second_derivative_is_refused():
+    leaves = [x.requires_grad_() for x in system(2, 4, 1)]
+    taps = native_operators.native_operators(DiscreteDPLR(*leaves), 3).taps
+    with pytest.raises(RuntimeError, match="Operators of ssm_lm has a first derivative alone"):
+        torch.autograd.grad(taps.square().sum(), leaves[0], create_graph=True)
+
+
 def test_a_model_trains_as_by_pytorch(runs, monkeypatch):
     """Losses and gradients are PyTorch's but for rounding, and by checkpointing the same bits."""
     model, ids, found = tiny_model(ssm="s4").train(), prompt(40), []

@@ -148,6 +148,16 @@ def test_layer(runs, init, selective):
         assert difference(ours, plain) < 1e-4
 
 
+def test_transforms_run_pytorch(runs):
+    layer = SSD(4, 8, chunk_size=4)
+    x = torch.randn(1, 12, layer.input_size, requires_grad=True)
+    found = torch.func.grad(lambda x: layer(x)[0].square().sum())(x)
+    assert runs == []
+    expected = torch.autograd.grad(layer(x)[0].square().sum(), x)[0]
+    assert runs == ["ssd_scan", "ssd_scan_backward"]
+    torch.testing.assert_close(found, expected)
+
+
 def test_when_it_runs(runs, monkeypatch):
     layer = SSD(4, 8, chunk_size=4)
     x = torch.randn(1, 12, layer.input_size)
