@@ -8,37 +8,27 @@ come from C too; see native_operators.py.
 import ctypes
 
 import torch
-import torch.nn.functional as F
 
 from .first_order import first_order
 from .kernel_launch import in_rows
 from .native_library import floats, for_c, library
 from .native_operators import threads_for
-from .ssd_chunks import since_start_of_chunks, sum_up_gradients
+from .ssd_chunks import scan_by, sum_up_gradients, system_of_chunks
 
 
-def native_ssd_scan(
-    v, b, c, dt, decay, omega, skip, state, begins, T, has_output=True
-) -> tuple[torch.Tensor | None, torch.Tensor]:
+def native_ssd_scan(*scanned, **wanted) -> tuple[torch.Tensor | None, torch.Tensor]:
     """`scan_vectors` by the library."""
-    angle, since_start, step = since_start_of_chunks(dt, decay, omega, v.shape[1], T)
-    inputs = v, b, c, angle, since_start, step, skip, state
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return _Scan.apply(has_output, save, begins, *inputs)
+    return scan_by(_Scan.apply, *scanned, **wanted)
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, has_output, save, begins, v, b, c, angle, decay, step, skip, state):
+    def forward(ctx, v, b, c, angle, decay, step, skip, state, begins, has_output, save):
         (B, L, H), N, (E, T) = v.shape, b.shape[-1], step.shape[-2:]
-        chunks = -(-L // T)
-        number = None
-        if begins is not None:  # of documents, in each chunk; 0 goes on from the one before
-            number = F.pad(begins, (0, chunks * T - L)).view(B, chunks, T).cumsum(-1, dtype=torch.int32)
-        system = (x.float().contiguous() for x in (angle.cos(), angle.sin(), decay, step))
+        *system, numbers = system_of_chunks(angle, decay, step, begins, L)
         y, final = floats(B, L, H) if has_output else None, floats(B, H, N)
-        starts = floats(B, E, chunks + 1, N, H // E) if save else None
-        read = v, b.contiguous(), c.contiguous(), *system, skip.contiguous(), number, starts
+        starts = floats(B, E, -(-L // T) + 1, N, H // E) if save else None
+        read = v, b.contiguous(), c.contiguous(), *system, skip.contiguous(), numbers, starts
         _call("ssd_scan", read, None if state is None else state.contiguous(), y, final)
         ctx.set_materialize_grads(False)
         ctx.has_state = state is not None
@@ -60,7 +50,8 @@ class _Scan(torch.autograd.Function):
         _call("ssd_scan_backward", read, *of_outputs, grad_v, grad_state, of_heads, *of_operators, of_skip)
         of_b, of_c, *rest, of_skip = sum_up_gradients(of_heads, of_operators, of_skip, is_shared)
         rest = (x.double() for x in rest)
-        return None, None, None, grad_v, of_b, of_c, *rest, of_skip, grad_state if ctx.has_state else None
+        of_state = grad_state if ctx.has_state else None
+        return grad_v, of_b, of_c, *rest, of_skip, of_state, None, None, None
 
 
 def _call(name: str, read, *arguments) -> None:

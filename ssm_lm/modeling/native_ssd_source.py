@@ -271,8 +271,7 @@ APART void scan_head_back(const Scan *s, const Gradients *g, I b, I e, float *ro
         const I n = k->n, last = (n - 1) * M;
         const float *start = s->starts + (head * (s->chunks + 1) + at) * N * P, *after = start + N * P;
         if (!s->shared) memset(of_angle, 0, T * (M + 2) * sizeof(float));
-        memset(S, 0, N * of_P * sizeof(float));
-        for (I i = 0; i < N; i++) memcpy(S + i * of_P, start + i * P, P * sizeof(float));
+        pad_rows(S, start, N, P);
         for (I t = 0; t < n; t++) {
             const float *from = g->y + (k->first + t) * s->E * P + e * P;
             memset(of_y + t * of_P + P, 0, (of_P - P) * sizeof(float));

@@ -32,6 +32,7 @@ class S5(StateSpace):
 
     name = "s5"
     has_chunk_kernel = False  # its signals are complex, which is another kernel: S5's scan
+    scan_library = None  # its states meet
 
     def __init__(
         self,

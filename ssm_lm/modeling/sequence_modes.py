@@ -70,8 +70,7 @@ class LayerScan:
         rest = rest or (T < longest and state is not None)
         options = {"has_output": has_output, "activation": activation, "rest": rest}
         options["run_kernel"] = self.execution.kernel
-        is_plain = type(signal) is torch.Tensor and signal.device.type == "cpu"
-        options["in_c"] = is_plain and self.layer.scans_in_c(signal.dtype)
+        options["in_c"] = self.layer.scans_this_in_c(signal)
         if torch.compiler.is_compiling():
             return chunk_scan(signal, make(), state, keep, **options)
         names, parameters = zip(*make.named_parameters(), strict=True)

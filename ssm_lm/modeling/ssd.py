@@ -26,7 +26,6 @@ from .checks import check_heads
 from .discrete import DiscreteSSD
 from .hippo import INITIALIZATIONS
 from .kernel_limits import LONGEST_SSD_CHUNK, limit_of_ssd_scan
-from .native_operators import takes
 from .ops import ssd_scan, ssd_step
 from .state_space import MIN_DECAY, StateSpace
 
@@ -45,6 +44,7 @@ class SSD(StateSpace):
 
     name = "ssd"
     has_chunk_kernel = False
+    scan_library = "ssd"
     step_operation = "ssd_step"
     is_time_invariant = False
 
@@ -145,13 +145,8 @@ class SSD(StateSpace):
         v, b, c, dt = system.read(x)
         of_tokens = v, b.to(v.dtype), c.to(v.dtype), dt
         rates = system.decay, system.omega
-        in_c = type(v) is torch.Tensor and v.device.type == "cpu" and self.scans_in_c(v.dtype)
+        in_c = self.scans_this_in_c(v)
         return ssd_scan(execution.kernel, *of_tokens, *rates, self.D, state, begins, T, has_output, in_c)
-
-    def scans_in_c(self, dtype):
-        if dtype != self.log_dt.dtype:
-            return False
-        return takes((self.log_dt,), self.hidden_size, self.state_size, self.kernels, "ssd")
 
     def transition(self, length):
         """(H, N); ValueError with `selective`, where `transition_over` has it."""

@@ -50,6 +50,7 @@ class StateSpace(nn.Module):
     fft_is_faster_below = 0
     kernels = "auto"  # as in S4Config.kernels: whether Triton kernels run
     has_chunk_kernel = True  # whether the chunk scan has a Triton kernel for the layer's signals
+    scan_library = "operators"  # of native_library.py, which has the chunk scan on a CPU; None: none has
     step_operation = "step"  # the kernel of a single token
     is_time_invariant = True  # False where B, C or dt depend on the token
     unconvolved = 0  # features at the end of its input that a convolution before it leaves as they are
@@ -218,10 +219,14 @@ class StateSpace(nn.Module):
         return longest_chunk(dtype, self.state_size, self.has_dense_carry)
 
     def scans_in_c(self, dtype: torch.dtype) -> bool:
-        """Whether the chunk scan of signals in this dtype is native_scan.py's: not of S5, whose states meet."""
-        if not self.has_chunk_kernel or dtype != self.log_dt.dtype:
+        """Whether the chunk scan of signals in this dtype is that of `scan_library`."""
+        if self.scan_library is None or dtype != self.log_dt.dtype:
             return False
-        return takes((self.log_dt,), self.hidden_size, self.state_size, self.kernels)
+        return takes((self.log_dt,), self.hidden_size, self.state_size, self.kernels, self.scan_library)
+
+    def scans_this_in_c(self, signal: torch.Tensor) -> bool:
+        """The same of a signal, which may be on another device, or a subclass without numbers."""
+        return type(signal) is torch.Tensor and signal.device.type == "cpu" and self.scans_in_c(signal.dtype)
 
     def scan_kernel(self, architecture: str, dtype: torch.dtype) -> tuple[str, str | None, tuple]:
         """The operation that scans signals in this dtype, what its kernel cannot do of them, and the problem's key."""

@@ -25,11 +25,10 @@ Source: Dao and Gu (2024), section 6; the equations stand in ssd.py.
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from .kernel_launch import in_rows, on_device, qualified
 from .kernels_s4 import Case
-from .ssd_chunks import scan_vectors, since_start_of_chunks, sum_up_gradients
+from .ssd_chunks import scan_by, scan_vectors, sum_up_gradients, system_of_chunks
 
 try:
     import triton
@@ -452,12 +451,8 @@ class _Launch:
         self.chunks, self.E, self.M = triton.cdiv(L, T), E, b.shape[-1] // 2
         self.P, self.T, self.L, self.B = H // E, T, L, B
         self.sizes = (L, T, self.chunks, E, self.P, self.M)
-        numbers = None
-        if begins is not None:  # of documents, in each chunk; 0 goes on from the one before
-            whole = F.pad(begins, (0, self.chunks * T - L)).view(B, self.chunks, T)
-            numbers = whole.cumsum(-1, dtype=torch.int32)
-        of_chunks = (x.float().contiguous() for x in (angle.cos(), angle.sin(), decay, step))
-        self.system = *of_chunks, numbers  # what all launches read, but that the carry needs no steps
+        # what all launches read, but that the carry needs no steps
+        self.system = system_of_chunks(angle, decay, step, begins, L)
         self.switches = {"RESETS": begins is not None, "SHARED": step.dim() == 2}
         self.tiles = {
             "BLOCK_T": block(T),
@@ -650,15 +645,9 @@ def backward(ctx, grad_y, grad_final, _, run=ssd_scan_chunks_backward):
 ssd_scan_chunks.register_autograd(backward, setup_context=save)
 
 
-def ssd_scan(
-    v, b, c, dt, decay, omega, skip, state, begins, T, has_output=True
-) -> tuple[torch.Tensor | None, torch.Tensor]:
+def ssd_scan(*scanned, **wanted) -> tuple[torch.Tensor | None, torch.Tensor]:
     """`ssd_chunks.scan_vectors` by the kernels."""
-    angle, since_start, step = since_start_of_chunks(dt, decay, omega, v.shape[1], T)
-    inputs = v, b, c, angle, since_start, step, skip, state
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    y, final, _ = ssd_scan_chunks(*inputs, begins, has_output, save)
-    return y if has_output else None, final
+    return scan_by(ssd_scan_chunks, *scanned, **wanted)
 
 
 # ---- what the registry asks for
