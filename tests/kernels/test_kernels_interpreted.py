@@ -11,6 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).with_name("interpreted")
 FILES = sorted(file.name for file in FOLDER.glob("test_*.py"))
+SHARES = [FILES[i::3] for i in range(3)]
 SLOW_FILES = [name for name in FILES if "mark.slow" in (FOLDER / name).read_text()]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -29,9 +30,10 @@ def run(files: list[Path], marker: str) -> None:
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= len(files)  # none was lost on the way
 
 
-@pytest.mark.seconds(110)
-def test_interpreted():
-    run([FOLDER / name for name in FILES], "not slow")
+@pytest.mark.seconds(60)
+@pytest.mark.parametrize("share", range(len(SHARES)))
+def test_interpreted(share):
+    run([FOLDER / name for name in SHARES[share]], "not slow")
 
 
 @pytest.mark.long

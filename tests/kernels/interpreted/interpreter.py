@@ -10,9 +10,14 @@
   one of integers, which 3.9 then refuses as a mask; here a block of booleans.
 - @triton.jit functions called from a kernel, tl.sum among them: Triton prepares the whole of triton.language anew at
   each call; here once a launch.
+- what follows from the type of a block alone (its shape, size, name, numpy's type): Triton works it out for every
+  result of every operation; here once a type.
+- sums and products of integers: Triton does each once more in 64 bits, and without its debug mode forgets the result.
 
 What the interpreter cannot show: races, layouts, tf32's rounding, what a masked load without `other` returns.
 """
+
+import functools
 
 import numpy as np
 import triton.language as tl
@@ -171,7 +176,34 @@ def _call_device_function(self, *args, **kwargs):
         raise upstream.InterpreterError(repr(error)) from error
 
 
+_init_type, _init_tensor = tl.block_type.__init__, tl.core.tensor.__init__
+_types, _tensors = {}, {}  # what they are made of, but for the element's type and the numbers
+_numpy_dtype = functools.cache(upstream._get_np_dtype)
+
+
+def _init_known_type(self, element_ty: tl.dtype, shape) -> None:
+    key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+    if key not in _types:
+        _init_type(self, element_ty, shape)
+        _types[key] = vars(self).copy()
+    vars(self).update(_types[key], element_ty=element_ty)
+
+
+def _init_known_tensor(self, handle: TensorHandle, type: tl.dtype) -> None:
+    if type.name not in _tensors:
+        _init_tensor(self, handle, type)
+        _tensors[type.name] = vars(self).copy()
+    vars(self).update(_tensors[type.name], handle=handle, type=type, dtype=type.scalar)
+
+
+def _get_np_dtype(type: tl.dtype) -> np.dtype:
+    return np.dtype(np.uint64) if type.scalar.is_ptr() else _numpy_dtype(type.scalar)
+
+
+tl.block_type.__init__, tl.core.tensor.__init__ = _init_known_type, _init_known_tensor
+upstream._get_np_dtype = _get_np_dtype
 upstream.interpreter_builder.__class__ = Builder
+upstream.interpreter_builder.options = upstream.InterpreterOptions(sanitize_overflow=False)
 upstream.ReduceOps, upstream.ScanOps = ReduceOps, ScanOps
 upstream._patch_lang = lambda fn: _patch_lang(_Namespace)
 upstream.InterpretedFunction.__call__ = _call_device_function
