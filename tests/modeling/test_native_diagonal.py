@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from in_c import Frames, called_names, needs
 
-from ssm_lm.modeling import native_diagonal, native_library
+from ssm_lm.modeling import native_diagonal
 from ssm_lm.modeling.diagonal_operators import power_operators
 from ssm_lm.modeling.ssm import S4D
 
-pytestmark = pytest.mark.skipif(
-    native_library.library("diagonal") is None, reason=f"no library: {native_library.why_not('diagonal')}"
-)
+pytestmark = needs("diagonal")
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +18,7 @@ def of_any_size(monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The names of the library's functions, as they are called."""
-    names, call = [], native_diagonal._call
-    monkeypatch.setattr(native_diagonal, "_call", lambda name, *given: names.append(name) or call(name, *given))
-    return names
+    return called_names(monkeypatch, native_diagonal)
 
 
 def system(H, half):
@@ -75,26 +71,14 @@ def test_the_same_bits():
 @pytest.mark.parametrize(("half", "T"), [(32, 64), (5, 3), (1, 1)])
 def test_memory(monkeypatch, half, T):
     """Nothing is written beside what was asked for, and nothing is read that was not written."""
-    kept, margin = [], 64
-
-    def framed(dtype):
-        def memory(*shape):
-            size = torch.Size(shape).numel()
-            kept.append(torch.full((size + 2 * margin,), float("nan"), dtype=dtype))
-            return kept[-1][margin : margin + size].view(shape)
-
-        return memory
-
+    frames = Frames()
     given = system(3, half), T, weights_of(3, half, T)
     expected = with_gradients(native_diagonal.native_diagonal, *given)
-    monkeypatch.setattr(native_diagonal, "floats", framed(torch.float32))
-    monkeypatch.setattr(native_diagonal, "doubles", framed(torch.float64))
+    monkeypatch.setattr(native_diagonal, "floats", frames.memory())
+    monkeypatch.setattr(native_diagonal, "doubles", frames.memory(torch.float64))
     found = with_gradients(native_diagonal.native_diagonal, *given)
     assert all(map(torch.equal, expected, found))
-    assert len(kept) == 4 + 1 + 4 + 1
-    for around in kept:
-        assert around[:margin].isnan().all()
-        assert around[-margin:].isnan().all()
+    frames.check(4 + 1 + 4 + 1)
 
 
 @pytest.mark.parametrize(("init", "discretization", "n_ssm"), [("lin", "zoh", None), ("legs", "bilinear", 3)])

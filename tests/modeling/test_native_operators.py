@@ -5,16 +5,15 @@ import signal
 
 import pytest
 import torch
+from in_c import Frames, called_names, difference, needs
 from tiny import prompt, tiny_model
 
-from ssm_lm.modeling import native_library, native_operators
+from ssm_lm.modeling import native_operators
 from ssm_lm.modeling.discrete import DiscreteDPLR
 from ssm_lm.modeling.dplr_operators import krylov_operators
 from ssm_lm.modeling.ssm import S4
 
-pytestmark = pytest.mark.skipif(
-    native_library.library("operators") is None, reason=f"no library: {native_library.why_not('operators')}"
-)
+pytestmark = needs("operators")
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +23,7 @@ def of_any_size(monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The names of the library's functions, as they are called."""
-    names, call = [], native_operators._call
-    monkeypatch.setattr(native_operators, "_call", lambda name, *given: names.append(name) or call(name, *given))
-    return names
+    return called_names(monkeypatch, native_operators)
 
 
 def system(H, N, rank, seed=0):
@@ -48,10 +44,6 @@ def with_gradients(make, discrete, length, weights=None):
 
 def twin(discrete, length, skip=None):
     return krylov_operators(*discrete, length, skip)
-
-
-def difference(ours, expected):
-    return ((ours.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
 @pytest.mark.parametrize(
@@ -118,23 +110,13 @@ def test_the_same_bits(monkeypatch):
 @pytest.mark.parametrize(("N", "rank", "T"), [(64, 1, 64), (64, 2, 7), (10, 1, 5), (34, 3, 1), (2, 1, 3)])
 def test_memory(monkeypatch, N, rank, T):
     """Nothing is written beside what was asked for, and nothing is read that was not written."""
-    kept, margin = [], 64
-
-    def floats(*shape):
-        size = torch.Size(shape).numel()
-        around = torch.full((size + 2 * margin,), float("nan"))
-        kept.append(around)
-        return around[margin : margin + size].view(shape)
-
+    frames = Frames()
     expected = with_gradients(native_operators.native_operators, system(3, N, rank), T)
-    monkeypatch.setattr(native_operators, "floats", floats)
+    monkeypatch.setattr(native_operators, "floats", frames.memory())
     found = with_gradients(native_operators.native_operators, system(3, N, rank), T)
     for one, other in zip([*expected[0], *expected[1]], [*found[0], *found[1]], strict=True):
         assert torch.equal(one, other)
-    assert len(kept) == 4 + 1 + 5 + 1
-    for around in kept:
-        assert around[:margin].isnan().all()
-        assert around[-margin:].isnan().all()
+    frames.check(4 + 1 + 5 + 1)
 
 
 def test_gradients_that_lie_anywhere():

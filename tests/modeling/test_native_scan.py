@@ -2,17 +2,16 @@
 
 import pytest
 import torch
+from in_c import Frames, called_names, difference, needs
 
-from ssm_lm.modeling import native_library, native_operators, native_scan
+from ssm_lm.modeling import native_operators, native_scan
 from ssm_lm.modeling.chunked import PLAIN, ChunkOperators, Wanted, operator_shapes
 from ssm_lm.modeling.documents import find_documents
 from ssm_lm.modeling.native_scan import NATIVE
 from ssm_lm.modeling.ops import chunk_scan
 from ssm_lm.modeling.ssm import S4, S4D, S5
 
-pytestmark = pytest.mark.skipif(
-    native_library.library("operators") is None, reason=f"no library: {native_library.why_not('operators')}"
-)
+pytestmark = needs("operators")
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +21,7 @@ def of_any_size(monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The names of the library's functions, as they are called."""
-    names, call = [], native_scan._call
-    monkeypatch.setattr(native_scan, "_call", lambda name, *given: names.append(name) or call(name, *given))
-    return names
+    return called_names(monkeypatch, native_scan)
 
 
 def example(B, H, N, T, chunks, dtype=torch.float32, dense=True):
@@ -48,10 +44,6 @@ def run(implementation, u, operators, state, wanted, weights):
     leaves = [x for x in leaves if x is not None]
     gradients = torch.autograd.grad(outputs, leaves, of_outputs, allow_unused=True, materialize_grads=True)
     return [x.detach() for x in (y, final, *gradients) if x is not None]
-
-
-def difference(ours, expected):
-    return ((ours.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
 @pytest.mark.parametrize(
@@ -107,23 +99,13 @@ def test_the_same_bits():
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "diagonal"])
 def test_memory(monkeypatch, B, H, N, T, chunks, dense):
     """Nothing is written beside what was asked for, and nothing is read that was not written."""
-    kept, margin = [], 64
-
-    def floats(*shape):
-        size = torch.Size(shape).numel()
-        around = torch.full((size + 2 * margin,), float("nan"))
-        kept.append(around)
-        return around[margin : margin + size].view(shape)
-
+    frames = Frames()
     u, operators, state, keep = example(B, H, N, T, chunks, dense=dense)
     problem = u, operators, state, Wanted(keep), [torch.randn(u.shape), torch.randn(state.shape)]
     expected = run(NATIVE, *problem)
-    monkeypatch.setattr(native_scan, "floats", floats)
+    monkeypatch.setattr(native_scan, "floats", frames.memory())
     assert all(map(torch.equal, run(NATIVE, *problem), expected))
-    assert len(kept) == 3 + 1 + 4 + 1
-    for around in kept:
-        assert around[:margin].isnan().all()
-        assert around[-margin:].isnan().all()
+    frames.check(3 + 1 + 4 + 1)
 
 
 @pytest.mark.parametrize(("kind", "frozen"), [(S4, False), (S4, True), (S4D, False)])

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
+from in_c import Frames, called_names, difference, needs
 
-from ssm_lm.modeling import native_library, native_operators, native_ssd
+from ssm_lm.modeling import native_operators, native_ssd
 from ssm_lm.modeling.native_ssd import native_ssd_scan
 from ssm_lm.modeling.ssd_chunks import scan_vectors
 from ssm_lm.modeling.ssm import SSD
 
-pytestmark = pytest.mark.skipif(
-    native_library.library("ssd") is None, reason=f"no library: {native_library.why_not('ssd')}"
-)
+pytestmark = needs("ssd")
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +19,7 @@ def of_any_size(monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The names of the library's functions, as they are called."""
-    names, call = [], native_ssd._call
-    monkeypatch.setattr(native_ssd, "_call", lambda name, *given: names.append(name) or call(name, *given))
-    return names
+    return called_names(monkeypatch, native_ssd)
 
 
 def example(B, L, E, P, N, selective, documents):
@@ -46,10 +42,6 @@ def run(scan, inputs, state, begins, T, weights, cast=torch.Tensor.float):
     leaves = [x for x in leaves if x is not None]
     gradients = torch.autograd.grad(outputs, leaves, of_outputs, allow_unused=True, materialize_grads=True)
     return [x.detach() for x in (*outputs, *gradients)]
-
-
-def difference(ours, expected):
-    return ((ours.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
 @pytest.mark.parametrize(
@@ -112,23 +104,13 @@ def test_the_same_bits():
 @pytest.mark.parametrize("selective", [False, True], ids=["constant", "selective"])
 def test_memory(monkeypatch, B, L, E, P, N, T, selective):
     """Nothing is written beside what was asked for, and nothing is read that was not written."""
-    kept, margin = [], 64
-
-    def floats(*shape):
-        size = torch.Size(shape).numel()
-        around = torch.full((size + 2 * margin,), float("nan"))
-        kept.append(around)
-        return around[margin : margin + size].view(shape)
-
+    frames = Frames()
     inputs, state, begins = example(B, L, E, P, N, selective, True)
     problem = inputs, state, begins, T, [torch.randn(B, L, E * P), torch.randn(B, E * P, N)]
     expected = run(native_ssd_scan, *problem)
-    monkeypatch.setattr(native_ssd, "floats", floats)
+    monkeypatch.setattr(native_ssd, "floats", frames.memory())
     assert all(map(torch.equal, run(native_ssd_scan, *problem), expected))
-    assert len(kept) == 3 + 1 + 7 + 1
-    for around in kept:
-        assert around[:margin].isnan().all()
-        assert around[-margin:].isnan().all()
+    frames.check(3 + 1 + 7 + 1)
 
 
 @pytest.mark.parametrize("selective", [False, True], ids=["constant", "selective"])
