@@ -99,7 +99,7 @@ def s5_chunk_length(L: int) -> int:
     return max(SHORTEST_S5_CHUNK, 1 << (-(-L // MOST_S5_CHUNKS) - 1).bit_length())
 
 
-LONGEST_SSD_CHUNK, LARGEST_SSD_STATE = 32, 64  # beyond these, tiles leave the registers
+LONGEST_SSD_CHUNK, LARGEST_SSD_STATE = 32, 128  # beyond these, tiles leave the registers
 
 
 def limit_of_ssd_scan(architecture: str, dtype: torch.dtype, N: int) -> str | None:

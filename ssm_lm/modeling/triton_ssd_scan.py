@@ -37,7 +37,7 @@ except ImportError:  # `kernels_s4` asks for this module in a `try` of its own, 
     raise
 
 
-CHANNELS, CARRY_CHANNELS = 32, 16  # of a head at a time, elsewhere and in `carry_kernel`
+CHANNELS, FEW_CHANNELS = 32, 16  # of a head at a time
 
 
 @triton.jit
@@ -434,9 +434,18 @@ def block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def options(kernel, dtype: torch.dtype) -> dict[str, int]:
-    """Of a launch. Without tensor cores a thread holds whole rows of a product's factors; eight warps share them."""
-    return {"num_warps": 4 if kernel is carry_kernel or dtype == torch.bfloat16 else 8, "num_stages": 1}
+def channels(kernel, dtype: torch.dtype, P: int, M: int) -> int:
+    """How many of a head's P a program takes at a time: fewer where more than 64 states would leave the registers."""
+    few = kernel is carry_kernel or (kernel is emit_kernel and dtype == torch.float32 and block(M) > 32)
+    return min(FEW_CHANNELS if few else CHANNELS, block(P))
+
+
+def options(kernel, dtype: torch.dtype, M: int) -> dict[str, int]:
+    """Of a launch. Without tensor cores a thread holds whole rows of a product's factors; eight warps share them. They
+    share the gradients of b and c too, of more than 64 states.
+    """
+    few = kernel is carry_kernel or (dtype == torch.bfloat16 and not (kernel is vectors_kernel and block(M) > 32))
+    return {"num_warps": 4 if few else 8, "num_stages": 1}
 
 
 PRECISION = "ieee"  # of float32 factors; made of several products of tensor cores, they spill
@@ -454,15 +463,18 @@ class _Launch:
         # what all launches read, but that the carry needs no steps
         self.system = system_of_chunks(angle, decay, step, begins, L)
         self.switches = {"RESETS": begins is not None, "SHARED": step.dim() == 2}
-        self.tiles = {
-            "BLOCK_T": block(T),
-            "BLOCK_P": min(CHANNELS, block(self.P)),
-            "BLOCK_M": block(self.M),
-            "PRECISION": PRECISION,
-            **options(emit_kernel, v.dtype),
-        }
-        self.grid = B * self.chunks, E, triton.cdiv(self.P, self.tiles["BLOCK_P"])
-        self.device = v.device
+        self.device, self.dtype = v.device, v.dtype
+
+    def tiles(self, kernel) -> dict:
+        """Sizes of a launch's tiles, and its options."""
+        sizes = {"BLOCK_P": channels(kernel, self.dtype, self.P, self.M), "BLOCK_M": block(self.M)}
+        if kernel is not carry_kernel:
+            sizes |= {"BLOCK_T": block(self.T), "PRECISION": PRECISION}
+        return sizes | options(kernel, self.dtype, self.M)
+
+    def grid(self, kernel) -> tuple[int, int, int]:
+        """A program a chunk, a head and some channels of it."""
+        return self.B * self.chunks, self.E, triton.cdiv(self.P, channels(kernel, self.dtype, self.P, self.M))
 
     def states(self, v, row, b, initial, reverse, keeps=True) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, chunks, E, P, 2 M), the starts where they are kept, and (B, E P, 2 M): the first two launches."""
@@ -472,8 +484,10 @@ class _Launch:
         shared = {"REVERSE": reverse, **self.switches}
         cos, sin, decay, _, numbers = self.system
         with on_device(self.device):
-            ends_kernel[self.grid](v, b, *self.system, ends, row, *self.sizes, **shared, **self.tiles)
-            carry_kernel[B * E, triton.cdiv(P, CARRY_CHANNELS)](
+            ends_kernel[self.grid(ends_kernel)](
+                v, b, *self.system, ends, row, *self.sizes, **shared, **self.tiles(ends_kernel)
+            )
+            carry_kernel[B * E, self.grid(carry_kernel)[2]](
                 ends,
                 initial,
                 final,
@@ -484,10 +498,8 @@ class _Launch:
                 *self.sizes,
                 INITIAL=initial is not None,
                 KEEPS=keeps,
-                BLOCK_P=CARRY_CHANNELS,
-                BLOCK_M=block(M),
                 **shared,
-                **options(carry_kernel, v.dtype),
+                **self.tiles(carry_kernel),
             )
         return ends, final
 
@@ -523,7 +535,7 @@ def run_forward(
         return v.new_empty(0), final, starts if save else starts.new_empty(0)
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     with on_device(v.device):
-        emit_kernel[launch.grid](
+        emit_kernel[launch.grid(emit_kernel)](
             v,
             b,
             c,
@@ -535,7 +547,7 @@ def run_forward(
             *launch.sizes,
             REVERSE=False,
             **launch.switches,
-            **launch.tiles,
+            **launch.tiles(emit_kernel),
         )
     return y, final, starts if save else starts.new_empty(0)
 
@@ -566,7 +578,7 @@ def run_backward(
     grad_angle = v.new_empty(B, K, E, T, M, dtype=torch.float32)
     grad_skip = v.new_empty(B, K, E, launch.P, dtype=torch.float32)
     with on_device(v.device):
-        emit_kernel[launch.grid](
+        emit_kernel[launch.grid(emit_kernel)](
             grad_y,
             c,
             b,
@@ -578,10 +590,10 @@ def run_backward(
             *launch.sizes,
             REVERSE=True,
             **launch.switches,
-            **launch.tiles,
+            **launch.tiles(emit_kernel),
         )
         for gradient, reverse in ((of_heads[1], False), (of_heads[0], True)):
-            vectors_kernel[launch.grid[:2]](
+            vectors_kernel[launch.grid(vectors_kernel)[:2]](
                 grad_y,
                 v,
                 b,
@@ -598,7 +610,7 @@ def run_backward(
                 *launch.sizes,
                 REVERSE=reverse,
                 **launch.switches,
-                **launch.tiles,
+                **launch.tiles(vectors_kernel),
             )
     gradients = sum_up_gradients(of_heads, (grad_angle, grad_decay, grad_step), grad_skip, step.dim() == 2)
     gradients = (x.to(like.dtype) for x, like in zip(gradients, (b, c, angle, decay, step, skip), strict=True))

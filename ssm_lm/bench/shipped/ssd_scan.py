@@ -4,11 +4,10 @@ import torch
 
 from ...modeling.kernel_limits import LONGEST_SSD_CHUNK, limit_of_ssd_scan
 from ...modeling.triton_ssd_scan import (
-    CARRY_CHANNELS,
-    CHANNELS,
     PRECISION,
     block,
     carry_kernel,
+    channels,
     emit_kernel,
     ends_kernel,
     options,
@@ -18,44 +17,59 @@ from ...modeling.triton_ssd_scan import (
 SIZES = dict.fromkeys(("L", "T", "chunks", "E"), "i32") | {"P": "i32:16", "M": "i32:16"}
 TYPES = {torch.float32: ("fp32", 4), torch.bfloat16: ("bf16", 2)}
 
-# B rows of L tokens, E heads of P channels, N states, chunks of T
-B, L, E, P, N, T = 8, 8192, 16, 64, 64, LONGEST_SSD_CHUNK
-ELEMENTS, VECTORS, STATES = B * L * E * P, B * L * N, B * L // T * E * P * N
+# B rows of L tokens, E heads of P channels, chunks of T
+B, L, E, P, T = 8, 8192, 16, 64, LONGEST_SSD_CHUNK
 
-# kernel, in reverse, tensors of the tokens' dtype, those of float32; numbers moved of either; products a token and head
-KERNELS = {
-    "ends forward": (ends_kernel, False, "v b ends", "", ELEMENTS + VECTORS + STATES, 0, P * N),
-    "ends reverse": (ends_kernel, True, "v b ends", "", ELEMENTS + VECTORS + STATES, 0, P * N),
-}
-for name, reverse in (("emit", False), ("gradient of v", True)):
-    moved = 2 * ELEMENTS + 2 * VECTORS + STATES, 0
-    KERNELS[name] = emit_kernel, reverse, "v b c starts y", "skip", *moved, P * N + T * (N + P)
-for name, reverse, states, pairs in (("gradient of c", False, STATES, N), ("gradient of b", True, 2 * STATES, 0)):
-    of_float32 = "gradient grad_decay grad_step grad_angle grad_skip"
-    # a head's vectors and angles, half as many; in reverse these are read before
-    moved = 2 * ELEMENTS + 2 * VECTORS + states, E * VECTORS * (4 if reverse else 3) // 2
-    KERNELS[name] = vectors_kernel, reverse, "g v b c starts asked", of_float32, *moved, P * N + T * (N + P + pairs)
+
+def states(N: int) -> int:
+    """How many numbers the states of all chunks are."""
+    return B * L // T * E * P * N
+
+
+def kernels(N: int) -> dict[str, tuple]:
+    """With N states: kernel, in reverse, tensors of the tokens' dtype, those of float32; numbers moved of either;
+    products a token and head.
+    """
+    elements, vectors = B * L * E * P, B * L * N
+    chosen = {
+        f"ends {direction}": (ends_kernel, reverse, "v b ends", "", elements + vectors + states(N), 0, P * N)
+        for direction, reverse in (("forward", False), ("reverse", True))
+    }
+    for name, reverse in (("emit", False), ("gradient of v", True)):
+        moved = 2 * elements + 2 * vectors + states(N), 0
+        chosen[name] = emit_kernel, reverse, "v b c starts y", "skip", *moved, P * N + T * (N + P)
+    for name, reverse, read, pairs in (("gradient of c", False, 1, N), ("gradient of b", True, 2, 0)):
+        of_float32 = "gradient grad_decay grad_step grad_angle grad_skip"
+        # a head's vectors and angles, half as many; in reverse these are read before
+        moved = 2 * elements + 2 * vectors + read * states(N), E * vectors * (4 if reverse else 3) // 2
+        chosen[name] = vectors_kernel, reverse, "g v b c starts asked", of_float32, *moved, P * N + T * (N + P + pairs)
+    return chosen
 
 
 def compile_cases(arch: str) -> list[dict]:
-    """The configurations that are shipped for `arch`. The work is that of constant steps with documents. The
-    other end of the switches, selective steps without documents, is listed for one target, and is to spill nowhere too.
+    """The configurations that are shipped for `arch`, of 64 states. The work is that of constant steps with documents.
+    The other end of the switches, selective steps without documents, is listed for one target, and what holds most of
+    128 states for two; they are to spill nowhere too.
     """
     if limit_of_ssd_scan(arch, torch.float32, 64):
         return []
-    switches = {"": {"RESETS": True, "SHARED": True}}
+    default = {"RESETS": True, "SHARED": True}
+    switches = {"": default}
     if arch == "sm_90":
         switches[" selective, one document"] = {"RESETS": False, "SHARED": False}
     cases = []
     for label, switch in switches.items():
         for dtype in TYPES:
             cases += [_carry_case(label, switch, dtype, reverse) for reverse in (False, True)]
-            cases += [_case(name, label, switch, dtype) for name in KERNELS]
+            cases += [_case(name, label, switch, dtype, 64) for name in kernels(64)]
+    if arch in ("sm_90", "sm_100"):
+        largest = [name for name, (kernel, *_) in kernels(128).items() if kernel is not ends_kernel]
+        cases += [_case(name, " of 128 states", default, dtype, 128) for dtype in TYPES for name in largest]
     return cases
 
 
-def _case(name, label, switch, dtype) -> dict:
-    kernel, reverse, of_tokens, of_float32, moved, moved_in_float32, products = KERNELS[name]
+def _case(name, label, switch, dtype, N) -> dict:
+    kernel, reverse, of_tokens, of_float32, moved, moved_in_float32, products = kernels(N)[name]
     kind, size = TYPES[dtype]
     on_tensor_cores = dtype == torch.bfloat16
     flops = 2 * products * B * L * E
@@ -71,11 +85,11 @@ def _case(name, label, switch, dtype) -> dict:
             "REVERSE": reverse,
             **_switches(switch),
             "BLOCK_T": block(T),
-            "BLOCK_P": CHANNELS,
+            "BLOCK_P": channels(kernel, dtype, P, N // 2),
             "BLOCK_M": block(N // 2),
             "PRECISION": PRECISION,
         },
-        "options": options(kernel, dtype),
+        "options": options(kernel, dtype, N // 2),
         "tensor_cores": on_tensor_cores,
         "variant": bool(label),
         "work": {
@@ -89,6 +103,7 @@ def _case(name, label, switch, dtype) -> dict:
 
 def _carry_case(label, switch, dtype, reverse) -> dict:
     """In float32, but for what lies in memory between the launches. A variant begins with a zero state."""
+    N = 64
     pointers, (kind, size) = "final cos sin decay" + ("" if label else " initial"), TYPES[dtype]
     return {
         "name": f"ssd_scan carry {'reverse' if reverse else 'forward'} {kind}{label}",
@@ -99,13 +114,13 @@ def _carry_case(label, switch, dtype, reverse) -> dict:
             **_switches(switch),
             "INITIAL": not label,
             "KEEPS": True,
-            "BLOCK_P": CARRY_CHANNELS,
+            "BLOCK_P": channels(carry_kernel, dtype, P, N // 2),
             "BLOCK_M": block(N // 2),
         }
         | ({"initial": None} if label else {}),
-        "options": options(carry_kernel, dtype),
+        "options": options(carry_kernel, dtype, N // 2),
         "variant": bool(label),
-        "work": {"bytes": 2 * size * STATES, "flops": 8 * STATES},
+        "work": {"bytes": 2 * size * states(N), "flops": 8 * states(N)},
     }
 
 

@@ -46,10 +46,15 @@ def test_bfloat16():
     compare(problem(2, 19, 2, 4, 6, resets=True, dtype=torch.bfloat16), 8, 2e-2)
 
 
-@pytest.mark.slow
-def test_whole_tiles():
+@pytest.mark.parametrize("N", [pytest.param(32, marks=pytest.mark.slow), 128])
+def test_whole_tiles(N):
     """None of a tile is masked, and a head is more channels than a program takes at a time."""
-    compare(problem(1, 32, 1, 64, 32), 16)
+    compare(problem(1, 32, 1, 64, N), 16)
+
+
+@pytest.mark.slow
+def test_bfloat16_of_many_states():
+    compare(problem(2, 40, 2, 20, 72, selective=True, resets=True, dtype=torch.bfloat16), 32, 3e-2)
 
 
 def test_the_final_state_alone():
