@@ -263,13 +263,13 @@ def test_a_few_sequences_of_edits(corpus, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.seconds(180)
+@pytest.mark.seconds(90)
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("first", [1000, 1100])
-def test_a_hundred_sequences_of_edits(corpus, tmp_path, first):
-    """Two hundred, of which these are half, were played when they were written: 1,034 starts, none that failed."""
-    counts = play(range(first, first + 50), corpus, tmp_path, two_ranks=0.1)
-    assert min(counts.values()) > 25
+def test_fifty_sequences_of_edits(corpus, tmp_path, first):
+    """Two hundred, of which these are a quarter, were played when they were written: 1,034 starts, none that failed."""
+    counts = play(range(first, first + 25), corpus, tmp_path, two_ranks=0.1)
+    assert min(counts.values()) > 12
 
 
 @pytest.mark.slow
