@@ -32,12 +32,12 @@ from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, tied_keys
 from .blocks import S4Block
 from .cache_s4 import check_holds_states  # whose import registers the "s4" cache layer
 from .configuration_s4 import S4Config
-from .decoding_common import CACHE_FIELD
+from .decoding_common import CACHE_FIELD, cache_of
 from .decoding_s4 import STRATEGIES
 from .documents import find_documents, from_position_ids, from_starts
 from .losses import LanguageModelHead, average, causal_targets, kept_positions
+from .native_step import is_written_out, programs_of
 from .native_step import logits as native_logits
-from .native_step import programs_of
 from .native_step import run as native_step
 from .norms_and_dropout import make_norm
 from .short_convolution import ShortConvolution
@@ -187,6 +187,10 @@ class S4Model(S4PreTrainedModel):
         return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values if use_cache else None)
 
 
+# of what generate() hands on, what the forward takes as it is
+READY = {"attention_mask", "cache", "logits_to_keep", "past_key_values", "use_cache"}
+
+
 class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
     """S4Model with a head over the vocabulary, linear or adaptive, tied to the embedding by default."""
 
@@ -250,6 +254,14 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
             if streamer is not None and "streamer" not in known:
                 raise ValueError("this custom_generate cannot stream: leave the streamer out")
         return extracted
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        """Where steps are in C, a token that follows is handed on as it is: to look for positions, masks and names in
+        signatures, as transformers does, takes as long as a twentieth of such a step.
+        """
+        if next_sequence_length == 1 and kwargs.keys() <= READY and is_written_out(self.model, cache_of(kwargs)):
+            return {"input_ids": input_ids[:, -1:].contiguous(), **kwargs}
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
 
     def _get_static_cache_init_shape(self):
         return None  # there are no heads to size a static cache by: its layers wait for their first state

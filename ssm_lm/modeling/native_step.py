@@ -66,20 +66,13 @@ def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache
     """
     if cache is None or not _is_for_the_library(model.config.kernels, hidden_states):
         return None
-    if type(programs_of(model).of(cache).get(hidden_states.shape[1])) is not Program:
-        return None
-    rows = hidden_states.shape[:2].numel()
-    if type(head) is not LanguageModelHead or head.bias is not None or _has_hooks(vars(head)) or rows > FEW_ROWS:
-        return None
-    weight = head.weight.detach()
-    if type(weight) is not torch.Tensor or weight.dtype != hidden_states.dtype or not weight.is_contiguous():
-        return None
-    if weight.shape[1:] != hidden_states.shape[2:]:  # of an engine that holds it elsewhere
-        return None
-    x, y = hidden_states.to(torch.float32).contiguous(), floats(*hidden_states.shape[:2], len(weight))
-    arguments = rows, *weight.shape, x, weight, None, _is_half(weight), y, torch.get_num_threads()
-    library().product(*map(for_c, arguments))
-    return y.to(weight.dtype)
+    program = programs_of(model).of(cache).get(hidden_states.shape[1])
+    return program.logits(head, hidden_states) if type(program) is Program else None
+
+
+def is_written_out(model: nn.Module, cache) -> bool:
+    """Whether the last single tokens of `cache`, or of none, were a Program of an S4Model."""
+    return cache is not None and type(programs_of(model).of(cache).get(1)) is Program
 
 
 def _is_for_the_library(kernels: str, x: torch.Tensor) -> bool:
@@ -170,7 +163,7 @@ class Program:
         self.shape, self.dtype, self.threads = inputs.shape[:2], inputs.dtype, torch.get_num_threads()
         self.rows = self.shape.numel()
         self.listed, self.kept, self.discretized, self.states = [], [], [], []
-        self.seen, self.looked = _Seen(model), look
+        self.seen, self.looked, self.head = _Seen(model), look, None
         self.h = self.room(model.config.hidden_size)
         for block, layer in zip(model.layers, cache.layers, strict=True):
             for sublayer in block.sublayers:
@@ -192,11 +185,10 @@ class Program:
             and torch.get_num_threads() == self.threads
             and not model.training
             and all(cache.layers[i].states[j].data_ptr() == address for i, j, address, *_ in self.states)
-            and versions_of(self.discretized) == self.versions
         ):
             return False
         if look is None or look != self.looked:
-            if not self.seen.is_same(model):
+            if versions_of(self.discretized) != self.versions or not self.seen.is_same(model):
                 return False
             self.looked = look
         return True
@@ -212,6 +204,22 @@ class Program:
             inputs = x.view(*self.shape, -1).clone() if layer.record_past else None  # the next token writes over x
             layer.after_update(j, self.shape[1], module, inputs)
         return self.out.view(*self.shape, -1).to(self.dtype, copy=True)
+
+    def logits(self, head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """See `logits` above. What the head is, is looked at as often as what the model is."""
+        rows, width = hidden_states.shape[:2].numel(), hidden_states.shape[2]
+        if rows > FEW_ROWS:
+            return None
+        key = head, self.looked, hidden_states.dtype
+        if self.head is None or self.looked is None or self.head[:3] != key:
+            self.head = *key, _weight_of_head(head, width, hidden_states.dtype)
+        weight = self.head[3]
+        if weight is None:
+            return None
+        x, y = hidden_states.to(torch.float32).contiguous(), floats(*hidden_states.shape[:2], len(weight))
+        arguments = rows, *weight.shape, x, weight, None, _is_half(weight), y, torch.get_num_threads()
+        library().product(*map(for_c, arguments))
+        return y.to(weight.dtype)
 
     # ---- what the writers are made of. x and y are buffers (B T, width), float32
 
@@ -338,6 +346,16 @@ class Program:
     def add(self, p: torch.Tensor, mode: int = 0, y: torch.Tensor | None = None) -> None:
         """h += what p (B, H or 2H) and y make of each other: see add_gated in native_source.py."""
         self.call("add_gated", mode, *self.h.shape, p, y, self.h)
+
+
+def _weight_of_head(head: nn.Module, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """The memory of a linear head's weight (V, width), None where the library cannot stand for the head."""
+    if type(head) is not LanguageModelHead or head.bias is not None or _has_hooks(vars(head)):
+        return None
+    weight = head.weight.detach()
+    if type(weight) is not torch.Tensor or weight.dtype != dtype or not weight.is_contiguous():
+        return None
+    return weight if weight.shape[1:] == (width,) else None  # an engine may hold it elsewhere
 
 
 def _for_c(argument):

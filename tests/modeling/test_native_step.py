@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 from tiny import ENDLESS, prompt, tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationMixin, StaticCache
 
+from ssm_lm import S4ForCausalLM
 from ssm_lm.modeling import native_library, native_step
 from ssm_lm.modeling.losses import LanguageModelHead
 
@@ -222,6 +223,53 @@ def test_within_a_generate_one_look_serves_all_tokens(monkeypatch, steps):
     assert len(looks) == 1
     assert sum(heard) == 2  # the tokens after the fifth
     assert model.model._programs.look() is None
+
+
+def test_a_head_that_is_hooked_in_mid_text_is_called(steps):
+    model, ids = tiny_model(**ENDLESS), prompt(6)
+    heard = []
+
+    def hook(_, scores):
+        if len(steps) == 5 and not heard:
+            model.lm_head.register_forward_hook(lambda *_: heard.append(1))
+            heard.append(0)
+        return scores
+
+    model.generate(ids, logits_processor=[hook], max_new_tokens=8, do_sample=False)
+    assert sum(heard) == 2  # the tokens after the fifth
+    assert len(steps) == 7
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_mask": True}, {"cache_implementation": "static"}], ids=str)
+def test_a_token_is_prepared_as_transformers_would(options, monkeypatch, steps):
+    """Handed on as it is, where the prompt and what is not in C go the long way."""
+    model, ids = tiny_model(**ENDLESS), prompt(6, 2)
+    if "attention_mask" in options:
+        options = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])}
+    prepare, long_way = S4ForCausalLM.prepare_inputs_for_generation, GenerationMixin.prepare_inputs_for_generation
+    long, short = [], []
+
+    def compare(self, *given, **kwargs):
+        count = len(long)
+        prepared = prepare(self, *given, **kwargs)
+        if len(long) == count:
+            short.append(1)
+            found, expected = dict(prepared), long_way(self, *given, **kwargs)
+            assert torch.equal(found.pop("input_ids"), expected.pop("input_ids"))
+            assert expected.pop("attention_mask", None) is None  # of a token that is not padding
+            found.pop("attention_mask")
+            assert found == expected
+        return prepared
+
+    def counted(self, *given, **kwargs):
+        long.append(1)
+        return long_way(self, *given, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", counted)
+    monkeypatch.setattr(S4ForCausalLM, "prepare_inputs_for_generation", compare)
+    model.generate(ids, max_new_tokens=8, do_sample=False, **options)
+    assert len(steps) == 7
+    assert len(short) == 6  # the first of a cache is not written out yet
 
 
 @pytest.mark.parametrize("head", ["tied", "other", "hooked"])
