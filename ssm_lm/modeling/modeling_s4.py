@@ -36,8 +36,8 @@ from .decoding_common import CACHE_FIELD, cache_of
 from .decoding_s4 import STRATEGIES
 from .documents import find_documents, from_position_ids, from_starts
 from .losses import LanguageModelHead, average, causal_targets, kept_positions
-from .native_step import is_written_out, programs_of
 from .native_step import logits as native_logits
+from .native_step import program_of, programs_of
 from .native_step import run as native_step
 from .norms_and_dropout import make_norm
 from .short_convolution import ShortConvolution
@@ -259,7 +259,7 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
         """Where steps are in C, a token that follows is handed on as it is: to look for positions, masks and names in
         signatures, as transformers does, takes as long as a twentieth of such a step.
         """
-        if next_sequence_length == 1 and kwargs.keys() <= READY and is_written_out(self.model, cache_of(kwargs)):
+        if next_sequence_length == 1 and kwargs.keys() <= READY and program_of(self.model, cache_of(kwargs), 1):
             return {"input_ids": input_ids[:, -1:].contiguous(), **kwargs}
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
 

@@ -66,13 +66,15 @@ def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache
     """
     if cache is None or not _is_for_the_library(model.config.kernels, hidden_states):
         return None
-    program = programs_of(model).of(cache).get(hidden_states.shape[1])
-    return program.logits(head, hidden_states) if type(program) is Program else None
+    program = program_of(model, cache, hidden_states.shape[1])
+    return None if program is None else program.logits(head, hidden_states)
 
 
-def is_written_out(model: nn.Module, cache) -> bool:
-    """Whether the last single tokens of `cache`, or of none, were a Program of an S4Model."""
-    return cache is not None and type(programs_of(model).of(cache).get(1)) is Program
+def program_of(model: nn.Module, cache, tokens: int) -> "Program | None":
+    """What so many tokens of a cache, or of None, last ran as, where they were written out; model: an S4Model."""
+    layers = getattr(cache, "layers", ())
+    program = programs_of(model).by_cache.get(layers[0], {}).get(tokens) if layers else None
+    return program if type(program) is Program else None
 
 
 def _is_for_the_library(kernels: str, x: torch.Tensor) -> bool:
@@ -185,10 +187,11 @@ class Program:
             and torch.get_num_threads() == self.threads
             and not model.training
             and all(cache.layers[i].states[j].data_ptr() == address for i, j, address, *_ in self.states)
+            and versions_of(self.discretized) == self.versions
         ):
             return False
         if look is None or look != self.looked:
-            if versions_of(self.discretized) != self.versions or not self.seen.is_same(model):
+            if not self.seen.is_same(model):
                 return False
             self.looked = look
         return True

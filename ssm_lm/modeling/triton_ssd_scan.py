@@ -436,7 +436,7 @@ def block(size: int) -> int:
 
 def channels(kernel, dtype: torch.dtype, P: int, M: int) -> int:
     """How many of a head's P a program takes at a time: fewer where more than 64 states would leave the registers."""
-    few = kernel is carry_kernel or (kernel is emit_kernel and dtype == torch.float32 and block(M) > 32)
+    few = kernel is carry_kernel or (kernel is emit_kernel and dtype == torch.float32 and M > 32)
     return min(FEW_CHANNELS if few else CHANNELS, block(P))
 
 
@@ -444,7 +444,7 @@ def options(kernel, dtype: torch.dtype, M: int) -> dict[str, int]:
     """Of a launch. Without tensor cores a thread holds whole rows of a product's factors; eight warps share them. They
     share the gradients of b and c too, of more than 64 states.
     """
-    few = kernel is carry_kernel or (dtype == torch.bfloat16 and not (kernel is vectors_kernel and block(M) > 32))
+    few = kernel is carry_kernel or (dtype == torch.bfloat16 and not (kernel is vectors_kernel and M > 32))
     return {"num_warps": 4 if few else 8, "num_stages": 1}
 
 
@@ -464,6 +464,7 @@ class _Launch:
         self.system = system_of_chunks(angle, decay, step, begins, L)
         self.switches = {"RESETS": begins is not None, "SHARED": step.dim() == 2}
         self.device, self.dtype = v.device, v.dtype
+        self.programs = B * self.chunks, E
 
     def tiles(self, kernel) -> dict:
         """Sizes of a launch's tiles, and its options."""
@@ -472,9 +473,9 @@ class _Launch:
             sizes |= {"BLOCK_T": block(self.T), "PRECISION": PRECISION}
         return sizes | options(kernel, self.dtype, self.M)
 
-    def grid(self, kernel) -> tuple[int, int, int]:
-        """A program a chunk, a head and some channels of it."""
-        return self.B * self.chunks, self.E, triton.cdiv(self.P, channels(kernel, self.dtype, self.P, self.M))
+    def blocks(self, kernel) -> int:
+        """How many programs of a launch share the channels of a head."""
+        return triton.cdiv(self.P, channels(kernel, self.dtype, self.P, self.M))
 
     def states(self, v, row, b, initial, reverse, keeps=True) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, chunks, E, P, 2 M), the starts where they are kept, and (B, E P, 2 M): the first two launches."""
@@ -484,10 +485,10 @@ class _Launch:
         shared = {"REVERSE": reverse, **self.switches}
         cos, sin, decay, _, numbers = self.system
         with on_device(self.device):
-            ends_kernel[self.grid(ends_kernel)](
+            ends_kernel[*self.programs, self.blocks(ends_kernel)](
                 v, b, *self.system, ends, row, *self.sizes, **shared, **self.tiles(ends_kernel)
             )
-            carry_kernel[B * E, self.grid(carry_kernel)[2]](
+            carry_kernel[B * E, self.blocks(carry_kernel)](
                 ends,
                 initial,
                 final,
@@ -535,7 +536,7 @@ def run_forward(
         return v.new_empty(0), final, starts if save else starts.new_empty(0)
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     with on_device(v.device):
-        emit_kernel[launch.grid(emit_kernel)](
+        emit_kernel[*launch.programs, launch.blocks(emit_kernel)](
             v,
             b,
             c,
@@ -578,7 +579,7 @@ def run_backward(
     grad_angle = v.new_empty(B, K, E, T, M, dtype=torch.float32)
     grad_skip = v.new_empty(B, K, E, launch.P, dtype=torch.float32)
     with on_device(v.device):
-        emit_kernel[launch.grid(emit_kernel)](
+        emit_kernel[*launch.programs, launch.blocks(emit_kernel)](
             grad_y,
             c,
             b,
@@ -593,7 +594,7 @@ def run_backward(
             **launch.tiles(emit_kernel),
         )
         for gradient, reverse in ((of_heads[1], False), (of_heads[0], True)):
-            vectors_kernel[launch.grid(vectors_kernel)[:2]](
+            vectors_kernel[launch.programs](
                 grad_y,
                 v,
                 b,

@@ -11,7 +11,6 @@ import pytest
 
 FOLDER = Path(__file__).with_name("interpreted")
 FILES = sorted(file.name for file in FOLDER.glob("test_*.py"))
-SHARES = [FILES[i::3] for i in range(3)]
 SLOW_FILES = [name for name in FILES if "mark.slow" in (FOLDER / name).read_text()]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -31,9 +30,9 @@ def run(files: list[Path], marker: str) -> None:
 
 
 @pytest.mark.seconds(60)
-@pytest.mark.parametrize("share", range(len(SHARES)))
+@pytest.mark.parametrize("share", range(3))
 def test_interpreted(share):
-    run([FOLDER / name for name in SHARES[share]], "not slow")
+    run([FOLDER / name for name in FILES[share::3]], "not slow")
 
 
 @pytest.mark.long

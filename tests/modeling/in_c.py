@@ -10,9 +10,8 @@ MARGIN = 64
 
 def needs(name: str):
     """A mark for tests of a library."""
-    return pytest.mark.skipif(
-        native_library.library(name) is None, reason=f"no library: {native_library.why_not(name)}"
-    )
+    why = native_library.why_not(name)
+    return pytest.mark.skipif(why is not None, reason=f"no library: {why}")
 
 
 def called_names(monkeypatch, module) -> list[str]:

@@ -3,9 +3,11 @@
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
+from in_c import needs
 from tiny import ENDLESS, prompt, tiny_model
 from transformers import DynamicCache, GenerationMixin, StaticCache
 
@@ -13,7 +15,7 @@ from ssm_lm import S4ForCausalLM
 from ssm_lm.modeling import native_library, native_step
 from ssm_lm.modeling.losses import LanguageModelHead
 
-pytestmark = pytest.mark.skipif(native_library.library() is None, reason=f"no library: {native_library.why_not()}")
+pytestmark = needs("step")
 
 MODELS = {
     "s4": {"ssm": "s4"},
@@ -193,6 +195,17 @@ def test_what_takes_the_plain_step(steps):
     assert len(steps) == 3
 
 
+def in_mid_text(act):
+    """A logits processor that acts behind the fifth token after a prompt of six."""
+
+    def processor(ids, scores):
+        if ids.shape[1] == 6 + 5:
+            act()
+        return scores
+
+    return {"logits_processor": [processor], "max_new_tokens": 8, "do_sample": False}
+
+
 def test_within_a_generate_one_look_serves_all_tokens(monkeypatch, steps):
     """Until a hook is registered; the next generate() looks again."""
     looks, is_same = [], native_step._Seen.is_same
@@ -204,48 +217,53 @@ def test_within_a_generate_one_look_serves_all_tokens(monkeypatch, steps):
         for _ in range(3):
             model(ids[:, :1], past_key_values=cache)
     assert len(looks) == 3
-    heard = []
-
-    def hook_in_mid_text(_, scores):
-        if len(steps) == 5 and not heard:
-            model.model.layers[0].register_forward_hook(lambda *_: heard.append(1))
-            heard.append(0)
-        return scores
-
     looks.clear()
     steps.clear()
-    options = {"max_new_tokens": 8, "do_sample": False}
-    model.generate(ids, **options)
+    model.generate(ids, max_new_tokens=8, do_sample=False)
     assert len(steps) == 7
     assert not looks  # the program was written in it
-    steps.clear()
-    model.generate(ids, logits_processor=[hook_in_mid_text], **options)
+    heard = []
+    model.generate(ids, **in_mid_text(lambda: model.model.layers[0].register_forward_hook(lambda *_: heard.append(1))))
     assert len(looks) == 1
     assert sum(heard) == 2  # the tokens after the fifth
     assert model.model._programs.look() is None
 
 
 def test_a_head_that_is_hooked_in_mid_text_is_called(steps):
-    model, ids = tiny_model(**ENDLESS), prompt(6)
-    heard = []
-
-    def hook(_, scores):
-        if len(steps) == 5 and not heard:
-            model.lm_head.register_forward_hook(lambda *_: heard.append(1))
-            heard.append(0)
-        return scores
-
-    model.generate(ids, logits_processor=[hook], max_new_tokens=8, do_sample=False)
+    model, heard = tiny_model(**ENDLESS), []
+    model.generate(prompt(6), **in_mid_text(lambda: model.lm_head.register_forward_hook(lambda *_: heard.append(1))))
     assert sum(heard) == 2  # the tokens after the fifth
     assert len(steps) == 7
 
 
-@pytest.mark.parametrize("options", [{}, {"attention_mask": True}, {"cache_implementation": "static"}], ids=str)
+def test_a_state_space_that_is_written_to_in_mid_text_is_followed(monkeypatch, steps):
+    logits = []
+    for kernels in ("auto", "torch"):
+        monkeypatch.setenv("SSM_LM_KERNELS", kernels)
+        model = tiny_model(**ENDLESS)
+        write = torch.no_grad()(model.model.layers[0].sublayers[1].inner.ssm.C.add_)
+        options = in_mid_text(partial(write, 1)) | {"return_dict_in_generate": True, "output_logits": True}
+        logits.append(torch.cat(model.generate(prompt(6), **options).logits))
+    assert len(steps) == 7
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_of_a_cache_without_states_is_prepared():
+    prepared = tiny_model().prepare_inputs_for_generation(
+        prompt(1), next_sequence_length=1, past_key_values=DynamicCache(), use_cache=True
+    )
+    assert torch.equal(prepared["input_ids"], prompt(1))
+
+
+PADDED = {"attention_mask": [[0, 0, 1, 1], [1, 1, 1, 1]]}
+
+
+@pytest.mark.parametrize("options", [{}, PADDED, {"cache_implementation": "static"}], ids=["", "padded", "static"])
 def test_a_token_is_prepared_as_transformers_would(options, monkeypatch, steps):
     """Handed on as it is, where the prompt and what is not in C go the long way."""
-    model, ids = tiny_model(**ENDLESS), prompt(6, 2)
-    if "attention_mask" in options:
-        options = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])}
+    model, ids = tiny_model(**ENDLESS), prompt(4, 2)
+    if options is PADDED:
+        options = {"attention_mask": torch.tensor(PADDED["attention_mask"])}
     prepare, long_way = S4ForCausalLM.prepare_inputs_for_generation, GenerationMixin.prepare_inputs_for_generation
     long, short = [], []
 

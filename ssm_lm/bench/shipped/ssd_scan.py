@@ -2,7 +2,7 @@
 
 import torch
 
-from ...modeling.kernel_limits import LONGEST_SSD_CHUNK, limit_of_ssd_scan
+from ...modeling.kernel_limits import LARGEST_SSD_STATE, LONGEST_SSD_CHUNK, limit_of_ssd_scan
 from ...modeling.triton_ssd_scan import (
     PRECISION,
     block,
@@ -17,8 +17,8 @@ from ...modeling.triton_ssd_scan import (
 SIZES = dict.fromkeys(("L", "T", "chunks", "E"), "i32") | {"P": "i32:16", "M": "i32:16"}
 TYPES = {torch.float32: ("fp32", 4), torch.bfloat16: ("bf16", 2)}
 
-# B rows of L tokens, E heads of P channels, chunks of T
-B, L, E, P, T = 8, 8192, 16, 64, LONGEST_SSD_CHUNK
+# B rows of L tokens, E heads of P channels, as many states as models have, chunks of T
+B, L, E, P, STATES, T = 8, 8192, 16, 64, 64, LONGEST_SSD_CHUNK
 
 
 def states(N: int) -> int:
@@ -31,10 +31,9 @@ def kernels(N: int) -> dict[str, tuple]:
     products a token and head.
     """
     elements, vectors = B * L * E * P, B * L * N
-    chosen = {
-        f"ends {direction}": (ends_kernel, reverse, "v b ends", "", elements + vectors + states(N), 0, P * N)
-        for direction, reverse in (("forward", False), ("reverse", True))
-    }
+    chosen = {}
+    for name, reverse in (("ends forward", False), ("ends reverse", True)):
+        chosen[name] = ends_kernel, reverse, "v b ends", "", elements + vectors + states(N), 0, P * N
     for name, reverse in (("emit", False), ("gradient of v", True)):
         moved = 2 * elements + 2 * vectors + states(N), 0
         chosen[name] = emit_kernel, reverse, "v b c starts y", "skip", *moved, P * N + T * (N + P)
@@ -47,11 +46,11 @@ def kernels(N: int) -> dict[str, tuple]:
 
 
 def compile_cases(arch: str) -> list[dict]:
-    """The configurations that are shipped for `arch`, of 64 states. The work is that of constant steps with documents.
-    The other end of the switches, selective steps without documents, is listed for one target, and what holds most of
-    128 states for two; they are to spill nowhere too.
+    """The configurations that are shipped for `arch`. The work is that of constant steps with documents. The other end
+    of the switches, selective steps without documents, is listed for one target, and what holds most of the largest
+    state for two; they are to spill nowhere too.
     """
-    if limit_of_ssd_scan(arch, torch.float32, 64):
+    if limit_of_ssd_scan(arch, torch.float32, STATES):
         return []
     default = {"RESETS": True, "SHARED": True}
     switches = {"": default}
@@ -61,14 +60,15 @@ def compile_cases(arch: str) -> list[dict]:
     for label, switch in switches.items():
         for dtype in TYPES:
             cases += [_carry_case(label, switch, dtype, reverse) for reverse in (False, True)]
-            cases += [_case(name, label, switch, dtype, 64) for name in kernels(64)]
+            cases += [_case(name, label, switch, dtype) for name in kernels(STATES)]
     if arch in ("sm_90", "sm_100"):
-        largest = [name for name, (kernel, *_) in kernels(128).items() if kernel is not ends_kernel]
-        cases += [_case(name, " of 128 states", default, dtype, 128) for dtype in TYPES for name in largest]
+        label, N = f" of {LARGEST_SSD_STATE} states", LARGEST_SSD_STATE
+        largest = [name for name, (kernel, *_) in kernels(N).items() if kernel is not ends_kernel]
+        cases += [_case(name, label, default, dtype, N) for dtype in TYPES for name in largest]
     return cases
 
 
-def _case(name, label, switch, dtype, N) -> dict:
+def _case(name, label, switch, dtype, N=STATES) -> dict:
     kernel, reverse, of_tokens, of_float32, moved, moved_in_float32, products = kernels(N)[name]
     kind, size = TYPES[dtype]
     on_tensor_cores = dtype == torch.bfloat16
@@ -101,9 +101,8 @@ def _case(name, label, switch, dtype, N) -> dict:
     }
 
 
-def _carry_case(label, switch, dtype, reverse) -> dict:
+def _carry_case(label, switch, dtype, reverse, N=STATES) -> dict:
     """In float32, but for what lies in memory between the launches. A variant begins with a zero state."""
-    N = 64
     pointers, (kind, size) = "final cos sin decay" + ("" if label else " initial"), TYPES[dtype]
     return {
         "name": f"ssd_scan carry {'reverse' if reverse else 'forward'} {kind}{label}",
