@@ -20,7 +20,7 @@ from ..modeling.kernel_limits import (
     s5_chunk_length,
     segments,
 )
-from ..modeling.ssd_chunks import since_start_of_chunks, sum_up_gradients
+from ..modeling.ssd_chunks import scan_by, sum_up_gradients, turns_of_chunks
 from .trace import kernel_launches
 
 
@@ -130,14 +130,25 @@ def _s5_scan(u, log_re, log_im, initial_state=None, begins=None):
     return _S5Scan.apply(u, log_re, log_im, initial_state)
 
 
-# ---- SSD's scan: v, b and the states in two launches, of three, there and back
+# ---- SSD's scan: v, b and the states in two launches, of three, there and back; and what makes the turns, b and c
+
+
+def _turns(angle, decay, step, T):
+    """Cosines and sines, decays and steps, of heads in one launch, or made of those of tokens."""
+    if step.dim() > 1:
+        *turns, decay, step = turns_of_chunks(angle, decay, step)
+        return turns, (decay, step)
+    (E, M), low = angle.shape, {"dtype": torch.float32}
+    with kernel_launches(1):
+        _read(angle, decay, step)
+        return [angle.new_zeros(E, T, M, **low) for _ in range(2)], [angle.new_zeros(E, T, **low) for _ in range(2)]
 
 
 class _SSDScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, v, b, c, angle, decay, step, skip, state, has_output):
-        (B, L, H), (E, T), N = v.shape, step.shape[-2:], b.shape[-1]
-        turns, of_tokens = (angle.cos().float(), angle.sin().float()), (decay.float(), step.float())
+    def forward(ctx, v, b, c, angle, decay, step, skip, state, begins, T, has_output, save):
+        (B, L, H), E, N = v.shape, angle.shape[0 if step.dim() == 1 else -3], b.shape[-1]
+        turns, of_tokens = _turns(angle, decay, step, T)
         with kernel_launches(3 if has_output else 2):
             starts = v.new_zeros(B, -(-L // T), E, H // E, N)
             _read(v, b, state, starts, *turns, *turns, *of_tokens, *of_tokens)
@@ -147,13 +158,13 @@ class _SSDScan(torch.autograd.Function):
             y = torch.zeros_like(v) if has_output else v.new_zeros(0)
             final = v.new_zeros(B, H, N, dtype=torch.float32)
         ctx.save_for_backward(v, b, c, angle, decay, step, skip, starts)
-        ctx.has_state = state is not None
+        ctx.has_state, ctx.T = state is not None, T
         return y, final
 
     @staticmethod
     def backward(ctx, grad_y, grad_final):
         v, b, c, angle, decay, step, skip, starts = ctx.saved_tensors
-        turns = angle.cos().float(), angle.sin().float()
+        turns, _ = _turns(angle, decay, step, ctx.T)
         with kernel_launches(5):  # ends, carry, then those of v, c and b
             asked = torch.zeros_like(starts)
             _read(grad_y, c, grad_final, asked.zero_(), *turns, *turns)
@@ -161,21 +172,51 @@ class _SSDScan(torch.autograd.Function):
             _read(grad_y, b, c, skip, asked, *turns)
             _read(grad_y, v, b, c, starts, *turns)
             _read(grad_y, v, b, c, starts, asked, *turns)
-            of_heads = v.new_zeros(2, *v.shape[:2], step.shape[-2], b.shape[-1], dtype=torch.float32)
-            grad_v = torch.zeros_like(v)
             B, K, E, P, N = starts.shape
-            T = step.shape[-1]
+            of_heads = v.new_zeros(2, *v.shape[:2], E, N, dtype=torch.float32)
+            grad_v, T = torch.zeros_like(v), ctx.T
             sizes, low = ((P,), (T,), (T,), (T, N // 2)), {"dtype": torch.float32}
             grad_skip, grad_decay, grad_step, grad_angle = (v.new_zeros(B, K, E, *size, **low) for size in sizes)
             _read(grad_angle.zero_())
-        gradients = sum_up_gradients(of_heads, (grad_angle, grad_decay, grad_step), grad_skip, step.dim() == 2)
+        is_shared = step.dim() == 1
+        of_b, of_c, *of_system, of_skip = sum_up_gradients(
+            of_heads, (grad_angle, grad_decay, grad_step), grad_skip, is_shared
+        )
+        if is_shared:
+            with kernel_launches(1):
+                _read(*of_system, angle, decay, step)
+                of_system = angle.new_zeros(angle.shape), torch.zeros_like(decay), torch.zeros_like(step)
+        gradients = of_b, of_c, *of_system, of_skip
         gradients = (x.to(like.dtype) for x, like in zip(gradients, (b, c, angle, decay, step, skip), strict=True))
-        return grad_v, *gradients, grad_initial if ctx.has_state else None, None
+        return grad_v, *gradients, grad_initial if ctx.has_state else None, None, None, None, None
 
 
-def _ssd_scan(v, b, c, dt, decay, omega, skip, state, begins, T, has_output=True):
-    angle, total, step = since_start_of_chunks(dt, decay, omega, v.shape[1], T)
-    return _SSDScan.apply(v, b, c, angle, total, step, skip, state, has_output)
+def _ssd_scan(*scanned, **wanted):
+    return scan_by(_SSDScan.apply, *scanned, makes_turns=True, **wanted)
+
+
+class _SSDVectors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *norms):
+        ctx.save_for_backward(x, *norms)
+        with kernel_launches(1):
+            _read(x, *norms)
+            b, c = (x.new_zeros(*x.shape[:-1], len(norms[0])) for _ in range(2))
+        return b, c
+
+    @staticmethod
+    def backward(ctx, of_b, of_c):
+        x, *norms = ctx.saved_tensors
+        with kernel_launches(1):
+            _read(of_b, of_c, x, norms[0], norms[2])
+            N = len(norms[0])
+            grad_x = x.new_zeros(x.shape)
+            found = x.new_zeros(programs_of_a_norm(of_b.numel() // N, N), 4, N, dtype=torch.float32)
+        return grad_x, *found.sum(0).to(norms[0].dtype)
+
+
+def _ssd_vectors(x, *norms):
+    return _SSDVectors.apply(x, *norms)
 
 
 # ---- the short convolution
@@ -457,6 +498,7 @@ STAND_INS = {
     "chunk_scan": Implementation(_forward, _backward, to_rows),
     "s5_scan": _s5_scan,
     "ssd_scan": _ssd_scan,
+    "ssd_system": _ssd_vectors,
     "short_convolution": _short_convolution,
     "diagonal_operators": _diagonal_operators,
     "dplr_discretization": _dplr_discretization,

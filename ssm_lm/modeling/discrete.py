@@ -19,6 +19,17 @@ from .real_form import apply_diagonal, powers
 NORM_EPSILON = 1e-5  # of the norm of an SSD's b and c
 
 
+def norm_vectors(x, b_scale, b_bias, c_scale, c_bias) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an SSD makes of x (..., 2N), [b | c]: rms_norm(b) scale + bias, and c alike, (..., N) each, in the dtype of
+    the parameters (N,); x may be bfloat16. The twin of triton_ssd_system.py.
+    """
+    b, c = x.to(b_scale.dtype).chunk(2, -1)
+    return (
+        F.rms_norm(b, b_scale.shape, b_scale, NORM_EPSILON) + b_bias,
+        F.rms_norm(c, c_scale.shape, c_scale, NORM_EPSILON) + c_bias,
+    )
+
+
 def per_channel(shared: torch.Tensor, channels: int) -> torch.Tensor:
     """(..., n_ssm, k) -> (..., channels, k): channel h takes copy h mod n_ssm."""
     n_ssm = shared.shape[-2]
@@ -27,6 +38,11 @@ def per_channel(shared: torch.Tensor, channels: int) -> torch.Tensor:
     if n_ssm == 1:
         return shared.expand(*shared.shape[:-2], channels, -1)
     return shared.repeat(*[1] * (shared.dim() - 2), channels // n_ssm, 1)
+
+
+def step_of_token(raw: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """The step that a token's raw number chooses: softplus(raw + softplus^-1(dt)), float64."""
+    return F.softplus(raw.double() + inverse)
 
 
 class DiscreteDPLR(NamedTuple):
@@ -121,12 +137,9 @@ class DiscreteSSD(NamedTuple):
         made of may be bfloat16; b and c are in the dtype of the parameters.
         """
         N, raw = self.scale.shape[-1], 0 if self.inverse is None else len(self.dt)
-        v, b, c, raw = x.split([x.shape[-1] - 2 * N - raw, N, N, raw], -1)
-        b, c = (  # a loop over them is no part of a scan
-            F.rms_norm(part.to(self.scale.dtype), (N,), self.scale[i], NORM_EPSILON) + self.bias[i]
-            for i, part in enumerate((b, c))
-        )
-        return v, b, c, self.dt if self.inverse is None else F.softplus(raw.double() + self.inverse)
+        v, vectors, raw = x.split([x.shape[-1] - 2 * N - raw, 2 * N, raw], -1)
+        b, c = norm_vectors(vectors, self.scale[0], self.bias[0], self.scale[1], self.bias[1])
+        return v, b, c, self.dt if self.inverse is None else step_of_token(raw, self.inverse)
 
     def over(self, dt: torch.Tensor) -> torch.Tensor:
         """The transition over times dt (..., E), float64: (..., E, N)."""

@@ -13,7 +13,7 @@ from .first_order import first_order
 from .kernel_launch import in_rows
 from .native_library import floats, for_c, library
 from .native_operators import threads_for
-from .ssd_chunks import scan_by, sum_up_gradients, system_of_chunks
+from .ssd_chunks import numbers_of_documents, scan_by, sum_up_gradients, turns_of_chunks
 
 
 def native_ssd_scan(*scanned, **wanted) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -23,9 +23,9 @@ def native_ssd_scan(*scanned, **wanted) -> tuple[torch.Tensor | None, torch.Tens
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, v, b, c, angle, decay, step, skip, state, begins, has_output, save):
-        (B, L, H), N, (E, T) = v.shape, b.shape[-1], step.shape[-2:]
-        *system, numbers = system_of_chunks(angle, decay, step, begins, L)
+    def forward(ctx, v, b, c, angle, decay, step, skip, state, begins, T, has_output, save):
+        (B, L, H), N, E = v.shape, b.shape[-1], step.shape[-2]
+        system, numbers = turns_of_chunks(angle, decay, step), numbers_of_documents(begins, T)
         y, final = floats(B, L, H) if has_output else None, floats(B, H, N)
         starts = floats(B, E, -(-L // T) + 1, N, H // E) if save else None
         read = v, b.contiguous(), c.contiguous(), *system, skip.contiguous(), numbers, starts
@@ -51,7 +51,7 @@ class _Scan(torch.autograd.Function):
         of_b, of_c, *rest, of_skip = sum_up_gradients(of_heads, of_operators, of_skip, is_shared)
         rest = (x.double() for x in rest)
         of_state = grad_state if ctx.has_state else None
-        return grad_v, of_b, of_c, *rest, of_skip, of_state, None, None, None
+        return grad_v, of_b, of_c, *rest, of_skip, of_state, None, None, None, None
 
 
 def _call(name: str, read, *arguments) -> None:

@@ -4,6 +4,7 @@
     chunk scan    chunked.py                                triton_chunk_scan.py
     S5's scan     prefix_scans.py, token by token           triton_s5_scan.py
     SSD's scan    ssd_chunks.py                             triton_ssd_scan.py
+    its b and c   discrete.py                               triton_ssd_system.py
     a step        discrete.py                               triton_step.py, triton_ssd_step.py
     short taps    short_taps.py                             triton_short_convolution.py
     S4's system   dplr_discretization.py                    triton_dplr_discretization.py
@@ -34,7 +35,7 @@ from .cauchy import cauchy_products as plain_cauchy_products
 from .chunked import PLAIN, ChunkOperators, Wanted, differentiable, toeplitz
 from .cross_entropy import logits_to_loss as plain_logits_to_loss
 from .diagonal_operators import power_operators
-from .discrete import DiscreteDiagonal, DiscreteDPLR
+from .discrete import DiscreteDiagonal, DiscreteDPLR, norm_vectors
 from .dplr_discretization import bilinear_dplr
 from .dplr_operators import krylov_operators
 from .kernel_limits import (
@@ -84,6 +85,7 @@ __all__ = [
     "siso_step",
     "ssd_scan",
     "ssd_step",
+    "ssd_vectors",
     "toeplitz",
     "use_kernel",
     "vandermonde",
@@ -197,6 +199,20 @@ def ssd_scan(
     """`scan_vectors` of ssd_chunks.py, by its Triton kernels if run_kernel, else by the library if in_c."""
     scan = native_ssd_scan if in_c and not run_kernel else SSD_SCAN.either(run_kernel)
     return scan(v, b, c, dt, decay, omega, skip, state, begins, T, has_output)
+
+
+def _load_ssd_system():
+    from .triton_ssd_system import self_check_cases, ssd_vectors
+
+    return ssd_vectors, self_check_cases
+
+
+SSD_SYSTEM = Operation("ssd_system", norm_vectors, _load_ssd_system)
+
+
+def ssd_vectors(x, b_scale, b_bias, c_scale, c_bias, run_kernel: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """`norm_vectors` of discrete.py, or with run_kernel its Triton kernel, which returns them in the dtype of x."""
+    return SSD_SYSTEM.either(run_kernel)(x, b_scale, b_bias, c_scale, c_bias)
 
 
 # ---- the short convolution

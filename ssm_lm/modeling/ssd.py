@@ -23,10 +23,10 @@ system.
 import torch
 
 from .checks import check_heads
-from .discrete import DiscreteSSD
+from .discrete import DiscreteSSD, step_of_token
 from .hippo import INITIALIZATIONS
-from .kernel_limits import LONGEST_SSD_CHUNK, limit_of_ssd_scan
-from .ops import ssd_scan, ssd_step
+from .kernel_limits import LONGEST_SSD_CHUNK, limit_of_rms_norm, limit_of_ssd_scan
+from .ops import SSD_SYSTEM, ssd_scan, ssd_step, ssd_vectors
 from .state_space import MIN_DECAY, StateSpace
 
 
@@ -118,11 +118,15 @@ class SSD(StateSpace):
 
     def _without_transition(self) -> DiscreteSSD:
         """What a scan asks for, which has no use for the transition over one token."""
-        dt = self.log_dt.double().exp()
         scale, bias = torch.stack([self.B_scale, self.C_scale]), torch.stack([self.B_bias, self.C_bias])
-        rates = self.Lambda_log_re.double().exp(), self.Lambda_im.double().expand(self.heads, -1)
+        dt, decay, omega, inverse = self._rates()
+        return DiscreteSSD(dt, decay, omega, scale, bias, inverse, None)
+
+    def _rates(self) -> tuple[torch.Tensor | None, ...]:
+        """dt, decay, omega and inverse of a `DiscreteSSD`."""
+        dt = self.log_dt.double().exp()
         inverse = dt + torch.log(-torch.expm1(-dt)) if self.selective else None
-        return DiscreteSSD(dt, *rates, scale, bias, inverse, None)
+        return dt, self.Lambda_log_re.double().exp(), self.Lambda_im.double().expand(self.heads, -1), inverse
 
     # ---- what is scanned is the input itself
 
@@ -141,12 +145,21 @@ class SSD(StateSpace):
         return x if execution.kernel else x.to(self.log_dt.dtype)
 
     def _scan(self, x, state, begins, execution, has_output=True):
-        system, T = self._without_transition(), min(execution.chunk_size, x.shape[1])
-        v, b, c, dt = system.read(x)
-        of_tokens = v, b.to(v.dtype), c.to(v.dtype), dt
-        rates = system.decay, system.omega
-        in_c = self.scans_this_in_c(v)
-        return ssd_scan(execution.kernel, *of_tokens, *rates, self.D, state, begins, T, has_output, in_c)
+        T, (dt, decay, omega, inverse) = min(execution.chunk_size, x.shape[1]), self._rates()
+        v, vectors, *raw = x.split([self.hidden_size, 2 * self.state_size, *[self.heads] * self.selective], -1)
+        norms = self.B_scale, self.B_bias, self.C_scale, self.C_bias
+        b, c = ssd_vectors(vectors, *norms, run_kernel=execution.kernel and self._norms_on_kernel(vectors))
+        if self.selective:
+            dt = step_of_token(raw[0], inverse)
+        of_tokens, in_c = (v, b.to(v.dtype), c.to(v.dtype), dt), self.scans_this_in_c(v)
+        return ssd_scan(execution.kernel, *of_tokens, decay, omega, self.D, state, begins, T, has_output, in_c)
+
+    def _norms_on_kernel(self, vectors) -> bool:
+        N, parameters = self.state_size, self.B_scale.dtype
+        unsupported = limit_of_rms_norm(vectors.dtype, parameters, N)
+        return SSD_SYSTEM.runs_kernel(
+            vectors, self.B_scale, unsupported=unsupported, setting=self.kernels, problem=(vectors.dtype, parameters, N)
+        )
 
     def transition(self, length):
         """(H, N); ValueError with `selective`, where `transition_over` has it."""

@@ -48,27 +48,32 @@ def since_start_of_chunks(dt, decay, omega, L: int, T: int) -> tuple[torch.Tenso
     return since_start[..., None] * omega[:, None], since_start * decay[:, None], dt
 
 
-def scan_by(run, v, b, c, dt, decay, omega, skip, state, begins, T, has_output=True):
+def scan_by(run, v, b, c, dt, decay, omega, skip, state, begins, T, has_output=True, makes_turns=False):
     """`scan_vectors` by a kernel. run: takes what `run_forward` of triton_ssd_scan.py does, and returns y and the final
-    state first.
+    state first. makes_turns: where steps are constant it takes omega, decay and dt as they are.
     """
-    angle, since_start, step = since_start_of_chunks(dt, decay, omega, v.shape[1], T)
-    inputs = v, b, c, angle, since_start, step, skip, state
+    T = min(T, v.shape[1])
+    as_they_are = makes_turns and dt.dim() == 1
+    system = (omega, decay, dt) if as_they_are else since_start_of_chunks(dt, decay, omega, v.shape[1], T)
+    inputs = v, b, c, *system, skip, state
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    y, final, *_ = run(*inputs, begins, has_output, save)
+    y, final, *_ = run(*inputs, begins, T, has_output, save)
     return y if has_output else None, final
 
 
-def system_of_chunks(angle, decay, step, begins, L: int) -> tuple[torch.Tensor | None, ...]:
-    """What a kernel reads, of `since_start_of_chunks` in float32: cosines, sines, decays, steps; and the number of each
-    token's document in its chunk, (B, chunks, T), where 0 goes on from the one before: None without begins (B, L).
+def turns_of_chunks(angle, decay, step) -> tuple[torch.Tensor, ...]:
+    """What a kernel reads, of `since_start_of_chunks` in float32: cosines, sines, decays, steps."""
+    return tuple(x.float().contiguous() for x in (angle.cos(), angle.sin(), decay, step))
+
+
+def numbers_of_documents(begins, T: int) -> torch.Tensor | None:
+    """The number of each token's document in its chunk of T, (B, chunks, T), where 0 goes on from the one before; None
+    without begins (B, L).
     """
-    numbers = None
-    if begins is not None:
-        T = step.shape[-1]
-        whole = F.pad(begins, (0, -L % T)).view(len(begins), -1, T)
-        numbers = whole.cumsum(-1, dtype=torch.int32)
-    return *(x.float().contiguous() for x in (angle.cos(), angle.sin(), decay, step)), numbers
+    if begins is None:
+        return None
+    whole = F.pad(begins, (0, -begins.shape[1] % T)).view(len(begins), -1, T)
+    return whole.cumsum(-1, dtype=torch.int32)
 
 
 def sum_up_gradients(of_heads, of_operators, of_skip, is_shared: bool) -> tuple[torch.Tensor, ...]:

@@ -17,7 +17,8 @@ what y asks of each start (`ends` on the gradient and c~), the recurrence from t
 each by itself, for the tiles of both are more than the registers hold. All heads share b and c: their gradients are
 written a head, and summed in a fixed order, no atomics.
 
-Where dt is a parameter, turns and decays are those of all rows and chunks, (E, T), and are read from cache.
+Where dt is a parameter, turns and decays are those of all rows and chunks, (E, T), which a launch of its own makes
+(triton_ssd_system.py), and are read from cache.
 
 Source: Dao and Gu (2024), section 6; the equations stand in ssd.py.
 """
@@ -28,7 +29,8 @@ import torch
 
 from .kernel_launch import in_rows, on_device, qualified
 from .kernels_s4 import Case
-from .ssd_chunks import scan_by, scan_vectors, sum_up_gradients, system_of_chunks
+from .ssd_chunks import numbers_of_documents, scan_by, scan_vectors, sum_up_gradients, turns_of_chunks
+from .triton_ssd_system import run_turns, run_turns_backward
 
 try:
     import triton
@@ -452,17 +454,18 @@ PRECISION = "ieee"  # of float32 factors; made of several products of tensor cor
 
 
 class _Launch:
-    """What the launches of one scan share. angle (E, T, M) or (B, chunks, E, T, M); see `ssd_scan_chunks`."""
+    """What the launches of one scan share; see `run_forward`."""
 
-    def __init__(self, v, b, angle, decay, step, begins):
-        B, L, H = v.shape
-        E, T = step.shape[-2:]
+    def __init__(self, v, b, angle, decay, step, begins, T):
+        (B, L, H), E = v.shape, angle.shape[0 if step.dim() == 1 else -3]
         self.chunks, self.E, self.M = triton.cdiv(L, T), E, b.shape[-1] // 2
         self.P, self.T, self.L, self.B = H // E, T, L, B
         self.sizes = (L, T, self.chunks, E, self.P, self.M)
         # what all launches read, but that the carry needs no steps
-        self.system = system_of_chunks(angle, decay, step, begins, L)
-        self.switches = {"RESETS": begins is not None, "SHARED": step.dim() == 2}
+        is_shared = step.dim() == 1
+        turns = run_turns(step, decay, angle, T) if is_shared else turns_of_chunks(angle, decay, step)
+        self.system = *turns, numbers_of_documents(begins, T)
+        self.switches = {"RESETS": begins is not None, "SHARED": is_shared}
         self.device, self.dtype = v.device, v.dtype
         self.programs = B * self.chunks, E
 
@@ -519,18 +522,20 @@ def run_forward(
     skip: torch.Tensor,
     initial_state: torch.Tensor | None,
     begins: torch.Tensor | None,
+    T: int,
     has_output: bool = True,
     save: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """v (B, L, E P), b and c (B, L, N), float32 or bfloat16, all of one dtype. angle (E, T, N / 2), decay and step
-    (E, T): turns and decays since a chunk's start, steps, of all rows and chunks; or (B, chunks, ...), of each. skip
-    (E P,), D; initial_state (B, E P, N) or None for zero; begins (B, L) bool or None. Differentiable in all but begins.
+    """v (B, L, E P), b and c (B, L, N), float32 or bfloat16, all of one dtype. angle (B, chunks, E, T, N / 2), decay
+    and step (B, chunks, E, T): turns and decays since the start of a chunk of T tokens, steps; or where all steps of a
+    head are one, frequencies (E, N / 2), rates and steps (E,). Float64. skip (E P,), D; initial_state (B, E P, N) or
+    None for zero; begins (B, L) bool or None. Differentiable in all but begins.
 
     save: whether a backward is to come. Returns y as v, the final state (B, E P, N), float32, and every chunk's start
     (B, chunks, E, P, N), as v; y without has_output and starts without save are empty.
     """
     (v, row), b, c = in_rows(v), b.contiguous(), c.contiguous()
-    launch = _Launch(v, b, angle, decay, step, begins)
+    launch = _Launch(v, b, angle, decay, step, begins, T)
     starts, final = launch.states(v, row, b, _float32(initial_state), reverse=False, keeps=has_output or save)
     if not has_output:
         return v.new_empty(0), final, starts if save else starts.new_empty(0)
@@ -565,14 +570,15 @@ def run_backward(
     step: torch.Tensor,
     skip: torch.Tensor,
     begins: torch.Tensor | None,
+    T: int,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:
     """Gradients of v, b, c, angle, decay, step, skip, each in its dtype, and of the initial state in float32."""
     (v, row), b, c, grad_y = in_rows(v), b.contiguous(), c.contiguous(), grad_y.contiguous()
-    launch = _Launch(v, b, angle, decay, step, begins)
+    launch = _Launch(v, b, angle, decay, step, begins, T)
     asked, grad_initial = launch.states(grad_y, grad_y.shape[2], c, _float32(grad_final), reverse=True)
-    B, K, E, T, M = launch.B, launch.chunks, launch.E, launch.T, launch.M
+    B, K, E, M = launch.B, launch.chunks, launch.E, launch.M
     grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
     of_heads = v.new_empty(2, B, launch.L, E, 2 * M, dtype=torch.float32)
     grad_decay, grad_step = (v.new_empty(B, K, E, T, dtype=torch.float32) for _ in range(2))
@@ -613,7 +619,14 @@ def run_backward(
                 **launch.switches,
                 **launch.tiles(vectors_kernel),
             )
-    gradients = sum_up_gradients(of_heads, (grad_angle, grad_decay, grad_step), grad_skip, step.dim() == 2)
+    is_shared = step.dim() == 1
+    of_b, of_c, *of_system, of_skip = sum_up_gradients(
+        of_heads, (grad_angle, grad_decay, grad_step), grad_skip, is_shared
+    )
+    if is_shared:
+        of_step, of_decay, of_angle = run_turns_backward(*of_system, step, decay, angle)
+        of_system = of_angle, of_decay, of_step
+    gradients = of_b, of_c, *of_system, of_skip
     gradients = (x.to(like.dtype) for x, like in zip(gradients, (b, c, angle, decay, step, skip), strict=True))
     return grad_v, *gradients, grad_initial
 
@@ -624,22 +637,22 @@ ssd_scan_chunks_backward = torch.library.custom_op(qualified("ssd_scan_chunks_ba
 
 
 @ssd_scan_chunks.register_fake
-def _(v, b, c, angle, decay, step, skip, initial_state, begins, has_output=True, save=True):
-    (B, L, H), (E, T), N = v.shape, step.shape[-2:], b.shape[-1]
+def _(v, b, c, angle, decay, step, skip, initial_state, begins, T, has_output=True, save=True):
+    (B, L, H), E, N = v.shape, angle.shape[0 if step.dim() == 1 else -3], b.shape[-1]
     final = v.new_empty(B, H, N, dtype=torch.float32)
     starts = v.new_empty((B, -(-L // T), E, H // E, N) if save else 0)
     return v.new_empty(v.shape if has_output else 0), final, starts
 
 
 @ssd_scan_chunks_backward.register_fake
-def _(grad_y, grad_final, starts, v, b, c, angle, decay, step, skip, begins):
+def _(grad_y, grad_final, starts, v, b, c, angle, decay, step, skip, begins, T):
     like = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, b, c, angle, decay, step, skip))
     return (*like, v.new_empty(v.shape[0], v.shape[2], b.shape[-1], dtype=torch.float32))
 
 
 def save(ctx, inputs, output):
     """For `backward`, by autograd."""
-    *vectors, initial_state, begins, _, _ = inputs
+    *vectors, initial_state, begins, ctx.T, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.of_state = None if initial_state is None else initial_state.dtype
     ctx.save_for_backward(output[2], *vectors, begins)
@@ -651,8 +664,8 @@ def backward(ctx, grad_y, grad_final, _, run=ssd_scan_chunks_backward):
     grad_y = torch.zeros_like(v) if grad_y is None else grad_y
     if grad_final is None:
         grad_final = v.new_zeros(v.shape[0], v.shape[2], starts.shape[-1], dtype=torch.float32)
-    *gradients, grad_initial = run(grad_y, grad_final, starts, v, *rest)
-    return *gradients, None if ctx.of_state is None else grad_initial.to(ctx.of_state), None, None, None
+    *gradients, grad_initial = run(grad_y, grad_final, starts, v, *rest, ctx.T)
+    return *gradients, None if ctx.of_state is None else grad_initial.to(ctx.of_state), None, None, None, None
 
 
 ssd_scan_chunks.register_autograd(backward, setup_context=save)
@@ -660,7 +673,7 @@ ssd_scan_chunks.register_autograd(backward, setup_context=save)
 
 def ssd_scan(*scanned, **wanted) -> tuple[torch.Tensor | None, torch.Tensor]:
     """`ssd_chunks.scan_vectors` by the kernels."""
-    return scan_by(ssd_scan_chunks, *scanned, **wanted)
+    return scan_by(ssd_scan_chunks, *scanned, makes_turns=True, **wanted)
 
 
 # ---- what the registry asks for

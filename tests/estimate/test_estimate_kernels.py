@@ -181,9 +181,12 @@ def compare_with_launchers(operation: str, kernel, module, inputs: list, rows: l
 @pytest.fixture
 def opened_ssd_scan(monkeypatch):
     from ssm_lm.modeling import triton_ssd_scan as module
+    from ssm_lm.modeling import triton_ssd_system as system
 
     opened(monkeypatch, module, "ssd_scan_chunks", "ends_kernel", "carry_kernel", "emit_kernel", "vectors_kernel")
-    return module.ssd_scan
+    of_system = "vectors_kernel", "vectors_gradient_kernel", "turns_kernel", "turns_gradient_kernel"
+    opened(monkeypatch, system, "make_vectors", *of_system)
+    return {"ssd_scan": module.ssd_scan, "ssd_system": system.ssd_vectors}
 
 
 @pytest.fixture
@@ -239,8 +242,12 @@ ROWS = {
 }
 
 
-# and what makes the operators in float32, once more in the backward
+# and what makes the operators in float32, once more in the backward; or what the scan reads
 OF_OPERATORS = {
+    SSD: (
+        "ssd_system vectors forward fp32, ssd_system turns",
+        "ssd_system turns, ssd_system turns gradient, ssd_system vectors backward fp32",
+    ),
     S4: (
         "dplr_discretization forward rank 1, dplr_operators forward rank 1",
         "dplr_discretization forward rank 1, dplr_operators forward rank 1, "
@@ -337,9 +344,10 @@ def test_a_kernel_is_launched_as_often_as_is_counted(layer_class, mode, monkeypa
     from ssm_lm.modeling.triton_dplr_operators import dplr_operators
     from ssm_lm.modeling.triton_s5_scan import s5_scan
     from ssm_lm.modeling.triton_ssd_scan import ssd_scan
+    from ssm_lm.modeling.triton_ssd_system import ssd_vectors
     from ssm_lm.modeling.triton_vandermonde import vandermonde_kernel
 
-    of_gpu = {"chunk_scan": FUSED, "s5_scan": s5_scan, "ssd_scan": ssd_scan}
+    of_gpu = {"chunk_scan": FUSED, "s5_scan": s5_scan, "ssd_scan": ssd_scan, "ssd_system": ssd_vectors}
     of_gpu |= {"dplr_discretization": dplr_discretization, "dplr_operators": dplr_operators}
     of_gpu |= {
         "diagonal_operators": diagonal_operators,
@@ -531,7 +539,7 @@ def test_a_stand_in_holds_what_its_kernel_holds(
     from ssm_lm.modeling.triton_chunk_scan import FUSED
     from ssm_lm.modeling.triton_s5_scan import s5_scan
 
-    found, of_gpu = [], {"chunk_scan": FUSED, "s5_scan": s5_scan, "ssd_scan": opened_ssd_scan}
+    found, of_gpu = [], {"chunk_scan": FUSED, "s5_scan": s5_scan} | opened_ssd_scan
     of_gpu["dplr_operators"], launched = opened_dplr_operators
     of_gpu["dplr_discretization"], of_systems = opened_dplr_discretization
     of_gpu["diagonal_operators"], of_diagonals = opened_diagonal_operators

@@ -99,6 +99,8 @@ def operation(name):
         problems = [(6,)]
     elif name in ("dplr_operators", "dplr_discretization"):
         problems = [(6, 2)]
+    elif name == "ssd_system":
+        problems = module.PROBLEMS[2:]
     elif name == "layer_norm":
         problems = module.PROBLEMS[2:]
     elif name == "dropout":

@@ -118,20 +118,30 @@ def test_another_length_of_ssd_compiles_nothing_new(seen):
     """What the self-check of a layer has compiled is what training, other lengths and more heads run; nothing is
     compiled here.
     """
-    from ssm_lm.modeling.triton_ssd_scan import self_check_cases, ssd_scan
+    from ssm_lm.modeling import triton_ssd_scan as scan
+    from ssm_lm.modeling import triton_ssd_system as system
 
-    for case in self_check_cases(torch.device("cpu"), torch.bfloat16, 64, 64):
+    cpu = torch.device("cpu")
+    cases = scan.self_check_cases(cpu, torch.bfloat16, 64, 64)
+    for case in cases + system.self_check_cases(cpu, torch.bfloat16, torch.float32, 64):
         case.kernel()
     compiled = len(seen)
-    assert compiled == 2 * 2 * 8  # constant and selective, packed and not; eight launches of 32 tokens or of 16
+    # constant and selective, packed and not; eight launches of 32 tokens or of 16; b and c, turns, both ways
+    assert compiled == 2 * 2 * 8 + 2 + 2
 
     def run(B, L, E, selective, packed, state):
-        v, b, c = (torch.ones(B, L, size, dtype=torch.bfloat16, requires_grad=True) for size in (64 * E, 64, 64))
+        x = torch.ones(B, L, 64 * (E + 2), dtype=torch.bfloat16, requires_grad=True)
+        v, vectors = x.split([64 * E, 128], -1)
+        b, c = system.ssd_vectors(vectors, *(torch.ones(64, requires_grad=True) for _ in range(4)))
         dt = torch.ones((B, L, E) if selective else (E,), dtype=torch.float64)
         begins = torch.zeros(B, L, dtype=torch.bool) if packed else None
         state = torch.zeros(B, E * 64, 64) if state else None
-        rates = torch.ones(E, dtype=torch.float64), torch.ones(E, 32, dtype=torch.float64), torch.ones(64 * E)
-        ssd_scan(v, b, c, dt, *rates, state, begins, 16 if selective else 32)[0].sum().backward()
+        rates = (
+            torch.ones(E, dtype=torch.float64),
+            torch.ones(32, dtype=torch.float64).expand(E, -1),
+            torch.ones(64 * E),
+        )
+        scan.ssd_scan(v, b, c, dt, *rates, state, begins, 16 if selective else 32)[0].sum().backward()
 
     for B, L, E in ((8, 1024, 2), (1, 17, 1), (3, 1001, 3)):
         run(B, L, E, False, False, False)
@@ -313,7 +323,7 @@ def test_self_checks(launched, name, target):
         pytest.skip("its rule refuses AMD's cards: kernel_limits.py")
     cases = importlib.import_module(f"ssm_lm.modeling.{name}").self_check_cases
     kernels = launched(target)
-    # of ssd's, those of training under autocast; float32's are rows of the report
+    # of ssd's scan, those of training under autocast; float32's are rows of the report
     for case in cases(torch.device("cpu"), *([torch.bfloat16] if name == "triton_ssd_scan" else [])):
         case.kernel()
     check(kernels, 1)

@@ -1,5 +1,7 @@
 """The scan of SSD, interpreted, forward and backward, against its twin in float64; a model that trains on it."""
 
+from functools import partial
+
 import pytest
 import torch
 from kernel_checks import assert_close, assert_passes, assert_the_same_bits_again, compare_in_a_model, compare_with_twin
@@ -22,8 +24,13 @@ def problem(B, L, E, P, N, selective=False, initial=True, resets=False, dtype=to
     return *(x.requires_grad_() for x in inputs), state, torch.rand(B, L) < 0.15 if resets else None
 
 
-def compare(inputs, T, tolerance=2e-5):
-    compare_with_twin(lambda *x: ssd_scan(*x, T), lambda *x: scan_vectors(*x, T), inputs, tolerance)
+def compare(inputs, T, tolerance=2e-5, shared=False):
+    """shared: omega (N / 2,) is that of all heads."""
+
+    def run(scan, v, b, c, dt, decay, omega, *rest):
+        return scan(v, b, c, dt, decay, omega.expand(len(decay), -1) if shared else omega, *rest, T)
+
+    compare_with_twin(partial(run, ssd_scan), partial(run, scan_vectors), inputs, tolerance)
 
 
 @pytest.mark.parametrize("selective", [False, True], ids=["constant", "selective"])
@@ -63,8 +70,8 @@ def test_the_final_state_alone():
     inputs = v, b, c.detach(), *rates, skip.detach(), state, begins
     compare_with_twin(lambda *x: ssd_scan(*x, 8, has_output=False)[1], lambda *x: scan_vectors(*x, 8)[1], inputs, 2e-5)
     with torch.no_grad():
-        angle, decay, step = since_start_of_chunks(*inputs[3:6], 12, 8)
-        vectors = *inputs[:3], angle, decay, step, *inputs[6:]
+        dt, decay, omega = inputs[3:6]
+        vectors = *inputs[:3], omega, decay, dt, *inputs[6:], 8
         expected, final, starts = ssd_scan_chunks(*vectors)
         assert [x.numel() for x in (expected, starts)] == [v.numel(), 2 * 2 * 3 * 4]
         for has_output in (False, True):
@@ -95,14 +102,23 @@ def test_the_same_bits_again():
 
 
 @pytest.mark.slow
-def test_custom_operators():
-    v, b, c, *_, skip, state, begins = problem(1, 9, 2, 4, 6, resets=True)
-    angle, decay, step = torch.rand(2, 4, 3).double(), torch.rand(2, 4).double().cumsum(-1), torch.rand(2, 4).double()
-    inputs = v, b, c, *(x.requires_grad_() for x in (angle, decay, step)), skip, state, begins
+@pytest.mark.parametrize("selective", [False, True], ids=["constant", "selective"])
+def test_custom_operators(selective):
+    v, b, c, dt, decay, omega, skip, state, begins = problem(1, 9, 2, 4, 6, selective, resets=True)
+    system = omega, decay, dt
+    if selective:
+        system = (x.detach().requires_grad_() for x in since_start_of_chunks(dt, decay, omega, 9, 4))
+    inputs = v, b, c, *system, skip, state, begins, 4
     opcheck(ssd_scan_chunks, inputs)
     y, final, starts = (x.detach() for x in ssd_scan_chunks(*inputs))
     read = [x.detach() for x in inputs[:7]]
-    opcheck(ssd_scan_chunks_backward, (torch.randn_like(y), final, starts, *read, begins))
+    opcheck(ssd_scan_chunks_backward, (torch.randn_like(y), final, starts, *read, begins, 4))
+
+
+def test_heads_that_share_their_frequencies():
+    """As the default block's do, at one place in memory."""
+    v, b, c, dt, decay, omega, *rest = problem(1, 19, 3, 4, 6)
+    compare((v, b, c, dt, decay, omega[0].detach().requires_grad_(), *rest), 8, shared=True)
 
 
 @pytest.mark.slow

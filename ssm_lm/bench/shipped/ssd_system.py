@@ -1,0 +1,79 @@
+"""The configurations of what SSD's scan reads that are shipped, with what one launch of each moves and computes."""
+
+from ...modeling.kernel_limits import LONGEST_SSD_CHUNK, NORM_PROGRAMS
+from ...modeling.triton_rms_norm import BACKWARD, FORWARD, tiles
+from ...modeling.triton_ssd_system import (
+    turns_gradient_kernel,
+    turns_kernel,
+    turns_tiles,
+    vectors_gradient_kernel,
+    vectors_kernel,
+)
+
+# tokens; heads of as many states as models have; chunks of T
+ROWS, E, STATES, T = 65536, 16, 64, LONGEST_SSD_CHUNK
+TYPES = {"fp32": 4, "bf16": 2}
+
+
+def compile_cases(target: str) -> list[dict]:
+    """The configurations that are shipped for `target`, one for all GPUs; other states are listed for one."""
+    cases = [case(kind, STATES) for kind in TYPES for case in (_forward, _backward)]
+    cases += [_turns(STATES), _turns_gradient(STATES)]
+    if target == "sm_90":
+        cases += [_forward("bf16", 128), _backward("bf16", 128), _turns(128), _turns_gradient(128)]
+    return cases
+
+
+def _forward(kind: str, N: int) -> dict:
+    tensors = dict.fromkeys(("x", "b", "c"), f"*{kind}:16") | dict.fromkeys(NORMS, "*fp32:16")
+    work = {"bytes": 2 * 2 * N * ROWS * TYPES[kind], "flops": 6 * 2 * N * ROWS}
+    return _of_vectors("forward", vectors_kernel, kind, N, tensors, FORWARD) | {"work": work}
+
+
+def _backward(kind: str, N: int) -> dict:
+    tensors = dict.fromkeys(("of_b", "of_c", "x", "grad_x"), f"*{kind}:16")
+    tensors |= dict.fromkeys(("b_scale", "c_scale", "grad_norms"), "*fp32:16")
+    moved = 3 * 2 * N * ROWS * TYPES[kind] + 4 * 4 * N * NORM_PROGRAMS
+    work = {"bytes": moved, "flops": 12 * 2 * N * ROWS}
+    return _of_vectors("backward", vectors_gradient_kernel, kind, N, tensors, BACKWARD) | {"work": work}
+
+
+NORMS = "b_scale", "b_bias", "c_scale", "c_bias"
+
+
+def _of_vectors(way, kernel, kind, N, tensors, numbers_a_thread) -> dict:
+    chosen = tiles(N, numbers_a_thread)
+    return {
+        "name": f"ssd_system vectors {way} {kind}{'' if N == STATES else f' N={N}'}",
+        "kernel": kernel,
+        "arguments": tensors | {"rows": "i32", "eps": "fp32"} | dict.fromkeys(("N", "row"), "i32:16"),
+        "constexprs": {key: value for key, value in chosen.items() if key.isupper()},
+        "options": {key: value for key, value in chosen.items() if key.islower()},
+        "variant": N != STATES,
+    }
+
+
+def _turns(N: int) -> dict:
+    tensors = dict.fromkeys(("cos", "sin", "decays", "steps"), "*fp32:16")
+    work = {"bytes": 8 * E * (2 + N // 2) + 4 * E * T * (N + 2), "flops": 40 * E * T * N // 2}
+    return _of_turns("", turns_kernel, N, tensors) | {"work": work}
+
+
+def _turns_gradient(N: int) -> dict:
+    tensors = dict.fromkeys(("of_angle", "of_decay", "of_step", "grad_dt", "grad_decay", "grad_omega"), "*fp64:16")
+    work = {"bytes": 8 * E * (2 * (2 + N // 2) + T * (N // 2 + 2)), "flops": 4 * E * T * N // 2}
+    return _of_turns(" gradient", turns_gradient_kernel, N, tensors) | {"work": work}
+
+
+def _of_turns(way, kernel, N, tensors) -> dict:
+    chosen = turns_tiles(T, N // 2)
+    return {
+        "name": f"ssd_system turns{way}{'' if N == STATES else f' N={N}'}",
+        "kernel": kernel,
+        "arguments": dict.fromkeys(("dt", "decay", "omega"), "*fp64:16")
+        | tensors
+        | {"T": "i32", "M": "i32:16", "omega_row": "i32:16"},
+        "constexprs": {key: value for key, value in chosen.items() if key.isupper()},
+        "options": {key: value for key, value in chosen.items() if key.islower()},
+        "variant": N != STATES,
+    }
