@@ -173,7 +173,7 @@ class _SSDScan(torch.autograd.Function):
             _read(grad_y, v, b, c, starts, *turns)
             _read(grad_y, v, b, c, starts, asked, *turns)
             B, K, E, P, N = starts.shape
-            of_heads = v.new_zeros(2, *v.shape[:2], E, N, dtype=torch.float32)
+            of_heads = v.new_zeros(2, *v.shape[:2], E, N)
             grad_v, T = torch.zeros_like(v), ctx.T
             sizes, low = ((P,), (T,), (T,), (T, N // 2)), {"dtype": torch.float32}
             grad_skip, grad_decay, grad_step, grad_angle = (v.new_zeros(B, K, E, *size, **low) for size in sizes)
@@ -493,6 +493,45 @@ def _drop_gated(residual, x, bias, p):
     return _DropGated.apply(residual, x, bias)
 
 
+class _DropAdded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, residual, x):
+        ctx.dtype = x.dtype
+        with kernel_launches(1):
+            _read(residual, x)
+            return torch.zeros_like(residual)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        with kernel_launches(1):
+            _read(grad_y)
+            return grad_y, torch.zeros_like(grad_y, dtype=ctx.dtype)
+
+
+def _drop_added(residual, x, p):
+    return _DropAdded.apply(residual, x)
+
+
+class _DropSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        with kernel_launches(1):
+            _read(gate, up)
+            return torch.zeros_like(gate)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        gate, up = ctx.saved_tensors
+        with kernel_launches(1):
+            _read(grad_y, gate, up)
+            return torch.zeros_like(gate), torch.zeros_like(up)
+
+
+def _drop_swiglu(gate, up, p):
+    return _DropSwiGLU.apply(gate, up)
+
+
 # operation -> what stands in for its kernel; that of a step of decoding is not asked for in training
 STAND_INS = {
     "chunk_scan": Implementation(_forward, _backward, to_rows),
@@ -505,7 +544,7 @@ STAND_INS = {
     "dplr_operators": _dplr_operators,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
-    "dropout": (_drop_activated, _drop_gated),
+    "dropout": (_drop_activated, _drop_gated, _drop_added, _drop_swiglu),
     "cross_entropy": _logits_to_loss,
     "cauchy": _cauchy,
     "vandermonde": _vandermonde,

@@ -6,7 +6,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_s4 import STATES, S4Config
 from .feed_forwards import FEED_FORWARDS
 from .mixers import MIXERS
-from .norms_and_dropout import at_gated_end, make_dropout, make_norm, norm_before
+from .norms_and_dropout import add_dropped, at_gated_end, make_dropout, make_norm, norm_before
 
 
 class S4Sublayer(nn.Module):
@@ -25,7 +25,7 @@ class S4Sublayer(nn.Module):
             end = at_gated_end(hidden_states, self.dropout, self.kernels)
             if end is not None:
                 return self.inner(normed, end=end, **kwargs)
-        return hidden_states + self.dropout(self.inner(normed, **kwargs))
+        return add_dropped(hidden_states, self.inner(normed, **kwargs), self.dropout, self.kernels)
 
 
 class S4Block(GradientCheckpointingLayer):

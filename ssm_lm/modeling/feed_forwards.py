@@ -8,7 +8,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_s4 import S4Config
-from .norms_and_dropout import after_activation, make_dropout
+from .norms_and_dropout import after_activation, gated_by_silu, make_dropout
 
 
 class S4FeedForward(nn.Module):
@@ -37,10 +37,11 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.dropout = make_dropout(config)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.kernels = config.kernels
 
     def forward(self, hidden_states):
-        gate = nn.functional.silu(self.gate_proj(hidden_states))
-        return self.down_proj(self.dropout(gate * self.up_proj(hidden_states)))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(gated_by_silu(gate, up, self.dropout, self.kernels))
 
 
 FEED_FORWARDS = {"ffn": S4FeedForward, "swiglu": SwiGLU}

@@ -10,7 +10,17 @@ from .activations import FUSED_ACTIVATIONS
 from .configuration_s4 import S4Config
 from .execution import as_autocast_dtype
 from .kernel_limits import limit_of_dropout, limit_of_rms_norm
-from .ops import DROPOUT, LAYER_NORM, RMS_NORM, drop_activated, drop_gated, layer_norm, rms_norm
+from .ops import (
+    DROPOUT,
+    LAYER_NORM,
+    RMS_NORM,
+    drop_activated,
+    drop_added,
+    drop_gated,
+    drop_swiglu,
+    layer_norm,
+    rms_norm,
+)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -90,8 +100,11 @@ def make_dropout(config: S4Config) -> nn.Module:
     return (TiedDropout if config.tie_dropout else nn.Dropout)(config.dropout)
 
 
-def _drops(dropout: nn.Module) -> bool:
-    return type(dropout) is nn.Dropout and dropout.training and 0 < dropout.p < 1
+def _drops(dropout: nn.Module, x: torch.Tensor) -> bool:
+    """Whether our kernel may drop some of x. Not while a CUDA graph is captured, which would keep the seed."""
+    if type(dropout) is not nn.Dropout or not dropout.training or not 0 < dropout.p < 1:
+        return False
+    return not x.is_cuda or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing()
 
 
 def after_activation(
@@ -99,7 +112,7 @@ def after_activation(
 ) -> Callable | None:
     """y -> dropout(activation(y)) in one launch, for y in `dtype` on the device of x; None where no kernel runs."""
     name = FUSED_ACTIVATIONS.get(type(activation), "identity")
-    if name == "identity" or not _drops(dropout):
+    if name == "identity" or not _drops(dropout, x):
         return None
     runs = DROPOUT.runs_kernel(
         x, unsupported=limit_of_dropout(dtype), setting=kernels, problem=("activated", dtype, name)
@@ -111,7 +124,7 @@ def at_gated_end(residual: torch.Tensor, dropout: nn.Module, kernels: str) -> Ca
     """(x, bias) -> residual + dropout(glu(x + bias)) in one launch, for x, a matrix product; None where no kernel runs,
     as outside of training.
     """
-    if not dropout.training or not (_drops(dropout) or dropout.p == 0):
+    if not dropout.training or not (_drops(dropout, residual) or dropout.p == 0):
         return None
     device, C = residual.device.type, residual.shape[-1]
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else residual.dtype
@@ -124,3 +137,23 @@ def at_gated_end(residual: torch.Tensor, dropout: nn.Module, kernels: str) -> Ca
     if not runs:
         return None
     return lambda x, bias: drop_gated(residual, x, bias.to(residual.dtype), dropout.p)
+
+
+def add_dropped(residual: torch.Tensor, x: torch.Tensor, dropout: nn.Module, kernels: str) -> torch.Tensor:
+    """residual + dropout(x), of one shape, in one launch where a kernel runs."""
+    if _drops(dropout, x) and torch.promote_types(residual.dtype, x.dtype) == residual.dtype:
+        dtypes = residual.dtype, x.dtype
+        problem = "added", *dtypes
+        if DROPOUT.runs_kernel(residual, x, unsupported=limit_of_dropout(*dtypes), setting=kernels, problem=problem):
+            return drop_added(residual, x, dropout.p)
+    return residual + dropout(x)
+
+
+def gated_by_silu(gate: torch.Tensor, up: torch.Tensor, dropout: nn.Module, kernels: str) -> torch.Tensor:
+    """dropout(silu(gate) up), in one launch where a kernel runs, as it does in training."""
+    drops = _drops(dropout, gate)
+    if dropout.training and (drops or dropout.p == 0) and gate.dtype == up.dtype:
+        problem = "swiglu", gate.dtype, drops
+        if DROPOUT.runs_kernel(gate, up, unsupported=limit_of_dropout(gate.dtype), setting=kernels, problem=problem):
+            return drop_swiglu(gate, up, dropout.p)
+    return dropout(nn.functional.silu(gate) * up)

@@ -71,7 +71,9 @@ __all__ = [
     "dplr_discretization",
     "dplr_operators",
     "drop_activated",
+    "drop_added",
     "drop_gated",
+    "drop_swiglu",
     "fft_convolution",
     "gradient_in_rows",
     "kernel_status",
@@ -282,9 +284,9 @@ def layer_norm(x, weight, bias, eps: float, dtype: torch.dtype) -> tuple[torch.T
 
 
 def _load_dropout():
-    from .triton_dropout import drop_activated, drop_gated, self_check_cases
+    from .triton_dropout import drop_activated, drop_added, drop_gated, drop_swiglu, self_check_cases
 
-    return (drop_activated, drop_gated), self_check_cases
+    return (drop_activated, drop_gated, drop_added, drop_swiglu), self_check_cases
 
 
 DROPOUT = Operation("dropout", None, _load_dropout)
@@ -298,6 +300,16 @@ def drop_activated(x, activation: str, p: float) -> torch.Tensor:
 def drop_gated(residual, x, bias, p: float) -> torch.Tensor:
     """residual + dropout(glu(x + bias)) by the Triton kernel."""
     return DROPOUT.either(True)[1](residual, x, bias, p)
+
+
+def drop_added(residual, x, p: float) -> torch.Tensor:
+    """residual + dropout(x) by the Triton kernel."""
+    return DROPOUT.either(True)[2](residual, x, p)
+
+
+def drop_swiglu(gate, up, p: float) -> torch.Tensor:
+    """dropout(silu(gate) up) by the Triton kernel; p may be 0."""
+    return DROPOUT.either(True)[3](gate, up, p)
 
 
 # ---- the loss of logits

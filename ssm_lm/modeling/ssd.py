@@ -117,7 +117,7 @@ class SSD(StateSpace):
         return system._replace(Lambda_bar=system.over(system.dt).to(self.log_dt.dtype))
 
     def _without_transition(self) -> DiscreteSSD:
-        """What a scan asks for, which has no use for the transition over one token."""
+        """The discrete system but for its transition over one token."""
         scale, bias = torch.stack([self.B_scale, self.C_scale]), torch.stack([self.B_bias, self.C_bias])
         dt, decay, omega, inverse = self._rates()
         return DiscreteSSD(dt, decay, omega, scale, bias, inverse, None)

@@ -79,12 +79,13 @@ def numbers_of_documents(begins, T: int) -> torch.Tensor | None:
 def sum_up_gradients(of_heads, of_operators, of_skip, is_shared: bool) -> tuple[torch.Tensor, ...]:
     """The gradients of b, c, angles, decays, steps and D, of what a kernel's backward writes in float32:
 
-    of_heads (2, B, L, E, N), those of b and c by head; of_operators (B, chunks, E, T, N/2) and twice (B, chunks, E, T);
-    of_skip (B, chunks, E, P). is_shared: steps are those of all rows and chunks, and so are these of the results.
+    of_heads (2, B, L, E, N), those of b and c by head, which may be in the dtype of the tokens; of_operators
+    (B, chunks, E, T, N/2) and twice (B, chunks, E, T); of_skip (B, chunks, E, P). is_shared: steps are those of all
+    rows and chunks, and so are these of the results.
     """
     if is_shared:
         of_operators = (x.sum((0, 1), dtype=torch.float64) for x in of_operators)
-    return *(part.sum(2) for part in of_heads), *of_operators, of_skip.sum((0, 1)).view(-1)
+    return *(part.sum(2, dtype=torch.float32) for part in of_heads), *of_operators, of_skip.sum((0, 1)).view(-1)
 
 
 def _scan_whole_chunks(v, b, c, dt, rate, omega, state, begins, T, has_output):

@@ -11,7 +11,9 @@ from functools import partial
 import torch
 
 from .dropped import drop_activated as plain_drop_activated
+from .dropped import drop_added as plain_drop_added
 from .dropped import drop_gated as plain_drop_gated
+from .dropped import drop_swiglu as plain_drop_swiglu
 from .kernel_launch import on_device, qualified
 from .kernel_limits import NORM_PROGRAMS
 from .kernels_s4 import Case, gradient_case
@@ -49,6 +51,7 @@ def slope(x, ACTIVATION: tl.constexpr):
 def activated_kernel(
     x,
     g,  # None in the forward
+    residual,  # None but at the end of a sublayer
     y,
     numbers,  # over UNIT
     seed,
@@ -58,7 +61,9 @@ def activated_kernel(
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = m act(x), or g times the derivative of that, of tensors in one order of memory. Grid: blocks of BLOCK."""
+    """y = m act(x), or g times the derivative of that, and the residual, of tensors in one order of memory.
+    Grid: blocks of BLOCK.
+    """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = start + tl.arange(0, BLOCK)
     inside = at < numbers.to(tl.int64) * UNIT
@@ -68,7 +73,44 @@ def activated_kernel(
         out = activate(a, ACTIVATION)
     else:
         out = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) * slope(a, ACTIVATION)
-    tl.store(y + at, (out * m).to(y.dtype.element_ty), mask=inside)
+    out *= m
+    if residual is not None:
+        out += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["numbers", "seed", "threshold"])
+def swiglu_kernel(
+    gate,
+    up,
+    g,  # None in the forward, and grad_up
+    y,
+    grad_up,
+    numbers,  # over UNIT
+    seed,
+    threshold,
+    scale,
+    DROPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = m silu(gate) up; or of g, the gradient of that, those of gate, y, and of up. Grid: blocks of BLOCK."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    inside = at < numbers.to(tl.int64) * UNIT
+    a = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    part = tl.sigmoid(a)
+    if g is None:
+        out = a * part * b
+    else:
+        out = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+    if DROPS:
+        out *= factors(seed, start // 4 + tl.arange(0, BLOCK // 4), threshold, scale, (BLOCK,))
+    if g is not None:
+        tl.store(grad_up + at, (out * a * part).to(grad_up.dtype.element_ty), mask=inside)
+        out *= b * part * (1 + a * (1 - part))
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -159,7 +201,7 @@ def gated_backward_kernel(
 
 # ---- launches
 
-BLOCK, NUMBERS = 1024, 8  # elements of a program of `activated_kernel`; numbers a thread
+BLOCK, NUMBERS = 1024, 8  # elements of a program where no element's place matters; numbers a thread
 
 
 def tiles(C: int) -> dict[str, int]:
@@ -190,13 +232,19 @@ def _launch_activated(x, g, activation, p, seed) -> torch.Tensor:
     x = _dense(x)
     if g is not None and g.stride() != x.stride():
         g = torch.empty_like(x).copy_(g)
-    y, numbers = torch.empty_like(x), x.numel()
-    unit = 16 if numbers % 16 == 0 else 1
-    if numbers:
-        options = {"ACTIVATION": activation, "UNIT": unit, "BLOCK": BLOCK, "num_warps": BLOCK // (32 * NUMBERS)}
-        with on_device(x.device):
-            activated_kernel[triton.cdiv(numbers, BLOCK),](x, g, y, numbers // unit, *scalars(p, seed), **options)
+    y = torch.empty_like(x)
+    _launch_elements(activated_kernel, (x, g, None, y), p, seed, ACTIVATION=activation)
     return y
+
+
+def _launch_elements(kernel, tensors, p, seed, **options) -> None:
+    """A kernel of elements, as many as the first of the tensors has."""
+    numbers, device = tensors[0].numel(), tensors[0].device
+    unit = 16 if numbers % 16 == 0 else 1
+    options |= {"UNIT": unit, "BLOCK": BLOCK, "num_warps": BLOCK // (32 * NUMBERS)}
+    if numbers:
+        with on_device(device):
+            kernel[triton.cdiv(numbers, BLOCK),](*tensors, numbers // unit, *scalars(p, seed), **options)
 
 
 def run_activated(x: torch.Tensor, activation: str, p: float, seed: torch.Tensor) -> torch.Tensor:
@@ -243,13 +291,54 @@ def run_gated_backward(
     return grad_x, found.sum(0).to(bias.dtype)
 
 
+def run_added(residual: torch.Tensor, x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """residual + m x; see `dropped.drop_added`."""
+    residual, x = residual.contiguous(), x.contiguous()
+    y = torch.empty_like(residual)
+    _launch_elements(activated_kernel, (x, None, residual, y), p, seed, ACTIVATION="identity")
+    return y
+
+
+def run_added_backward(grad_y: torch.Tensor, dtype: torch.dtype, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """The gradient of x, in its dtype; that of the residual is grad_y."""
+    grad_y = grad_y.contiguous()
+    grad_x = torch.empty_like(grad_y, dtype=dtype)
+    _launch_elements(activated_kernel, (grad_y, None, None, grad_x), p, seed, ACTIVATION="identity")
+    return grad_x
+
+
+def run_swiglu(gate: torch.Tensor, up: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """m silu(gate) up; see `dropped.drop_swiglu`."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    _launch_elements(swiglu_kernel, (gate, up, None, y, None), p, seed, DROPS=p > 0)
+    return y
+
+
+def run_swiglu_backward(
+    grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, p: float, seed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up."""
+    read = [x.contiguous() for x in (gate, up, grad_y)]
+    found = torch.empty_like(read[0]), torch.empty_like(read[1])
+    _launch_elements(swiglu_kernel, (*read, *found), p, seed, DROPS=p > 0)
+    return found
+
+
 # what the compiler and autograd see
-activated = torch.library.custom_op(qualified("drop_activated"), run_activated, mutates_args=())
-activated_backward = torch.library.custom_op(
-    qualified("drop_activated_backward"), run_activated_backward, mutates_args=()
-)
-gated = torch.library.custom_op(qualified("drop_gated"), run_gated, mutates_args=())
-gated_backward = torch.library.custom_op(qualified("drop_gated_backward"), run_gated_backward, mutates_args=())
+def operator(name: str, run):
+    """The compiler leaves it out of the graphs that it captures, which would launch with one seed for ever."""
+    return torch.library.custom_op(qualified(name), run, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+
+
+activated = operator("drop_activated", run_activated)
+activated_backward = operator("drop_activated_backward", run_activated_backward)
+gated = operator("drop_gated", run_gated)
+gated_backward = operator("drop_gated_backward", run_gated_backward)
+added = operator("drop_added", run_added)
+added_backward = operator("drop_added_backward", run_added_backward)
+swiglu = operator("drop_swiglu", run_swiglu)
+swiglu_backward = operator("drop_swiglu_backward", run_swiglu_backward)
 
 
 @activated.register_fake
@@ -270,6 +359,26 @@ def _(residual, x, bias, p, seed):
 @gated_backward.register_fake
 def _(grad_y, x, bias, p, seed):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(bias)
+
+
+@added.register_fake
+def _(residual, x, p, seed):
+    return torch.empty_like(residual, memory_format=torch.contiguous_format)
+
+
+@added_backward.register_fake
+def _(grad_y, dtype, p, seed):
+    return torch.empty_like(grad_y, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@swiglu.register_fake
+def _(gate, up, p, seed):
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+@swiglu_backward.register_fake
+def _(grad_y, gate, up, p, seed):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
 
 
 def save_activated(ctx, inputs, output):
@@ -296,8 +405,35 @@ def backward_of_gated(ctx, grad_y, run=gated_backward):
     return grad_y, *run(grad_y, x, bias, ctx.p, seed), None, None
 
 
+def save_added(ctx, inputs, output):
+    """For `backward_of_added`, by autograd."""
+    _, x, ctx.p, seed = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(seed)
+
+
+def backward_of_added(ctx, grad_y, run=added_backward):
+    """The gradients of all inputs of `added`."""
+    (seed,) = ctx.saved_tensors
+    return grad_y, run(grad_y, ctx.dtype, ctx.p, seed), None, None
+
+
+def save_swiglu(ctx, inputs, output):
+    """For `backward_of_swiglu`, by autograd."""
+    gate, up, ctx.p, seed = inputs
+    ctx.save_for_backward(gate, up, seed)
+
+
+def backward_of_swiglu(ctx, grad_y, run=swiglu_backward):
+    """The gradients of all inputs of `swiglu`."""
+    gate, up, seed = ctx.saved_tensors
+    return *run(grad_y, gate, up, ctx.p, seed), None, None
+
+
 activated.register_autograd(backward_of_activated, setup_context=save_activated)
 gated.register_autograd(backward_of_gated, setup_context=save_gated)
+added.register_autograd(backward_of_added, setup_context=save_added)
+swiglu.register_autograd(backward_of_swiglu, setup_context=save_swiglu)
 
 
 def drop_activated(x: torch.Tensor, activation: str, p: float) -> torch.Tensor:
@@ -310,12 +446,23 @@ def drop_gated(residual: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, p: f
     return gated(residual, x, bias, p, draw_seed())
 
 
+def drop_added(residual: torch.Tensor, x: torch.Tensor, p: float) -> torch.Tensor:
+    """`dropped.drop_added` by the kernel, with factors of its own."""
+    return added(residual, x, p, draw_seed())
+
+
+def drop_swiglu(gate: torch.Tensor, up: torch.Tensor, p: float) -> torch.Tensor:
+    """`dropped.drop_swiglu` by the kernel, with factors of its own."""
+    return swiglu(gate, up, p, draw_seed() if p else torch.zeros((), dtype=torch.int64, device="cpu"))
+
+
 # ---- what the registry asks for
 
 
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-# what models have: for `activated` the dtype and the activation; for `gated` the dtype of the residual, of what is
-# gated, channels, and whether any are dropped; the bias is as the residual
+# what models have. activated: the dtype and the activation; gated: the dtype of the residual, of what is gated,
+# channels, and whether any are dropped, the bias being as the residual; added: the dtype of the residual and of what is
+# added; swiglu: the dtype, and whether any are dropped
 PROBLEMS = [
     ("activated", torch.float32, "gelu"),
     ("activated", torch.bfloat16, "gelu"),
@@ -323,13 +470,18 @@ PROBLEMS = [
     ("gated", torch.float32, torch.float32, 144, True),
     ("gated", torch.float32, torch.bfloat16, 144, True),
     ("gated", torch.float32, torch.bfloat16, 144, False),
+    ("added", torch.float32, torch.float32),
+    ("added", torch.float32, torch.bfloat16),
+    ("swiglu", torch.float32, True),
+    ("swiglu", torch.bfloat16, True),
+    ("swiglu", torch.bfloat16, False),
 ]
 P = 0.25
 
 
 def self_check_cases(device: torch.device, *problem) -> list[Case]:
     """Of one problem, as PROBLEMS lists them, or of all of these."""
-    cases = {"activated": _activated_cases, "gated": _gated_cases}
+    cases = {"activated": _activated_cases, "gated": _gated_cases, "added": _added_cases, "swiglu": _swiglu_cases}
     return [case for kind, *rest in ([problem] if problem else PROBLEMS) for case in cases[kind](device, *rest)]
 
 
@@ -381,3 +533,41 @@ def _gated_cases(device, of_residual, of_x, C, drops) -> list[Case]:
     label = f"a gated end of {of_x} on {of_residual}{', dropped' * drops}".replace("torch.", "")
     tolerance = max(TOLERANCES[of_residual], TOLERANCES[of_x])
     return [gradient_case(label, ours, twin, leaves, [normal(1, rows, C)], tolerance)]
+
+
+SIZES = (3, 80, 7), (3, 5, 7)  # a multiple of 16 elements, more than a block, and another number
+
+
+def _added_cases(device, of_residual, of_x) -> list[Case]:
+    normal, seed, cases = _normal(device), torch.tensor(7), []
+    ours = partial(added, p=P, seed=seed)
+
+    def twin(residual, x):
+        of_ones = ours(torch.zeros_like(residual, dtype=of_residual), torch.ones_like(x, dtype=of_x))
+        drawn = (of_ones != 0).double() / (1 - P)
+        return plain_drop_added(residual, x, drawn)
+
+    for size in SIZES:
+        leaves = [normal(*size, dtype=of_residual), normal(*size, dtype=of_x)]
+        label = f"dropout of {leaves[0].numel()} numbers in {of_x} on {of_residual}".replace("torch.", "")
+        tolerance = max(TOLERANCES[of_residual], TOLERANCES[of_x])
+        cases.append(gradient_case(label, ours, twin, leaves, [normal(*size)], tolerance))
+    return cases
+
+
+def _swiglu_cases(device, dtype, drops) -> list[Case]:
+    normal, seed, p, cases = _normal(device), torch.tensor(7), P if drops else 0.0, []
+    ours = partial(swiglu, p=p, seed=seed)
+
+    def twin(gate, up):
+        drawn = None
+        if drops:
+            ones = torch.ones_like(gate, dtype=dtype)
+            drawn = (ours(ones, ones) != 0).double() / (1 - p)
+        return plain_drop_swiglu(gate, up, drawn)
+
+    for size in SIZES:
+        leaves = [normal(*size, dtype=dtype), normal(*size, dtype=dtype)]
+        label = f"swiglu of {leaves[0].numel()} numbers in {dtype}{', dropped' * drops}".replace("torch.", "")
+        cases.append(gradient_case(label, ours, twin, leaves, [normal(*size)], TOLERANCES[dtype]))
+    return cases

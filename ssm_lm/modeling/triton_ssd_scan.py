@@ -30,7 +30,7 @@ import torch
 from .kernel_launch import in_rows, on_device, qualified
 from .kernels_s4 import Case
 from .ssd_chunks import numbers_of_documents, scan_by, scan_vectors, sum_up_gradients, turns_of_chunks
-from .triton_ssd_system import run_turns, run_turns_backward
+from .triton_ssd_system import run_turns, run_turns_backward, turns_case
 
 try:
     import triton
@@ -310,8 +310,8 @@ def store_turned(x, at, stride, n, M, re, im, co, si, BLOCK_T: tl.constexpr, BLO
     t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
     inside = (t[:, None] < n) & (m[None, :] < M)
     where = x + at + (t[:, None] * stride + m[None, :])
-    tl.store(where, co * re - si * im, mask=inside)
-    tl.store(where + M, co * im + si * re, mask=inside)
+    tl.store(where, (co * re - si * im).to(x.dtype.element_ty), mask=inside)
+    tl.store(where + M, (co * im + si * re).to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["L", "T", "chunks", "E"])
@@ -580,7 +580,7 @@ def run_backward(
     asked, grad_initial = launch.states(grad_y, grad_y.shape[2], c, _float32(grad_final), reverse=True)
     B, K, E, M = launch.B, launch.chunks, launch.E, launch.M
     grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
-    of_heads = v.new_empty(2, B, launch.L, E, 2 * M, dtype=torch.float32)
+    of_heads = v.new_empty(2, B, launch.L, E, 2 * M)  # in the dtype of the tokens, as what lies between launches
     grad_decay, grad_step = (v.new_empty(B, K, E, T, dtype=torch.float32) for _ in range(2))
     grad_angle = v.new_empty(B, K, E, T, M, dtype=torch.float32)
     grad_skip = v.new_empty(B, K, E, launch.P, dtype=torch.float32)
@@ -683,9 +683,10 @@ def self_check_cases(
     device: torch.device, dtype: torch.dtype | None = None, P: int | None = None, N: int | None = None
 ) -> list[Case]:
     """Forward and backward of a scan of tokens in `dtype`, heads of P channels and N states, with constant steps and
-    with the token's own, from a state over documents and from zero over one. None: what models have, at small sizes.
+    with the token's own, from a state over documents and from zero over one; the turns of a chunk. None: what models
+    have, at small sizes.
     """
-    return [
+    return [turns_case(device, N or 32)] + [
         _case(device, each, B, L, E, P or channels, N or states, T, selective, whole, tolerance)
         for each, tolerance in ((torch.bfloat16, 3e-2), (torch.float32, 2e-5))
         if dtype in (None, each)

@@ -19,7 +19,14 @@ from ssm_lm.estimate.memory import count_pieces, on_gpu
 from ssm_lm.estimate.trace import StorageCounter, trace
 from ssm_lm.modeling.kernel_launch import assume
 from ssm_lm.modeling.mixers import make_state_space
-from ssm_lm.modeling.norms_and_dropout import LayerNorm, RMSNorm, after_activation, at_gated_end
+from ssm_lm.modeling.norms_and_dropout import (
+    LayerNorm,
+    RMSNorm,
+    add_dropped,
+    after_activation,
+    at_gated_end,
+    gated_by_silu,
+)
 from ssm_lm.modeling.ops import CROSS_ENTROPY
 from ssm_lm.modeling.short_convolution import ShortConvolution
 from ssm_lm.modeling.ssm import S4, S4D, S5, SSD
@@ -184,7 +191,7 @@ def opened_ssd_scan(monkeypatch):
     from ssm_lm.modeling import triton_ssd_system as system
 
     opened(monkeypatch, module, "ssd_scan_chunks", "ends_kernel", "carry_kernel", "emit_kernel", "vectors_kernel")
-    of_system = "vectors_kernel", "vectors_gradient_kernel", "turns_kernel", "turns_gradient_kernel"
+    of_system = "norms_kernel", "norms_gradient_kernel", "turns_kernel", "turns_gradient_kernel"
     opened(monkeypatch, system, "make_vectors", *of_system)
     return {"ssd_scan": module.ssd_scan, "ssd_system": system.ssd_vectors}
 
@@ -486,21 +493,34 @@ def test_dropout_moves_what_its_report_says_and_holds_what_its_kernels_hold(monk
         def forward(self, residual, x):
             return at_gated_end(residual, torch.nn.Dropout(0.25), "auto")(x, self.bias)
 
+    class Added(torch.nn.Module):
+        def forward(self, residual, x):
+            return add_dropped(residual, x, torch.nn.Dropout(0.25), "auto")
+
+    class SwiGLU(torch.nn.Module):
+        def forward(self, gate, up):
+            return gated_by_silu(gate, up, torch.nn.Dropout(0.25), "auto")
+
     # a seed without data has no value
     monkeypatch.setattr(module, "scalars", lambda p, seed: (0, 0, 1.0))
     monkeypatch.setattr(module, "draw_seed", lambda: torch.empty(0))
-    kernels, launched = (module.drop_activated, module.drop_gated), []
-    for kind, names in (
-        ("activated", ["activated_kernel"] * 2),
-        ("gated", ["gated_kernel", "gated_backward_kernel"]),
+    kernels, size, low = (
+        [getattr(module, f"drop_{kind}") for kind in ("activated", "gated", "added", "swiglu")],
+        1024,
+        {},
+    )
+    low["dtype"] = torch.bfloat16
+    for kind, names, part, of, inputs in (
+        ("activated", ["activated_kernel"] * 2, Activated(), "gelu bf16", [(size, low)]),
+        ("gated", ["gated_kernel", "gated_backward_kernel"], None, "bf16 on fp32", [(size, {}), (2 * size, low)]),
+        ("added", ["activated_kernel"] * 2, Added(), "bf16 on fp32", [(size, {}), (size, low)]),
+        ("swiglu", ["swiglu_kernel"] * 2, SwiGLU(), "bf16", [(size, low), (size, low)]),
     ):
         parts = f"run_{kind}", f"save_{kind}", f"backward_of_{kind}", f"run_{kind}_backward"
         launched = opened(monkeypatch, module, kind, *names, parts=parts)
         with FakeTensorMode():
-            low = torch.empty(8, 8192, 1024 * (1 + (kind == "gated")), dtype=torch.bfloat16, requires_grad=True)
-            residual = torch.empty(8, 8192, 1024, requires_grad=True)
-            part, inputs = (Gated(1024, 2048), [residual, low]) if kind == "gated" else (Activated(), [low])
-            of = "gelu bf16" if kind == "activated" else "bf16 on fp32"
+            inputs = [torch.empty(8, 8192, C, requires_grad=True, **dtype) for C, dtype in inputs]
+            part = part or Gated(size, 2 * size)
             rows = [f"dropout {kind} {way} {of}" for way in ("forward", "backward")]
             compare_with_launchers("dropout", kernels, part, inputs, rows)
         assert launched == names

@@ -186,6 +186,7 @@ def test_self_checks(place):
         assert use_kernel("diagonal_operators", where, problem=(N,)) == place.has_kernels, N
     for dtype in TOLERANCES:
         assert use_kernel("ssd_scan", where, problem=(dtype, 64, 64)) == place.has_kernels, dtype
+        assert use_kernel("ssd_system", where, problem=(dtype, torch.float32, 64)) == place.has_kernels, dtype
         for activation, documents in itertools.product(("silu", "identity"), (False, True)):
             problem = (dtype, torch.float32, 4, activation, documents, True)
             assert use_kernel("short_convolution", where, problem=problem) == place.has_kernels, problem
@@ -198,8 +199,9 @@ def test_self_checks(place):
             for drops in (False, True):
                 problem = "gated", dtype, out, channels, drops
                 assert use_kernel("dropout", where, problem=problem) == place.has_kernels, problem
-            problem = "activated", out, "gelu"
-            assert use_kernel("dropout", where, problem=problem) == place.has_kernels, problem
+            of_gates = [("swiglu", out, drops) for drops in (False, True)]
+            for problem in (("activated", out, "gelu"), ("added", dtype, out), *of_gates):
+                assert use_kernel("dropout", where, problem=problem) == place.has_kernels, problem
         for out, channels, gated in ((dtype, 1536, True), (torch.bfloat16, 768, False)):
             problem = dtype, torch.float32, out, channels, gated
             assert use_kernel("rms_norm", where, problem=problem) == place.has_kernels, problem

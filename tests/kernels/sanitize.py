@@ -29,6 +29,8 @@ from tilelens.clients.symbolic_engine import JoinSymbolicExpr
 from tilelens.core.data import Grid, Load, Store
 from triton.runtime.interpreter import InterpreterBuilder
 
+from ssm_lm.modeling.ssd_chunks import since_start_of_chunks, turns_of_chunks
+
 
 @triton.jit
 def unmasked_load_kernel(x, y, size, BLOCK: tl.constexpr):
@@ -73,6 +75,15 @@ def undropped(seed, quads, threshold, scale, SHAPE: tl.constexpr):
     return tl.zeros(SHAPE, tl.float32) + scale
 
 
+def plain_turns(dt, decay, omega, T):
+    return turns_of_chunks(*since_start_of_chunks(dt, decay, omega, T, T))
+
+
+def plain_turns_backward(*gradients_and_system):
+    """Of no use to what is looked for here."""
+    return tuple(torch.zeros_like(x) for x in gradients_and_system[3:])
+
+
 def broken(names: list[str]):
     """The module of what is wrong on purpose, the names of its kernels, and what launches them."""
 
@@ -90,7 +101,7 @@ def operation(name):
     shipped = [case["kernel"] for arch in ("sm_90", "gfx942") for case in listed.compile_cases(arch)]
     names = [name for name, value in vars(module).items() if any(value is kernel for kernel in shipped)]
     cpu = torch.device("cpu")
-    problems = [()]
+    problems, more = [()], []
     if name == "chunk_scan":  # of real sizes unless they are told others: whole tiles of time, and masked ones
         problems = [(None, 12, None, 16), (torch.float32, 12, None, 12)]
     elif name == "short_convolution":  # but for what documents add, all of its problems lie at the same addresses
@@ -100,13 +111,16 @@ def operation(name):
     elif name in ("dplr_operators", "dplr_discretization"):
         problems = [(6, 2)]
     elif name == "ssd_system":
-        problems = module.PROBLEMS[2:]
+        problems, more = module.PROBLEMS[2:], [module.turns_case(cpu, 6).kernel]  # the scan's self-check has these
     elif name == "layer_norm":
         problems = module.PROBLEMS[2:]
     elif name == "dropout":
-        problems = [module.PROBLEMS[1], module.PROBLEMS[4]]
+        problems = [module.PROBLEMS[i] for i in (1, 4, 7, 9)]
         module.factors = undropped  # TileLens knows no umulhi, and no address depends on what is drawn
-    return module, names, [case.kernel for problem in problems for case in module.self_check_cases(cpu, *problem)]
+    elif name == "ssd_scan":  # it launches ssd_system's kernels of turns too, which are traced there
+        module.run_turns, module.run_turns_backward = plain_turns, plain_turns_backward
+    cases = [case for problem in problems for case in module.self_check_cases(cpu, *problem)]
+    return module, names, [case.kernel for case in cases if not case.label.startswith("turns")] + more
 
 
 def traced(module, names, launches, make_client):

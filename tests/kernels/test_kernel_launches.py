@@ -132,6 +132,8 @@ def test_another_length_of_ssd_compiles_nothing_new(seen):
     def run(B, L, E, selective, packed, state):
         x = torch.ones(B, L, 64 * (E + 2), dtype=torch.bfloat16, requires_grad=True)
         v, vectors = x.split([64 * E, 128], -1)
+        if selective:  # with a token's raw steps rows lie otherwise apart
+            vectors = torch.cat([vectors, v[..., :E]], -1)[..., :128]
         b, c = system.ssd_vectors(vectors, *(torch.ones(64, requires_grad=True) for _ in range(4)))
         dt = torch.ones((B, L, E) if selective else (E,), dtype=torch.float64)
         begins = torch.zeros(B, L, dtype=torch.bool) if packed else None
@@ -185,6 +187,8 @@ def test_another_batch_of_a_layer_norm_and_of_dropout_compiles_nothing_new(seen)
         (triton_layer_norm, (torch.float32, torch.float32, low, 1024), 2),
         (triton_dropout, ("activated", low, "gelu"), 4),  # of a multiple of 16, and of any number
         (triton_dropout, ("gated", torch.float32, low, 1024, True), 2),
+        (triton_dropout, ("added", torch.float32, low), 4),
+        (triton_dropout, ("swiglu", low, True), 4),
     ):
         before = len(seen)
         for case in module.self_check_cases(torch.device("cpu"), *problem):
@@ -200,6 +204,13 @@ def test_another_batch_of_a_layer_norm_and_of_dropout_compiles_nothing_new(seen)
             elif problem[0] == "activated":
                 for signal in (wide, torch.empty(B, L, 3, dtype=low, requires_grad=True)):
                     module.drop_activated(signal, "gelu", p).sum().backward()
+            elif problem[0] == "added":
+                for signal in (x, torch.empty(B, L, 3, requires_grad=True)):
+                    added = signal.detach().to(low).requires_grad_()
+                    module.drop_added(signal, added, p).sum().backward()
+            elif problem[0] == "swiglu":
+                for signal in (wide, torch.empty(B, L, 3, dtype=low, requires_grad=True)):
+                    module.drop_swiglu(signal, signal.detach().requires_grad_(), p).sum().backward()
             else:
                 module.drop_gated(x, wide, torch.ones(2048, requires_grad=True), p).sum().backward()
         assert set(seen) == seen_before

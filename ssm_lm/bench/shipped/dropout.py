@@ -7,6 +7,7 @@ from ...modeling.triton_dropout import (
     activated_kernel,
     gated_backward_kernel,
     gated_kernel,
+    swiglu_kernel,
     tiles,
 )
 
@@ -18,20 +19,41 @@ SCALARS = {"seed": "i32", "threshold": "i32", "scale": "fp32"}
 
 def compile_cases(target: str) -> list[dict]:
     """The configurations that are shipped for `target`; one for all GPUs. What differs little is listed for one."""
-    cases = [_gated("backward"), _gated("forward"), _activated("backward"), _activated("forward")]
+    kinds = _gated, _activated, _added, _swiglu
+    cases = [kind(way) for kind in kinds for way in ("backward", "forward")]
     return cases if target == "sm_90" else cases[:1]
 
 
 def _activated(way) -> dict:
-    backward = way == "backward"
-    tensors = dict.fromkeys(("x", "g", "y") if backward else ("x", "y"), "*bf16:16")
+    tensors = dict.fromkeys(("x", "g", "y") if way == "backward" else ("x", "y"), "*bf16:16")
+    moved, flops = (6, 30) if way == "backward" else (4, 20)
+    return _of_elements(f"activated {way} gelu bf16", activated_kernel, tensors, moved, flops, ACTIVATION="gelu")
+
+
+def _added(way) -> dict:
+    """The backward is that of no activation, with a gradient in float32."""
+    if way == "backward":
+        tensors, moved = {"x": "*fp32:16", "y": "*bf16:16"}, 6
+    else:
+        tensors, moved = {"x": "*bf16:16", "residual": "*fp32:16", "y": "*fp32:16"}, 10
+    return _of_elements(f"added {way} bf16 on fp32", activated_kernel, tensors, moved, 2, ACTIVATION="identity")
+
+
+def _swiglu(way) -> dict:
+    read, moved, flops = (("g", "grad_up"), 10, 15) if way == "backward" else ((), 6, 8)
+    tensors = dict.fromkeys(("gate", "up", *read, "y"), "*bf16:16")
+    return _of_elements(f"swiglu {way} bf16", swiglu_kernel, tensors, moved, flops, DROPS=True)
+
+
+def _of_elements(name, kernel, tensors, moved, flops, **constants) -> dict:
+    absent = dict.fromkeys({"g", "residual", "grad_up"} & set(kernel.arg_names) - set(tensors))
     return {
-        "name": f"dropout activated {way} gelu bf16",
-        "kernel": activated_kernel,
+        "name": f"dropout {name}",
+        "kernel": kernel,
         "arguments": tensors | {"numbers": "i32"} | SCALARS,
-        "constexprs": {"ACTIVATION": "gelu", "UNIT": 16, "BLOCK": BLOCK} | ({} if backward else {"g": None}),
+        "constexprs": {**constants, "UNIT": 16, "BLOCK": BLOCK, **absent},
         "options": {"num_warps": BLOCK // (32 * NUMBERS)},
-        "work": {"bytes": (6 if backward else 4) * ROWS * C, "flops": (DRAWN + (30 if backward else 20)) * ROWS * C},
+        "work": {"bytes": moved * ROWS * C, "flops": (DRAWN + flops) * ROWS * C},
     }
 
 

@@ -38,10 +38,11 @@ def kernels(N: int) -> dict[str, tuple]:
         moved = 2 * elements + 2 * vectors + states(N), 0
         chosen[name] = emit_kernel, reverse, "v b c starts y", "skip", *moved, P * N + T * (N + P)
     for name, reverse, read, pairs in (("gradient of c", False, 1, N), ("gradient of b", True, 2, 0)):
-        of_float32 = "gradient grad_decay grad_step grad_angle grad_skip"
-        # a head's vectors and angles, half as many; in reverse these are read before
-        moved = 2 * elements + 2 * vectors + read * states(N), E * vectors * (4 if reverse else 3) // 2
-        chosen[name] = vectors_kernel, reverse, "g v b c starts asked", of_float32, *moved, P * N + T * (N + P + pairs)
+        of_float32 = "grad_decay grad_step grad_angle grad_skip"
+        # a head's vectors, and in float32 angles, half as many, which in reverse are read before
+        moved = 2 * elements + (2 + E) * vectors + read * states(N), E * vectors * (2 if reverse else 1) // 2
+        products = P * N + T * (N + P + pairs)
+        chosen[name] = vectors_kernel, reverse, "g v b c starts asked gradient", of_float32, *moved, products
     return chosen
 
 

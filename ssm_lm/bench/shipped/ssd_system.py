@@ -3,11 +3,11 @@
 from ...modeling.kernel_limits import LONGEST_SSD_CHUNK, NORM_PROGRAMS
 from ...modeling.triton_rms_norm import BACKWARD, FORWARD, tiles
 from ...modeling.triton_ssd_system import (
+    norms_gradient_kernel,
+    norms_kernel,
     turns_gradient_kernel,
     turns_kernel,
     turns_tiles,
-    vectors_gradient_kernel,
-    vectors_kernel,
 )
 
 # tokens; heads of as many states as models have; chunks of T
@@ -27,7 +27,7 @@ def compile_cases(target: str) -> list[dict]:
 def _forward(kind: str, N: int) -> dict:
     tensors = dict.fromkeys(("x", "b", "c"), f"*{kind}:16") | dict.fromkeys(NORMS, "*fp32:16")
     work = {"bytes": 2 * 2 * N * ROWS * TYPES[kind], "flops": 6 * 2 * N * ROWS}
-    return _of_vectors("forward", vectors_kernel, kind, N, tensors, FORWARD) | {"work": work}
+    return _of_vectors("forward", norms_kernel, kind, N, tensors, FORWARD) | {"work": work}
 
 
 def _backward(kind: str, N: int) -> dict:
@@ -35,7 +35,7 @@ def _backward(kind: str, N: int) -> dict:
     tensors |= dict.fromkeys(("b_scale", "c_scale", "grad_norms"), "*fp32:16")
     moved = 3 * 2 * N * ROWS * TYPES[kind] + 4 * 4 * N * NORM_PROGRAMS
     work = {"bytes": moved, "flops": 12 * 2 * N * ROWS}
-    return _of_vectors("backward", vectors_gradient_kernel, kind, N, tensors, BACKWARD) | {"work": work}
+    return _of_vectors("backward", norms_gradient_kernel, kind, N, tensors, BACKWARD) | {"work": work}
 
 
 NORMS = "b_scale", "b_bias", "c_scale", "c_bias"
@@ -46,7 +46,7 @@ def _of_vectors(way, kernel, kind, N, tensors, numbers_a_thread) -> dict:
     return {
         "name": f"ssd_system vectors {way} {kind}{'' if N == STATES else f' N={N}'}",
         "kernel": kernel,
-        "arguments": tensors | {"rows": "i32", "eps": "fp32"} | dict.fromkeys(("N", "row"), "i32:16"),
+        "arguments": tensors | {"rows": "i32", "row": "i32", "eps": "fp32", "N": "i32:16"},
         "constexprs": {key: value for key, value in chosen.items() if key.isupper()},
         "options": {key: value for key, value in chosen.items() if key.islower()},
         "variant": N != STATES,

@@ -11,15 +11,23 @@ from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling import triton_dropout as module
 from ssm_lm.modeling.blocks import S4Sublayer
 from ssm_lm.modeling.dropped import drop_activated as plain_activated
+from ssm_lm.modeling.dropped import drop_added as plain_added
 from ssm_lm.modeling.dropped import drop_gated as plain_gated
+from ssm_lm.modeling.dropped import drop_swiglu as plain_swiglu
 from ssm_lm.modeling.triton_dropout import (
     activated,
     activated_backward,
+    added,
+    added_backward,
     drop_activated,
+    drop_added,
     drop_gated,
+    drop_swiglu,
     gated,
     gated_backward,
     self_check_cases,
+    swiglu,
+    swiglu_backward,
 )
 
 SEED, P = torch.tensor(3), 0.25
@@ -75,12 +83,26 @@ def test_gated(shape):
     compare_with_twin(lambda *x: gated(*x, 0.0, SEED), plain_gated, [gapped(x) for x in inputs], 2e-6)
 
 
+def pair(*shape, dtypes=(torch.float32, torch.float32)):
+    return [torch.randn(shape).to(dtype).requires_grad_() for dtype in dtypes]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 16), (1, 700, 5)])
+def test_added_and_swiglu(shape):
+    """Of tensors with gaps too, where their elements are numbered as without."""
+    inputs, m = pair(*shape), drawn(torch.ones(shape))
+    for x in (inputs, [gapped(part) for part in inputs]):
+        compare_with_twin(lambda *x: added(*x, P, SEED), lambda *x: plain_added(*x, m), x, 2e-6)
+        compare_with_twin(lambda *x: swiglu(*x, P, SEED), lambda *x: plain_swiglu(*x, m), x, 2e-6)
+        compare_with_twin(lambda *x: swiglu(*x, 0.0, SEED), plain_swiglu, x, 2e-6)
+
+
 def test_of_nothing():
     residual, x, bias = problem(2, 0, 5)
     found = torch.autograd.grad(gated(residual, x, bias, P, SEED).sum(), (residual, x, bias))
     assert [part.shape for part in found] == [residual.shape, x.shape, bias.shape]
     assert not found[2].any()
-    assert activated(x, "gelu", P, SEED).shape == x.shape
+    assert activated(x, "gelu", P, SEED).shape == added(x, x, P, SEED).shape == swiglu(x, x, P, SEED).shape == x.shape
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
@@ -90,6 +112,12 @@ def test_half_precision(dtype, tolerance):
         inputs, m = problem(2, 5, 12, residual=residual, dtype=dtype), drawn_for_rows(2, 5, 12)
         compare_with_twin(lambda *x: gated(*x, P, SEED), lambda *x, m=m: plain_gated(*x, m), inputs, tolerance)
         assert gated(*inputs, P, SEED).dtype == residual
+        sum_of = pair(3, 40, dtypes=(residual, dtype))
+        m = drawn(torch.ones(3, 40))
+        compare_with_twin(lambda *x: added(*x, P, SEED), lambda *x, m=m: plain_added(*x, m), sum_of, tolerance)
+        assert added(*sum_of, P, SEED).dtype == residual
+    factors = pair(3, 40, dtypes=(dtype, dtype))
+    compare_with_twin(lambda *x: swiglu(*x, P, SEED), lambda *x: plain_swiglu(*x, m), factors, tolerance)
     x = torch.randn(3, 40).to(dtype).requires_grad_()
     compare_with_twin(
         lambda x: activated(x, "gelu", P, SEED), lambda x: plain_activated(x, "gelu", drawn(x)), [x], tolerance
@@ -126,17 +154,26 @@ def test_what_is_dropped_is_drawn_evenly_and_by_the_seed():
 def test_the_generator_says_which():
     """As PyTorch's dropout: the same again from the same state of the generator, another at the next call."""
     x, (residual, wide, bias) = torch.randn(3, 40), problem(3, 40)
-    for draw in (lambda: drop_activated(x, "gelu", P), lambda: drop_gated(residual, wide, bias, P)):
+    for draw in (
+        lambda: drop_activated(x, "gelu", P),
+        lambda: drop_gated(residual, wide, bias, P),
+        lambda: drop_added(x, x, P),
+        lambda: drop_swiglu(x, x, P),
+    ):
         state = torch.get_rng_state()
         first, second = draw(), draw()
         torch.set_rng_state(state)
         assert torch.equal(draw(), first)
         assert not torch.equal(first, second)
+    state = torch.get_rng_state()
+    drop_swiglu(x, x, 0.0)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is dropped, and nothing drawn
 
 
 def test_the_same_bits_again():
     assert_the_same_bits_again(lambda *x: gated(*x, P, SEED), problem(2, 30, 12))
     assert_the_same_bits_again(lambda x: activated(x, "gelu", P, SEED), problem(2, 30, 12)[:1])
+    assert_the_same_bits_again(lambda *x: swiglu(*x, P, SEED), pair(2, 30, 12))
 
 
 @pytest.mark.slow
@@ -145,6 +182,10 @@ def test_custom_operators():
     for p in (P, 0.0):
         opcheck(gated, (residual, x, bias, p, SEED))
         opcheck(gated_backward, (residual.detach(), x.detach(), bias.detach(), p, SEED))
+        opcheck(swiglu, (residual, residual.detach().requires_grad_(), p, SEED))
+        opcheck(swiglu_backward, (*(residual.detach().clone() for _ in range(3)), p, SEED))
+    opcheck(added, (residual, residual.detach().bfloat16().requires_grad_(), P, SEED))
+    opcheck(added_backward, (residual.detach(), torch.bfloat16, P, SEED))
     for signal in (x, x.detach().mT.contiguous().mT.requires_grad_(), gapped(x)):
         opcheck(activated, (signal, "gelu", P, SEED))
         opcheck(activated_backward, (torch.randn(x.shape), signal.detach(), "silu", P, SEED))
@@ -157,10 +198,8 @@ def test_self_check():
 
 def build(kernels="triton", **keys):
     """A model whose dropout runs so; all else is PyTorch's."""
-    config = S4Config(
-        vocab_size=19, hidden_size=8, num_hidden_layers=1, state_size=6, arch="s4", intermediate_size=12, chunk_size=8,
-        **keys,
-    )  # fmt: skip
+    sizes = dict(vocab_size=19, hidden_size=8, num_hidden_layers=1, state_size=6, intermediate_size=12, chunk_size=8)
+    config = S4Config(**sizes | {"arch": "s4"} | keys)
     torch.manual_seed(0)
     model = S4ForCausalLM(config)
     for part in model.modules():
@@ -171,25 +210,31 @@ def build(kernels="triton", **keys):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What ran in the kernels: dropout after an activation, or a gated end, with its probability."""
+    """What ran in the kernels, with its probability."""
     seen = []
-    for name, operation in (("activated", activated), ("gated", gated)):
+    for name, operation in (("activated", activated), ("gated", gated), ("added", added), ("swiglu", swiglu)):
         monkeypatch.setattr(
             module, name, lambda *x, name=name, operation=operation: seen.append((name, x[-2])) or operation(*x)
         )
     return seen
 
 
+S4_LAUNCHES = [("activated", 1e-9), ("gated", 1e-9)] * 2 + [("activated", 1e-9), ("added", 1e-9)]
+GATED = {"arch": ["gated", "swiglu"], "ssm": "ssd"}
+GATED_LAUNCHES = [("added", 1e-9), ("swiglu", 1e-9), ("added", 1e-9)]
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-def test_model(autocast, launched):
+@pytest.mark.parametrize(("keys", "expected"), [({}, S4_LAUNCHES), (GATED, GATED_LAUNCHES)], ids=["s4", "gated"])
+def test_model(keys, expected, autocast, launched):
     """A step of a model whose dropout keeps all, but for one number in a billion, is that without it by PyTorch."""
     ids, results = torch.randint(0, 19, (2, 16)), []
     for kernels, dropout in (("torch", 0.0), ("triton", 1e-9)):
-        model = build(kernels, dropout=dropout)
+        model = build(kernels, dropout=dropout, **keys)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(ids, labels=ids).loss
         results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
-    assert launched == [("activated", 1e-9), ("gated", 1e-9)] * 2 + [("activated", 1e-9)]
+    assert launched == expected
     for ours, theirs in zip(*reversed(results), strict=True):
         assert_close(ours, theirs, 5e-2 if autocast else 2e-5)
 
@@ -205,7 +250,13 @@ def test_a_forward_that_is_computed_once_more_drops_the_same(launched):
         loss = model(ids, labels=ids).loss
         results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     assert all(map(torch.equal, *results))
-    assert len(launched) == 5 + 2 * 5
+    assert len(launched) == 6 + 2 * 6
+
+
+def test_gates_without_dropout(launched):
+    """The product of gates is one launch still; a sum with the residual is PyTorch's."""
+    build(**GATED, dropout=0.0)(torch.randint(0, 19, (1, 16)))
+    assert launched == [("swiglu", 0.0)]
 
 
 def test_outside_of_training_and_around_an_adapter_nothing_is_launched(launched):
@@ -216,4 +267,4 @@ def test_outside_of_training_and_around_an_adapter_nothing_is_launched(launched)
     sublayer = model.train().model.layers[0].sublayers[0]
     sublayer.inner.out_proj = torch.nn.Sequential(sublayer.inner.out_proj)
     sublayer(torch.randn(1, 16, 8))
-    assert launched == [("activated", 0.3)]
+    assert launched == [("activated", 0.3), ("added", 0.3)]

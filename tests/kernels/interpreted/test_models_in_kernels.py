@@ -134,12 +134,15 @@ def test_a_large_dense_state_in_short_chunks(launches):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ssm", "mode"), [("s4d", "chunk"), ("s5", "chunk"), ("s4", "fft"), ("s4d", "fft")])
+@pytest.mark.parametrize(
+    ("ssm", "mode"), [("s4d", "chunk"), ("s5", "chunk"), ("ssd", "chunk"), ("s4", "fft"), ("s4d", "fft")]
+)
 def test_compiled_model(ssm, mode, launches):
     """torch.compile traces through the operators with fake tensors, in one graph, forward and backward. By fft each has
     two: its convolution's kernel, and the chunk scan for the states.
     """
-    model, tokens = build(ssm, kernels="triton", mode=mode), torch.randint(0, 19, (2, 16))
+    keys = {"arch": ["gated", "swiglu"]} if ssm == "ssd" else {}
+    model, tokens = build(ssm, kernels="triton", mode=mode, **keys), torch.randint(0, 19, (2, 16))
     expected = model(tokens).logits
     gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
     launches.clear()
@@ -150,4 +153,6 @@ def test_compiled_model(ssm, mode, launches):
         torch.autograd.grad(logits.square().sum(), list(model.parameters())), gradients, strict=True
     ):
         assert_close(actual, wanted, 1e-5)
-    assert len(launches) == (0 if ssm == "s5" else 4)  # two state spaces, there and back; by fft, for their states
+    assert len(launches) == (
+        0 if ssm in ("s5", "ssd") else 4
+    )  # two state spaces, there and back; by fft, for their states
