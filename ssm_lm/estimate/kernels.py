@@ -20,7 +20,7 @@ from ..modeling.kernel_limits import (
     s5_chunk_length,
     segments,
 )
-from ..modeling.ssd_chunks import scan_by, sum_up_gradients, turns_of_chunks
+from ..modeling.ssd_chunks import heads_of, scan_by, sum_up_gradients, turns_of_chunks
 from .trace import kernel_launches
 
 
@@ -147,7 +147,7 @@ def _turns(angle, decay, step, T):
 class _SSDScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, b, c, angle, decay, step, skip, state, begins, T, has_output, save):
-        (B, L, H), E, N = v.shape, angle.shape[0 if step.dim() == 1 else -3], b.shape[-1]
+        (B, L, H), E, N = v.shape, heads_of(step), b.shape[-1]
         turns, of_tokens = _turns(angle, decay, step, T)
         with kernel_launches(3 if has_output else 2):
             starts = v.new_zeros(B, -(-L // T), E, H // E, N)
@@ -450,24 +450,29 @@ def _layer_norm(x, weight, bias, eps, dtype):
     return _LayerNorm.apply(x, weight, bias, dtype)
 
 
-class _DropActivated(torch.autograd.Function):
+class _Elementwise(torch.autograd.Function):
+    """Of inputs of one shape, which are kept and read again in the backward."""
+
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
         with kernel_launches(1):
-            _read(x)
-            return torch.zeros_like(x)
+            _read(*inputs)
+            return torch.zeros_like(inputs[0])
 
     @staticmethod
     def backward(ctx, grad_y):
-        (x,) = ctx.saved_tensors
         with kernel_launches(1):
-            _read(grad_y, x)
-            return torch.zeros_like(x)
+            _read(grad_y, *ctx.saved_tensors)
+            return tuple(map(torch.zeros_like, ctx.saved_tensors))
 
 
 def _drop_activated(x, activation, p):
-    return _DropActivated.apply(x)
+    return _Elementwise.apply(x)
+
+
+def _drop_swiglu(gate, up, p):
+    return _Elementwise.apply(gate, up)
 
 
 class _DropGated(torch.autograd.Function):
@@ -510,26 +515,6 @@ class _DropAdded(torch.autograd.Function):
 
 def _drop_added(residual, x, p):
     return _DropAdded.apply(residual, x)
-
-
-class _DropSwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        with kernel_launches(1):
-            _read(gate, up)
-            return torch.zeros_like(gate)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        gate, up = ctx.saved_tensors
-        with kernel_launches(1):
-            _read(grad_y, gate, up)
-            return torch.zeros_like(gate), torch.zeros_like(up)
-
-
-def _drop_swiglu(gate, up, p):
-    return _DropSwiGLU.apply(gate, up)
 
 
 # operation -> what stands in for its kernel; that of a step of decoding is not asked for in training

@@ -173,7 +173,7 @@ class SSD(StateSpace):
         if not self.selective:
             return self.transition(u.shape[1])
         system = self._without_transition()
-        total = system.read(u.to(self.log_dt.dtype))[-1].sum(1)
+        total = step_of_token(u[..., -self.heads :].to(self.log_dt.dtype), system.inverse).sum(1)
         return system.over(total).repeat_interleave(self.head_dim, 1).to(self.log_dt.dtype)
 
     def convolve(self, signal, reverse):

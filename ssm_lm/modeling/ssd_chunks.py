@@ -35,10 +35,10 @@ def scan_vectors(
 
 
 def since_start_of_chunks(dt, decay, omega, L: int, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Angles, decays and steps of a kernel's chunks, since each one's start, in float64, for many turns are to keep
-    their digits: (E, T, N/2), (E, T), (E, T); of steps (B, L, E) with (B, chunks) before, the last chunk filled with 0.
+    """Angles, decays and steps of a kernel's chunks of T <= L tokens, since each one's start, in float64, for many
+    turns are to keep their digits: (E, T, N/2), (E, T), (E, T); of steps (B, L, E) with (B, chunks) before, the last
+    chunk filled with 0.
     """
-    T = min(T, L)
     if dt.dim() == 1:
         dt = dt[:, None].expand(-1, T)
     else:
@@ -64,6 +64,11 @@ def scan_by(run, v, b, c, dt, decay, omega, skip, state, begins, T, has_output=T
 def turns_of_chunks(angle, decay, step) -> tuple[torch.Tensor, ...]:
     """What a kernel reads, of `since_start_of_chunks` in float32: cosines, sines, decays, steps."""
     return tuple(x.float().contiguous() for x in (angle.cos(), angle.sin(), decay, step))
+
+
+def heads_of(step) -> int:
+    """Of what `scan_by` gives to a kernel that makes turns: steps (E,), or those of chunks (B, chunks, E, T)."""
+    return step.shape[0 if step.dim() == 1 else -2]
 
 
 def numbers_of_documents(begins, T: int) -> torch.Tensor | None:

@@ -46,6 +46,19 @@ def slope(x, ACTIVATION: tl.constexpr):
         return 1.0
 
 
+@triton.jit
+def elements(numbers, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """The first element of a program, all of them, and which of these there are. numbers: how many, over UNIT."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    return start, at, at < numbers.to(tl.int64) * UNIT
+
+
+@triton.jit
+def factors_of_elements(seed, start, threshold, scale, BLOCK: tl.constexpr):
+    return factors(seed, start // 4 + tl.arange(0, BLOCK // 4), threshold, scale, (BLOCK,))
+
+
 # another length compiles nothing new
 @triton.jit(do_not_specialize=["numbers", "seed", "threshold"])
 def activated_kernel(
@@ -64,10 +77,8 @@ def activated_kernel(
     """y = m act(x), or g times the derivative of that, and the residual, of tensors in one order of memory.
     Grid: blocks of BLOCK.
     """
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    at = start + tl.arange(0, BLOCK)
-    inside = at < numbers.to(tl.int64) * UNIT
-    m = factors(seed, start // 4 + tl.arange(0, BLOCK // 4), threshold, scale, (BLOCK,))
+    start, at, inside = elements(numbers, UNIT, BLOCK)
+    m = factors_of_elements(seed, start, threshold, scale, BLOCK)
     a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if g is None:
         out = activate(a, ACTIVATION)
@@ -95,9 +106,7 @@ def swiglu_kernel(
     BLOCK: tl.constexpr,
 ):
     """y = m silu(gate) up; or of g, the gradient of that, those of gate, y, and of up. Grid: blocks of BLOCK."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    at = start + tl.arange(0, BLOCK)
-    inside = at < numbers.to(tl.int64) * UNIT
+    start, at, inside = elements(numbers, UNIT, BLOCK)
     a = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     part = tl.sigmoid(a)
@@ -106,7 +115,7 @@ def swiglu_kernel(
     else:
         out = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
     if DROPS:
-        out *= factors(seed, start // 4 + tl.arange(0, BLOCK // 4), threshold, scale, (BLOCK,))
+        out *= factors_of_elements(seed, start, threshold, scale, BLOCK)
     if g is not None:
         tl.store(grad_up + at, (out * a * part).to(grad_up.dtype.element_ty), mask=inside)
         out *= b * part * (1 + a * (1 - part))
@@ -494,80 +503,64 @@ def _normal(device):
     return normal
 
 
-def _activated_cases(device, dtype, activation) -> list[Case]:
-    """Of a multiple of 16 elements, more than a block, and of another number. The twin gets the kernel's factors, which
-    are seen in what is left of ones, by the same machine code.
+def _dropped_case(label, ours, plain, leaves, ones, gradient, p) -> Case:
+    """ours beside its twin, which gets the kernel's factors: they are seen in what is left of `ones`, inputs of the
+    same dtypes whose outputs are no zeros, by the same machine code.
     """
-    normal, seed, cases = _normal(device), torch.tensor(7), []
-    ours = partial(activated, activation=activation, p=P, seed=seed)
 
-    def twin(x):
-        drawn = (ours(torch.ones_like(x, dtype=dtype)) != 0).double() / (1 - P)
-        return plain_drop_activated(x, activation=activation, factors=drawn)
+    def twin(*inputs):
+        return plain(*inputs, factors=(ours(*ones) != 0).double() / (1 - p) if p else None)
 
-    for tokens in (80, 5):
-        x, gradient = normal(3, tokens, 7, dtype=dtype), normal(3, tokens, 7)
-        label = f"dropout of {x.numel()} times {activation} in {dtype}".replace("torch.", "")
-        cases.append(gradient_case(label, ours, twin, [x], [gradient], TOLERANCES[dtype]))
+    tolerance = max(TOLERANCES[x.dtype] for x in leaves)
+    return gradient_case(label.replace("torch.", ""), ours, twin, leaves, [gradient], tolerance)
+
+
+SIZES = (3, 80, 7), (3, 5, 7)  # a multiple of 16 elements, more than a block, and another number
+
+
+def _activated_cases(device, dtype, activation) -> list[Case]:
+    normal, cases = _normal(device), []
+    ours = partial(activated, activation=activation, p=P, seed=torch.tensor(7))
+    plain = partial(plain_drop_activated, activation=activation)
+    for size in SIZES:
+        x, gradient = normal(*size, dtype=dtype), normal(*size)
+        label = f"dropout of {x.numel()} times {activation} in {dtype}"
+        cases.append(_dropped_case(label, ours, plain, [x], [torch.ones_like(x)], gradient, P))
     return cases
 
 
 def _gated_cases(device, of_residual, of_x, C, drops) -> list[Case]:
     """Several rows a program."""
-    normal, seed, p = _normal(device), torch.tensor(7), P if drops else 0.0
+    normal, p = _normal(device), P if drops else 0.0
     rows = 2 * tiles(C)["ROWS"] + 1
     leaves = [
         normal(1, rows, C, dtype=of_residual),
         normal(1, rows, 2 * C, dtype=of_x),
         normal(2 * C, dtype=of_residual),
     ]
-    ours = partial(gated, p=p, seed=seed)
-
-    def twin(*inputs):
-        drawn = None
-        if drops:
-            of_ones = ours(torch.zeros_like(leaves[0]), *map(torch.ones_like, leaves[1:]))
-            drawn = (of_ones != 0).double() / (1 - p)
-        return plain_drop_gated(*inputs, factors=drawn)
-
-    label = f"a gated end of {of_x} on {of_residual}{', dropped' * drops}".replace("torch.", "")
-    tolerance = max(TOLERANCES[of_residual], TOLERANCES[of_x])
-    return [gradient_case(label, ours, twin, leaves, [normal(1, rows, C)], tolerance)]
-
-
-SIZES = (3, 80, 7), (3, 5, 7)  # a multiple of 16 elements, more than a block, and another number
+    ones = [torch.zeros_like(leaves[0]), *map(torch.ones_like, leaves[1:])]
+    ours = partial(gated, p=p, seed=torch.tensor(7))
+    label = f"a gated end of {of_x} on {of_residual}{', dropped' * drops}"
+    return [_dropped_case(label, ours, plain_drop_gated, leaves, ones, normal(1, rows, C), p)]
 
 
 def _added_cases(device, of_residual, of_x) -> list[Case]:
-    normal, seed, cases = _normal(device), torch.tensor(7), []
-    ours = partial(added, p=P, seed=seed)
-
-    def twin(residual, x):
-        of_ones = ours(torch.zeros_like(residual, dtype=of_residual), torch.ones_like(x, dtype=of_x))
-        drawn = (of_ones != 0).double() / (1 - P)
-        return plain_drop_added(residual, x, drawn)
-
+    normal, cases = _normal(device), []
+    ours = partial(added, p=P, seed=torch.tensor(7))
     for size in SIZES:
         leaves = [normal(*size, dtype=of_residual), normal(*size, dtype=of_x)]
-        label = f"dropout of {leaves[0].numel()} numbers in {of_x} on {of_residual}".replace("torch.", "")
-        tolerance = max(TOLERANCES[of_residual], TOLERANCES[of_x])
-        cases.append(gradient_case(label, ours, twin, leaves, [normal(*size)], tolerance))
+        ones = [torch.zeros_like(leaves[0]), torch.ones_like(leaves[1])]
+        label = f"dropout of {leaves[0].numel()} numbers in {of_x} on {of_residual}"
+        cases.append(_dropped_case(label, ours, plain_drop_added, leaves, ones, normal(*size), P))
     return cases
 
 
 def _swiglu_cases(device, dtype, drops) -> list[Case]:
-    normal, seed, p, cases = _normal(device), torch.tensor(7), P if drops else 0.0, []
-    ours = partial(swiglu, p=p, seed=seed)
-
-    def twin(gate, up):
-        drawn = None
-        if drops:
-            ones = torch.ones_like(gate, dtype=dtype)
-            drawn = (ours(ones, ones) != 0).double() / (1 - p)
-        return plain_drop_swiglu(gate, up, drawn)
-
+    normal, p, cases = _normal(device), P if drops else 0.0, []
+    ours = partial(swiglu, p=p, seed=torch.tensor(7))
     for size in SIZES:
         leaves = [normal(*size, dtype=dtype), normal(*size, dtype=dtype)]
-        label = f"swiglu of {leaves[0].numel()} numbers in {dtype}{', dropped' * drops}".replace("torch.", "")
-        cases.append(gradient_case(label, ours, twin, leaves, [normal(*size)], TOLERANCES[dtype]))
+        label = f"swiglu of {leaves[0].numel()} numbers in {dtype}{', dropped' * drops}"
+        ones = [torch.ones_like(x) for x in leaves]
+        cases.append(_dropped_case(label, ours, plain_drop_swiglu, leaves, ones, normal(*size), p))
     return cases

@@ -29,7 +29,7 @@ import torch
 
 from .kernel_launch import in_rows, on_device, qualified
 from .kernels_s4 import Case
-from .ssd_chunks import numbers_of_documents, scan_by, scan_vectors, sum_up_gradients, turns_of_chunks
+from .ssd_chunks import heads_of, numbers_of_documents, scan_by, scan_vectors, sum_up_gradients, turns_of_chunks
 from .triton_ssd_system import run_turns, run_turns_backward, turns_case
 
 try:
@@ -457,13 +457,13 @@ class _Launch:
     """What the launches of one scan share; see `run_forward`."""
 
     def __init__(self, v, b, angle, decay, step, begins, T):
-        (B, L, H), E = v.shape, angle.shape[0 if step.dim() == 1 else -3]
+        (B, L, H), E = v.shape, heads_of(step)
         self.chunks, self.E, self.M = triton.cdiv(L, T), E, b.shape[-1] // 2
         self.P, self.T, self.L, self.B = H // E, T, L, B
         self.sizes = (L, T, self.chunks, E, self.P, self.M)
         # what all launches read, but that the carry needs no steps
         is_shared = step.dim() == 1
-        turns = run_turns(step, decay, angle, T) if is_shared else turns_of_chunks(angle, decay, step)
+        turns = run_turns(angle, decay, step, T) if is_shared else turns_of_chunks(angle, decay, step)
         self.system = *turns, numbers_of_documents(begins, T)
         self.switches = {"RESETS": begins is not None, "SHARED": is_shared}
         self.device, self.dtype = v.device, v.dtype
@@ -619,13 +619,12 @@ def run_backward(
                 **launch.switches,
                 **launch.tiles(vectors_kernel),
             )
-    is_shared = step.dim() == 1
+    is_shared = launch.switches["SHARED"]
     of_b, of_c, *of_system, of_skip = sum_up_gradients(
         of_heads, (grad_angle, grad_decay, grad_step), grad_skip, is_shared
     )
     if is_shared:
-        of_step, of_decay, of_angle = run_turns_backward(*of_system, step, decay, angle)
-        of_system = of_angle, of_decay, of_step
+        of_system = run_turns_backward(*of_system, angle, decay, step)
     gradients = of_b, of_c, *of_system, of_skip
     gradients = (x.to(like.dtype) for x, like in zip(gradients, (b, c, angle, decay, step, skip), strict=True))
     return grad_v, *gradients, grad_initial
@@ -638,7 +637,7 @@ ssd_scan_chunks_backward = torch.library.custom_op(qualified("ssd_scan_chunks_ba
 
 @ssd_scan_chunks.register_fake
 def _(v, b, c, angle, decay, step, skip, initial_state, begins, T, has_output=True, save=True):
-    (B, L, H), E, N = v.shape, angle.shape[0 if step.dim() == 1 else -3], b.shape[-1]
+    (B, L, H), E, N = v.shape, heads_of(step), b.shape[-1]
     final = v.new_empty(B, H, N, dtype=torch.float32)
     starts = v.new_empty((B, -(-L // T), E, H // E, N) if save else 0)
     return v.new_empty(v.shape if has_output else 0), final, starts

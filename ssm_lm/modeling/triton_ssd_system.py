@@ -110,10 +110,10 @@ def norms_gradient_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def turns_kernel(
-    dt, decay, omega, cos, sin, decays, steps, T, M, omega_row, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr
+    omega, decay, dt, cos, sin, decays, steps, T, M, omega_row, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """cos and sin (E, T, M), decays and steps (E, T) of dt, decay (E,) and omega, whose heads lie `omega_row` numbers
-    apart, all three in float64. Grid: heads.
+    """cos and sin (E, T, M), decays and steps (E, T) of omega, whose heads lie `omega_row` numbers apart, decay and dt
+    (E,), all three in float64. Grid: heads.
     """
     e, t, m = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
     step = tl.load(dt + e)
@@ -132,20 +132,20 @@ def turns_gradient_kernel(
     of_angle,
     of_decay,
     of_step,
-    dt,
-    decay,
     omega,
-    grad_dt,
-    grad_decay,
+    decay,
+    dt,
     grad_omega,
+    grad_decay,
+    grad_dt,
     T,
     M,
     omega_row,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Of the gradients of s omega (E, T, M), of s decay and of the steps (E, T), in float64, those of dt, decay (E,)
-    and omega (E, M). Grid: heads.
+    """Of the gradients of s omega (E, T, M), of s decay and of the steps (E, T), in float64, those of omega (E, M),
+    decay and dt (E,). Grid: heads.
     """
     e, t, m = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
     count = (t + 1).to(tl.float64)
@@ -164,32 +164,32 @@ def turns_gradient_kernel(
 # ---- launches
 
 
-def run_turns(dt: torch.Tensor, decay: torch.Tensor, omega: torch.Tensor, T: int) -> tuple[torch.Tensor, ...]:
-    """dt, decay (E,) and omega (E, M), float64, of a chunk of T tokens -> cos, sin (E, T, M), s decay and dt (E, T),
+def run_turns(omega: torch.Tensor, decay: torch.Tensor, dt: torch.Tensor, T: int) -> tuple[torch.Tensor, ...]:
+    """omega (E, M), decay and dt (E,), float64, of a chunk of T tokens -> cos, sin (E, T, M), s decay and dt (E, T),
     float32: what `turns_of_chunks` makes of them.
     """
     E, M = omega.shape
     outputs = tuple(omega.new_empty(shape, dtype=torch.float32) for shape in ((E, T, M), (E, T, M), (E, T), (E, T)))
-    system, sizes, options = _of_turns(dt, decay, omega, T)
+    system, sizes, options = _of_turns(omega, decay, dt, T)
     with on_device(omega.device):
         turns_kernel[E,](*system, *outputs, *sizes, **options)
     return outputs
 
 
-def run_turns_backward(of_angle, of_decay, of_step, dt, decay, omega) -> tuple[torch.Tensor, ...]:
-    """The gradients of s omega (E, T, M), s decay and the steps (E, T) -> those of dt, decay and omega, float64."""
+def run_turns_backward(of_angle, of_decay, of_step, omega, decay, dt) -> tuple[torch.Tensor, ...]:
+    """The gradients of s omega (E, T, M), s decay and the steps (E, T) -> those of omega, decay and dt, float64."""
     E, M = omega.shape
-    outputs = dt.new_empty(E), dt.new_empty(E), dt.new_empty(E, M)
-    system, sizes, options = _of_turns(dt, decay, omega, of_step.shape[1])
+    outputs = dt.new_empty(E, M), dt.new_empty(E), dt.new_empty(E)
+    system, sizes, options = _of_turns(omega, decay, dt, of_step.shape[1])
     with on_device(omega.device):
         turns_gradient_kernel[E,](of_angle, of_decay, of_step, *system, *outputs, *sizes, **options)
     return outputs
 
 
-def _of_turns(dt, decay, omega, T: int) -> tuple[tuple, tuple[int, int, int], dict]:
+def _of_turns(omega, decay, dt, T: int) -> tuple[tuple, tuple[int, int, int], dict]:
     """What both launches read; T, M and how far the heads of omega lie apart, 0 where they share it; tiles, options."""
     omega = omega if omega.stride(1) == 1 else omega.contiguous()
-    system = dt.contiguous(), decay.contiguous(), omega
+    system = omega, decay.contiguous(), dt.contiguous()
     return system, (T, omega.shape[1], omega.stride(0)), turns_tiles(T, omega.shape[1])
 
 
@@ -319,11 +319,11 @@ def turns_case(device, N: int, T: int = 32) -> Case:
     ]
 
     def ours():
-        return [*run_turns(dt, decay, omega, T), *run_turns_backward(*weights, dt, decay, omega)]
+        return [*run_turns(omega, decay, dt, T), *run_turns_backward(*weights, omega, decay, dt)]
 
     def twin():
-        leaves = [x.clone().requires_grad_() for x in (dt, decay, omega)]
-        made = since_start_of_chunks(*leaves, T, T)
+        leaves = [x.clone().requires_grad_() for x in (omega, decay, dt)]
+        made = since_start_of_chunks(*reversed(leaves), T, T)
         return [*turns_of_chunks(*(x.detach() for x in made)), *torch.autograd.grad(made, leaves, weights)]
 
     return Case(f"turns of {N} states", ours, twin, 2e-5)

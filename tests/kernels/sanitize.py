@@ -75,7 +75,7 @@ def undropped(seed, quads, threshold, scale, SHAPE: tl.constexpr):
     return tl.zeros(SHAPE, tl.float32) + scale
 
 
-def plain_turns(dt, decay, omega, T):
+def plain_turns(omega, decay, dt, T):
     return turns_of_chunks(*since_start_of_chunks(dt, decay, omega, T, T))
 
 

@@ -10,6 +10,7 @@ from ...modeling.triton_dropout import (
     swiglu_kernel,
     tiles,
 )
+from . import as_compiled
 
 # rows of C channels in bfloat16, under autocast, beside a residual in float32
 ROWS, C = 65536, 1024
@@ -71,7 +72,6 @@ def _gated(way) -> dict:
         "name": f"dropout gated {way} bf16 on fp32",
         "kernel": gated_backward_kernel if backward else gated_kernel,
         "arguments": tensors | {"rows": "i32", "C": "i32:16"} | SCALARS,
-        "constexprs": {"DROPS": True, **{key: value for key, value in options.items() if key.isupper()}},
-        "options": {key: value for key, value in options.items() if key.islower()},
+        **as_compiled(options, DROPS=True),
         "work": {"bytes": moved * C, "flops": (DRAWN + (15 if backward else 9)) * ROWS * C},
     }

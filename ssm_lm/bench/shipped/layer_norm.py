@@ -2,6 +2,7 @@
 
 from ...modeling.kernel_limits import NORM_PROGRAMS
 from ...modeling.triton_layer_norm import layer_norm_backward_kernel, layer_norm_kernel, tiles
+from . import as_compiled
 
 # rows of C channels in float32, to bfloat16: as under autocast
 ROWS, C = 65536, 1024
@@ -24,7 +25,6 @@ def _case(way, kernel, tensors, moved, operations) -> dict:
         "name": f"layer_norm {way} fp32 to bf16",
         "kernel": kernel,
         "arguments": tensors | {"weight": "*fp32:16", "rows": "i32", "C": "i32:16", "eps": "fp32"},
-        "constexprs": {key: value for key, value in options.items() if key.isupper()},
-        "options": {key: value for key, value in options.items() if key.islower()},
+        **as_compiled(options),
         "work": {"bytes": moved, "flops": operations * ROWS * C},
     }

@@ -2,6 +2,7 @@
 
 from ...modeling.kernel_limits import MOST_NORMED, NORM_PROGRAMS
 from ...modeling.triton_rms_norm import BACKWARD, FORWARD, norm_backward_kernel, norm_kernel, tiles
+from . import as_compiled
 
 # rows of C channels: the gate is part of a wider tensor, as in the block gated; weights in float32
 ROWS, C = 65536, 1536
@@ -48,7 +49,6 @@ def _case(way, kernel, of_x, of_y, gated, channels) -> dict:
     return {
         "name": f"rms_norm {way} {of_x} to {of_y}{' gated' * gated}{'' if channels == C else f' C={channels}'}",
         "kernel": kernel,
-        "constexprs": {"GATED": gated, **{key: value for key, value in options.items() if key.isupper()}},
-        "options": {key: value for key, value in options.items() if key.islower()},
+        **as_compiled(options, GATED=gated),
         "variant": channels != C or of_x == "fp16",
     }

@@ -2,6 +2,7 @@
 
 from ...modeling.kernel_limits import MOST_TAPS, convolved_tokens
 from ...modeling.triton_short_convolution import TILES, convolve_backward_kernel, convolve_kernel
+from . import as_compiled
 
 # B rows of L tokens, C channels that are part of a wider tensor, as in the block gated; weights in float32
 B, L, C, K = 8, 8192, 1024, MOST_TAPS
@@ -46,12 +47,10 @@ def _inputs(kind, documents) -> dict:
 
 
 def _case(way, kernel, kind, activation, documents) -> dict:
-    tiles = {key: value for key, value in TILES.items() if key.isupper()}
     absent = {} if documents else {"begins": None, "seq_idx": None}
     return {
         "name": f"short_convolution {way} {activation} {kind}{' ' * bool(documents)}{documents}",
         "kernel": kernel,
-        "constexprs": {"K": K, "ACTIVATION": activation, "RESETS": bool(documents), **tiles, **absent},
-        "options": {key: value for key, value in TILES.items() if key.islower()},
+        **as_compiled(TILES, K=K, ACTIVATION=activation, RESETS=bool(documents), **absent),
         "variant": bool(documents) or kind == "fp16" or activation == "identity",
     }

@@ -1,6 +1,7 @@
 """The configurations of SSD's decode step that are shipped, with what one launch of each moves and computes."""
 
 from ...modeling.triton_ssd_step import ssd_blocks, ssd_step_kernel
+from . import as_compiled
 
 # a token of the 125M config for each of ROWS rows: 24 heads of 64 channels and states
 ROWS, E, P, N = 32, 24, 64, 64
@@ -22,9 +23,7 @@ def _case(selective: bool) -> dict:
         "name": f"ssd_step {'selective' if selective else 'constant'} bf16 P={P} N={N}",
         "kernel": ssd_step_kernel,
         "arguments": tensors | {"B": "i32", "E": "i32", "P": "i32:16", "eps": "fp32"},
-        "constexprs": {"HALF": N // 2, "SELECTIVE": selective, "ACTIVATION": "identity"}
-        | {key: value for key, value in blocks.items() if key.isupper()},
-        "options": {key: value for key, value in blocks.items() if key.islower()},
+        **as_compiled(blocks, HALF=N // 2, SELECTIVE=selective, ACTIVATION="identity"),
         "work": {
             "tokens": ROWS,
             "bytes": 4 * (E * (N + 1) + 4 * N + E * P) + ROWS * (2 * width + 2 * E * P + 8 * E * P * N),

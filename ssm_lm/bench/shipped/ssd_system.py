@@ -9,10 +9,12 @@ from ...modeling.triton_ssd_system import (
     turns_kernel,
     turns_tiles,
 )
+from . import as_compiled
 
 # tokens; heads of as many states as models have; chunks of T
 ROWS, E, STATES, T = 65536, 16, 64, LONGEST_SSD_CHUNK
 TYPES = {"fp32": 4, "bf16": 2}
+NORMS = "b_scale", "b_bias", "c_scale", "c_bias"
 
 
 def compile_cases(target: str) -> list[dict]:
@@ -38,19 +40,9 @@ def _backward(kind: str, N: int) -> dict:
     return _of_vectors("backward", norms_gradient_kernel, kind, N, tensors, BACKWARD) | {"work": work}
 
 
-NORMS = "b_scale", "b_bias", "c_scale", "c_bias"
-
-
 def _of_vectors(way, kernel, kind, N, tensors, numbers_a_thread) -> dict:
-    chosen = tiles(N, numbers_a_thread)
-    return {
-        "name": f"ssd_system vectors {way} {kind}{'' if N == STATES else f' N={N}'}",
-        "kernel": kernel,
-        "arguments": tensors | {"rows": "i32", "row": "i32", "eps": "fp32", "N": "i32:16"},
-        "constexprs": {key: value for key, value in chosen.items() if key.isupper()},
-        "options": {key: value for key, value in chosen.items() if key.islower()},
-        "variant": N != STATES,
-    }
+    arguments = tensors | {"rows": "i32", "row": "i32", "eps": "fp32", "N": "i32:16"}
+    return _case(f"vectors {way} {kind}", kernel, N, arguments, tiles(N, numbers_a_thread))
 
 
 def _turns(N: int) -> dict:
@@ -66,14 +58,16 @@ def _turns_gradient(N: int) -> dict:
 
 
 def _of_turns(way, kernel, N, tensors) -> dict:
-    chosen = turns_tiles(T, N // 2)
+    system = dict.fromkeys(("omega", "decay", "dt"), "*fp64:16")
+    arguments = system | tensors | {"T": "i32", "M": "i32:16", "omega_row": "i32:16"}
+    return _case(f"turns{way}", kernel, N, arguments, turns_tiles(T, N // 2))
+
+
+def _case(name, kernel, N, arguments, chosen) -> dict:
     return {
-        "name": f"ssd_system turns{way}{'' if N == STATES else f' N={N}'}",
+        "name": f"ssd_system {name}{'' if N == STATES else f' N={N}'}",
         "kernel": kernel,
-        "arguments": dict.fromkeys(("dt", "decay", "omega"), "*fp64:16")
-        | tensors
-        | {"T": "i32", "M": "i32:16", "omega_row": "i32:16"},
-        "constexprs": {key: value for key, value in chosen.items() if key.isupper()},
-        "options": {key: value for key, value in chosen.items() if key.islower()},
+        "arguments": arguments,
+        **as_compiled(chosen),
         "variant": N != STATES,
     }

@@ -7,6 +7,7 @@ from ...modeling.triton_step import (
     siso_blocks,
     siso_step_kernel,
 )
+from . import as_compiled
 
 
 def compile_cases(arch: str) -> list[dict]:
@@ -27,11 +28,7 @@ def compile_cases(arch: str) -> list[dict]:
                         **{"u": "*bf16:16", "state": f32, "coefficients": f32, "skip": f32, "y": "*bf16:16"},
                         **{"B": "i32", "H": aligned},
                     },
-                    "constexprs": {
-                        **{"HALF": N // 2, "RANK": (K - 2) // 2, "ACTIVATION": "gelu"},
-                        **{key: value for key, value in blocks.items() if key.isupper()},
-                    },
-                    "options": {key: value for key, value in blocks.items() if key.islower()},
+                    **as_compiled(blocks, HALF=N // 2, RANK=(K - 2) // 2, ACTIVATION="gelu"),
                     "work": {
                         "tokens": B,
                         "bytes": 4 * H * (K * N + 1) + B * H * (8 * N + 4),
@@ -65,8 +62,7 @@ def compile_cases(arch: str) -> list[dict]:
                     "name": f"mimo_step {name} N={N} B={B}",
                     "kernel": kernel,
                     "arguments": arguments,
-                    "constexprs": {**constexprs, **{key: value for key, value in blocks.items() if key.isupper()}},
-                    "options": {key: value for key, value in blocks.items() if key.islower()},
+                    **as_compiled(blocks, **constexprs),
                     "work": {"tokens": B, "bytes": moved, "flops": 2 * B * H * N},
                 }
             )
