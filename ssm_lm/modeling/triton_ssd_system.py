@@ -18,7 +18,7 @@ from .kernel_launch import in_rows, on_device, qualified
 from .kernel_limits import programs_of_a_norm
 from .kernels_s4 import Case, gradient_case
 from .ssd_chunks import since_start_of_chunks, turns_of_chunks
-from .triton_rms_norm import BACKWARD, FORWARD, TOLERANCES, read, tiles
+from .triton_rms_norm import FORWARD, TOLERANCES, read, tiles
 from .triton_ssd_step import turn
 
 try:
@@ -162,6 +162,8 @@ def turns_gradient_kernel(
 
 
 # ---- launches
+
+BACKWARD = 4  # numbers a thread: half of what one norm has, for four sums of them are kept and not one
 
 
 def run_turns(omega: torch.Tensor, decay: torch.Tensor, dt: torch.Tensor, T: int) -> tuple[torch.Tensor, ...]:

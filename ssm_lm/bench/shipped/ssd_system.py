@@ -1,8 +1,9 @@
 """The configurations of what SSD's scan reads that are shipped, with what one launch of each moves and computes."""
 
 from ...modeling.kernel_limits import LONGEST_SSD_CHUNK, NORM_PROGRAMS
-from ...modeling.triton_rms_norm import BACKWARD, FORWARD, tiles
+from ...modeling.triton_rms_norm import FORWARD, tiles
 from ...modeling.triton_ssd_system import (
+    BACKWARD,
     norms_gradient_kernel,
     norms_kernel,
     turns_gradient_kernel,
