@@ -10,7 +10,6 @@ import torch
 
 from ..modeling.activations import ACTIVATIONS
 from ..modeling.chunked import ChunkOperators, Implementation, Saved, operator_gradients, operator_shapes, to_rows
-from ..modeling.diagonal_operators import first_power
 from ..modeling.discrete import DiscreteDPLR
 from ..modeling.kernel_limits import (
     VANDERMONDE_POLES,
@@ -351,27 +350,58 @@ def _logits_to_loss(z, targets, bias=None, gradient=True):
     return nll.sum(), z if gradient else None
 
 
-# ---- the operators of a chunk of S4D
+# ---- S4D's system, and the operators of a chunk of it
+
+
+class _DiagonalDiscretization(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *parameters):
+        ctx.save_for_backward(*parameters)
+        C = parameters[-1]
+        with kernel_launches(1):
+            _read(*parameters)
+            system = (
+                C.new_zeros(2, len(C), C.shape[1] // 2, dtype=torch.float64),
+                C.new_zeros(2, len(C), C.shape[1] // 2),
+            )
+        return tuple(x for pair in system for x in pair.unbind())
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        log_dt, _, _, B, C = parameters = ctx.saved_tensors
+        (H, N), S = C.shape, len(B)
+        with kernel_launches(1):
+            _read(*parameters, *gradients)
+            of_log_dt, of_C = torch.zeros_like(log_dt), torch.zeros_like(C)
+            found = C.new_zeros(H, 2 * N)  # of what channels share
+        if S == H:  # three tensors, each the parameter's own
+            return of_log_dt, *map(torch.empty_like, parameters[1:4]), of_C
+        return of_log_dt, *found.unflatten(0, (H // S, S)).sum(0).split([N // 2, N // 2, N], 1), of_C
+
+
+def _diagonal_discretization(*parameters_and_method):
+    return _DiagonalDiscretization.apply(*parameters_and_method[:5])
 
 
 class _DiagonalOperators(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, Lambda_re, Lambda_im, CB_re, CB_im, length):
-        ctx.save_for_backward(Lambda_re, Lambda_im, CB_re, CB_im)
+    def forward(ctx, log_re, log_im, CB_re, CB_im, length, skip):
+        ctx.save_for_backward(log_re, log_im, CB_re, CB_im)
         H, half = CB_re.shape
         with kernel_launches(1):
-            _read(Lambda_re, Lambda_im, CB_re, CB_im)
+            _read(log_re, log_im, CB_re, CB_im, skip)
             return tuple(CB_re.new_zeros(shape) for shape in operator_shapes(H, length, 2 * half, dense=False))
 
     @staticmethod
     def backward(ctx, *gradients):
         with kernel_launches(1):
             _read(*ctx.saved_tensors, *gradients)
-            return *map(torch.zeros_like, ctx.saved_tensors), None
+            found, of_skip = map(torch.zeros_like, ctx.saved_tensors), gradients[0].new_zeros(len(gradients[0]))
+            return *found, None, of_skip if ctx.needs_input_grad[5] else None
 
 
-def _diagonal_operators(log_re, log_im, CB_re, CB_im, length):
-    return ChunkOperators(*_DiagonalOperators.apply(*first_power(log_re, log_im), CB_re, CB_im, length))
+def _diagonal_operators(log_re, log_im, CB_re, CB_im, length, skip):
+    return ChunkOperators(*_DiagonalOperators.apply(log_re, log_im, CB_re, CB_im, length, skip))
 
 
 # ---- of the mode fft: what makes a convolution's kernel, complex numbers at the nodes, or the taps
@@ -524,6 +554,7 @@ STAND_INS = {
     "ssd_scan": _ssd_scan,
     "ssd_system": _ssd_vectors,
     "short_convolution": _short_convolution,
+    "diagonal_discretization": _diagonal_discretization,
     "diagonal_operators": _diagonal_operators,
     "dplr_discretization": _dplr_discretization,
     "dplr_operators": _dplr_operators,

@@ -5,21 +5,20 @@ Shapes: H channels, N order of the real system, T chunk length.
 
 import torch
 
-from .chunked import ChunkOperators
+from .chunked import ChunkOperators, with_skip
 from .real_form import powers
 
 
-def first_power(log_re: torch.Tensor, log_im: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Re and Im of Lambda_bar in float64, of which the kernel makes the others."""
-    modulus, phase = log_re.double().exp(), log_im.double()
-    return modulus * phase.cos(), modulus * phase.sin()
-
-
 def power_operators(
-    log_re: torch.Tensor, log_im: torch.Tensor, CB_re: torch.Tensor, CB_im: torch.Tensor, length: int
+    log_re: torch.Tensor,
+    log_im: torch.Tensor,
+    CB_re: torch.Tensor,
+    CB_im: torch.Tensor,
+    length: int,
+    skip: torch.Tensor | None = None,
 ) -> ChunkOperators:
     """The operators of a chunk of `length` tokens of a `DiscreteDiagonal`, of which these are the parts: log Lambda_bar
-    in float64, C B_bar in the dtype of the operators, (H, N/2) each.
+    in float64, C B_bar in the dtype of the operators, (H, N/2) each. skip: D (H,), which is added to the first tap.
     """
     dtype, half = CB_re.dtype, CB_re.shape[1]
     exponents = torch.arange(length + 1, device=log_re.device)
@@ -29,5 +28,5 @@ def power_operators(
     carry = torch.cat([re[..., -1], im[..., -1]], -1)
     c_re, c_im = CB_re[..., None], CB_im[..., None]
     rows = 2 * torch.cat([c_re * re - c_im * im, -(c_re * im + c_im * re)], 1)  # 2 Re(c Lambda^j x), j <= T
-    taps = rows[:, :half, :length].sum(1)
+    taps = with_skip(rows[:, :half, :length].sum(1), skip)
     return ChunkOperators(taps, rows[..., 1:].transpose(1, 2), inject, carry)

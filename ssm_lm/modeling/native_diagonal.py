@@ -10,7 +10,7 @@ import ctypes
 
 import torch
 
-from .chunked import ChunkOperators, operator_shapes
+from .chunked import ChunkOperators, operator_shapes, with_skip
 from .first_order import first_order
 from .native_library import doubles, floats, for_c, library
 from .native_operators import may_run, side_by_side, threads_for
@@ -26,9 +26,10 @@ def is_for_the_library(parts: tuple[torch.Tensor, ...], setting: str) -> bool:
     return dtypes == [torch.float64] * 2 + [torch.float32] * 2 and library("diagonal") is not None
 
 
-def native_diagonal(log_re, log_im, CB_re, CB_im, length: int) -> ChunkOperators:
+def native_diagonal(log_re, log_im, CB_re, CB_im, length: int, skip: torch.Tensor | None = None) -> ChunkOperators:
     """`power_operators` by the library."""
-    return ChunkOperators(*_Operators.apply(length, log_re, log_im, CB_re, CB_im))
+    taps, *others = _Operators.apply(length, log_re, log_im, CB_re, CB_im)
+    return ChunkOperators(with_skip(taps, skip), *others)
 
 
 class _Operators(torch.autograd.Function):

@@ -8,6 +8,7 @@
     a step        discrete.py                               triton_step.py, triton_ssd_step.py
     short taps    short_taps.py                             triton_short_convolution.py
     S4's system   dplr_discretization.py                    triton_dplr_discretization.py
+    S4D's system  diagonal_discretization.py                triton_diagonal_discretization.py
     S4D operators diagonal_operators.py                     triton_diagonal_operators.py
     S4 operators  dplr_operators.py                         triton_dplr_operators.py
     RMS norm      rms_norm.py                               triton_rms_norm.py
@@ -34,8 +35,9 @@ from .cauchy import cauchy
 from .cauchy import cauchy_products as plain_cauchy_products
 from .chunked import PLAIN, ChunkOperators, Wanted, differentiable, toeplitz
 from .cross_entropy import logits_to_loss as plain_logits_to_loss
+from .diagonal_discretization import diagonal_system as plain_diagonal_system
 from .diagonal_operators import power_operators
-from .discrete import DiscreteDiagonal, DiscreteDPLR, norm_vectors
+from .discrete import DiscreteDPLR, norm_vectors
 from .dplr_discretization import bilinear_dplr
 from .dplr_operators import krylov_operators
 from .kernel_limits import (
@@ -68,6 +70,7 @@ __all__ = [
     "cauchy_products",
     "chunk_scan",
     "diagonal_operators",
+    "diagonal_system",
     "dplr_discretization",
     "dplr_operators",
     "drop_activated",
@@ -420,7 +423,32 @@ def dplr_operators(
     return DPLR_OPERATORS.either(run_kernel)(*discrete, length, skip)
 
 
-# ---- the operators of a chunk of S4D
+# ---- S4D's system, and the operators of a chunk of it
+
+
+def _load_diagonal_discretization():
+    from .triton_diagonal_discretization import diagonal_discretization, self_check_cases
+
+    return diagonal_discretization, self_check_cases
+
+
+DIAGONAL_DISCRETIZATION = Operation("diagonal_discretization", plain_diagonal_system, _load_diagonal_discretization)
+
+
+def diagonal_system(
+    log_dt, Lambda_log_re, Lambda_im, B, C, method: str, setting: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log Lambda_bar and C B_bar of S4D's parameters, (re, im) each; see diagonal_discretization.py.
+
+    method: S4Config's key `discretization`; setting: its key `kernels`.
+    """
+    parameters, N = (log_dt, Lambda_log_re, Lambda_im, B, C), C.shape[1]
+    # of another method there is no kernel: `kernels: triton` forces what there is
+    has_kernel = method == "zoh" and N <= LARGEST_STATE
+    run_kernel = has_kernel and DIAGONAL_DISCRETIZATION.runs_kernel(
+        *parameters, unsupported=limit_of_diagonal_operators(log_dt.dtype), setting=setting, problem=(N,)
+    )
+    return DIAGONAL_DISCRETIZATION.either(run_kernel)(*parameters, method)
 
 
 def _load_diagonal_operators():
@@ -432,18 +460,25 @@ def _load_diagonal_operators():
 DIAGONAL_OPERATORS = Operation("diagonal_operators", power_operators, _load_diagonal_operators)
 
 
-def diagonal_operators(discrete: DiscreteDiagonal, length: int, setting: str = "auto") -> ChunkOperators:
-    """The operators of a chunk of `length` tokens; see diagonal_operators.py, and on a CPU native_diagonal.py.
+def diagonal_operators(
+    system: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    length: int,
+    skip: torch.Tensor | None = None,
+    setting: str = "auto",
+) -> ChunkOperators:
+    """The operators of a chunk of `length` tokens of a `diagonal_system`, or of the first four of a `DiscreteDiagonal`;
+    see diagonal_operators.py, and on a CPU native_diagonal.py.
 
     setting: S4Config's key `kernels`.
     """
-    parts, N = discrete[:4], 2 * discrete.CB_re.shape[1]
+    _, _, CB_re, _ = parts = system[:4]
+    N = 2 * CB_re.shape[1]
     run_kernel = N <= LARGEST_STATE and DIAGONAL_OPERATORS.runs_kernel(
-        *parts, unsupported=limit_of_diagonal_operators(discrete.CB_re.dtype), setting=setting, problem=(N,)
+        *parts, unsupported=limit_of_diagonal_operators(CB_re.dtype), setting=setting, problem=(N,)
     )
     if not run_kernel and diagonal_is_for_the_library(parts, setting):
-        return native_diagonal(*parts, length)
-    return DIAGONAL_OPERATORS.either(run_kernel)(*parts, length)
+        return native_diagonal(*parts, length, skip)
+    return DIAGONAL_OPERATORS.either(run_kernel)(*parts, length, skip)
 
 
 # ---- the kernels of convolutions

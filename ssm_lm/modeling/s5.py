@@ -14,7 +14,7 @@ import torch
 
 from .checks import check_blocks
 from .chunked import ChunkOperators
-from .diagonal import discretize_diagonal
+from .diagonal_discretization import discretize_diagonal
 from .discrete import DiscreteMIMO
 from .hippo import INITIALIZATIONS
 from .kernel_limits import limit_of_s5_scan

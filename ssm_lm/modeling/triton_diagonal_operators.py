@@ -1,8 +1,8 @@
 """The operators of a chunk of S4D on a GPU: one launch forward, one back. The twin is diagonal_operators.py.
 
-A channel's program walks the T tokens of the chunk with the powers of Lambda_bar, by one float64 product a token: no
-phase leaves its digits, and no tensor of (H, N/2, T) is written but the operators. Sums are float32, no atomics, and
-another T or H compiles nothing new. A vector of N is a pair of halves (re, im), (1, HALF).
+A channel's program makes Lambda_bar of its logarithm and walks the T tokens of the chunk with its powers, by one
+float64 product a token: no phase leaves its digits, and no tensor of (H, N/2, T) is written but the operators. Sums are
+float32, no atomics, and another T or H compiles nothing new. A vector of N is a pair of halves (re, im), (1, HALF).
 """
 
 from functools import partial
@@ -10,9 +10,11 @@ from functools import partial
 import torch
 
 from .chunked import ChunkOperators, operator_shapes
-from .diagonal_operators import first_power, power_operators
+from .diagonal_operators import power_operators
 from .kernel_launch import on_device, qualified
 from .kernels_s4 import Case, gradient_case
+from .triton_diagonal_discretization import exponential
+from .triton_dplr_discretization import times, times_conjugate
 from .triton_dplr_operators import read_pair, write_columns, write_pair
 
 try:
@@ -23,40 +25,40 @@ except ImportError:  # `kernels_s4` asks for this module in a `try` of its own, 
 
 
 @triton.jit
-def times(a_re, a_im, b_re, b_im):
-    """The complex product."""
-    return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
-
-
-@triton.jit
-def read_system(Lambda_re, Lambda_im, CB_re, CB_im, h, n, half):
-    """Lambda_bar, float64, and C B_bar of a channel, each as two halves; 0 beyond them."""
+def read_system(log_re, log_im, CB_re, CB_im, h, n, half):
+    """Lambda_bar, float64, and C B_bar of a channel, each as two halves; 1 and 0 beyond them."""
     here, inside = h * half + n, n < half
-    l_re, l_im = tl.load(Lambda_re + here, mask=inside, other=0.0), tl.load(Lambda_im + here, mask=inside, other=0.0)
+    l_re, l_im = tl.load(log_re + here, mask=inside, other=0.0), tl.load(log_im + here, mask=inside, other=0.0)
+    l_re, l_im = exponential(l_re, l_im)
     c_re, c_im = tl.load(CB_re + here, mask=inside, other=0.0), tl.load(CB_im + here, mask=inside, other=0.0)
     return l_re, l_im, c_re, c_im
 
 
 # lengths are no constants: another one compiles nothing new
-@triton.jit(do_not_specialize=["T", "half"])
+@triton.jit(do_not_specialize=["T", "half", "has_skip"])
 def power_kernel(
-    Lambda_re,
-    Lambda_im,
+    log_re,
+    log_im,
     CB_re,
     CB_im,
+    skip,
     taps,
     emit,
     inject,
     carry,
     T,
     half,
+    has_skip,
     HALF: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """taps (H, T), emit (H, T, N), inject (H, N, T), carry (H, N) of Lambda_bar, float64, and C B_bar, (H, N/2)."""
+    """taps (H, T), emit (H, T, N), inject (H, N, T), carry (H, N) of log Lambda_bar, float64, and C B_bar, (H, N/2);
+    skip (H,) is added to the first tap, or is not read where has_skip is 0.
+    """
     h, N = tl.program_id(0).to(tl.int64), 2 * half
     n = tl.arange(0, HALF)[None, :]
-    l_re, l_im, c_re, c_im = read_system(Lambda_re, Lambda_im, CB_re, CB_im, h, n, half)
+    l_re, l_im, c_re, c_im = read_system(log_re, log_im, CB_re, CB_im, h, n, half)
+    d = tl.load(skip + h, mask=has_skip != 0, other=0.0)
     p_re, p_im = tl.where(n < half, 1.0, 0.0).to(tl.float64), tl.zeros((1, HALF), tl.float64)
     i = tl.arange(0, STEPS)[:, None]
     for first in range(0, T, STEPS):
@@ -75,7 +77,7 @@ def power_kernel(
         at = T - STEPS - first + i  # of inject
         write_columns(inject + h * N * T, columns_re, columns_im, at, n, T, half)
         answer = tl.sum(2.0 * (c_re * columns_re - c_im * columns_im), 1, keep_dims=True)
-        tl.store(taps + h * T + T - 1 - at, answer, mask=at >= 0)
+        tl.store(taps + h * T + T - 1 - at, answer + tl.where(at == T - 1, d, 0.0), mask=at >= 0)
     write_pair(carry + h * N, p_re.to(tl.float32), p_im.to(tl.float32), n, half)
 
 
@@ -85,18 +87,19 @@ def power_kernel(
     do_not_specialize_on_alignment=["of_emit", "of_inject"],
 )
 def power_gradient_kernel(
-    Lambda_re,
-    Lambda_im,
+    log_re,
+    log_im,
     CB_re,
     CB_im,
     of_taps,
     of_emit,
     of_inject,
     of_carry,
-    of_Lambda_re,
-    of_Lambda_im,
+    of_log_re,
+    of_log_im,
     of_CB_re,
     of_CB_im,
+    of_skip,
     T,
     half,
     emit_head,
@@ -110,7 +113,7 @@ def power_gradient_kernel(
     """
     h, N = tl.program_id(0).to(tl.int64), 2 * half
     n = tl.arange(0, HALF)[None, :]
-    l_re, l_im, c_re, c_im = read_system(Lambda_re, Lambda_im, CB_re, CB_im, h, n, half)
+    l_re, l_im, c_re, c_im = read_system(log_re, log_im, CB_re, CB_im, h, n, half)
     p_re, p_im = tl.where(n < half, 1.0, 0.0).to(tl.float64), tl.zeros((1, HALF), tl.float64)
     d_re, d_im = tl.zeros((1, HALF), tl.float64), tl.zeros((1, HALF), tl.float64)
     to_l_re, to_l_im = d_re, d_im
@@ -135,11 +138,13 @@ def power_gradient_kernel(
         d_re, d_im = times(l_re, l_im, d_re, d_im)
         d_re, d_im = d_re + p_re, d_im + p_im
         p_re, p_im = times(l_re, l_im, p_re, p_im)
+    to_l_re, to_l_im = times_conjugate(l_re, l_im, to_l_re, to_l_im)  # of its logarithm
     here = h * half + n
-    tl.store(of_Lambda_re + here, to_l_re, mask=n < half)
-    tl.store(of_Lambda_im + here, to_l_im, mask=n < half)
+    tl.store(of_log_re + here, to_l_re, mask=n < half)
+    tl.store(of_log_im + here, to_l_im, mask=n < half)
     tl.store(of_CB_re + here, to_c_re, mask=n < half)
     tl.store(of_CB_im + here, to_c_im, mask=n < half)
+    tl.store(of_skip + h, tl.load(of_taps + h * T))
 
 
 # ---- launches
@@ -148,9 +153,9 @@ STEPS = 16  # tokens whose columns are written together
 WARPS = {"forward": 4, "backward": 1}
 
 
-def _launch(Lambda_re, length: int) -> tuple[tuple[int], tuple[int, int], dict]:
+def _launch(log_re, length: int) -> tuple[tuple[int], tuple[int, int], dict]:
     """The grid, (T, N/2), and what is constant."""
-    H, half = Lambda_re.shape
+    H, half = log_re.shape
     return (H,), (length, half), {"HALF": max(16, triton.next_power_of_2(half)), "num_stages": 1}
 
 
@@ -160,15 +165,22 @@ def _empty(CB_re, T) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 
 
 def run_forward(
-    Lambda_re: torch.Tensor, Lambda_im: torch.Tensor, CB_re: torch.Tensor, CB_im: torch.Tensor, length: int
+    log_re: torch.Tensor,
+    log_im: torch.Tensor,
+    CB_re: torch.Tensor,
+    CB_im: torch.Tensor,
+    length: int,
+    skip: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """taps, emit, inject and carry; see `power_operators`. Lambda_bar: float64."""
-    inputs = [x.contiguous() for x in (Lambda_re, Lambda_im, CB_re, CB_im)]
+    """taps, emit, inject and carry; see `power_operators`."""
+    inputs = [x.contiguous() for x in (log_re, log_im, CB_re, CB_im, CB_re if skip is None else skip)]
     outputs = _empty(CB_re, length)
-    grid, sizes, options = _launch(Lambda_re, length)
+    grid, sizes, options = _launch(log_re, length)
     if len(CB_re):
         with on_device(CB_re.device):
-            power_kernel[grid](*inputs, *outputs, *sizes, STEPS=STEPS, num_warps=WARPS["forward"], **options)
+            power_kernel[grid](
+                *(*inputs, *outputs, *sizes, int(skip is not None)), STEPS=STEPS, num_warps=WARPS["forward"], **options
+            )
     return outputs
 
 
@@ -177,16 +189,16 @@ def run_backward(
     of_emit: torch.Tensor,
     of_inject: torch.Tensor,
     of_carry: torch.Tensor,
-    Lambda_re: torch.Tensor,
-    Lambda_im: torch.Tensor,
+    log_re: torch.Tensor,
+    log_im: torch.Tensor,
     CB_re: torch.Tensor,
     CB_im: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of Lambda_bar, float64, and of C B_bar."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of log Lambda_bar, float64, of C B_bar and of a skip."""
     of_emit, of_inject = (x if x.stride(2) == 1 else x.contiguous() for x in (of_emit, of_inject))
-    inputs = [x.contiguous() for x in (Lambda_re, Lambda_im, CB_re, CB_im)]
-    outputs = tuple(torch.empty_like(x) for x in inputs)
-    grid, sizes, options = _launch(Lambda_re, of_taps.shape[1])
+    inputs = [x.contiguous() for x in (log_re, log_im, CB_re, CB_im)]
+    outputs = tuple(torch.empty_like(x) for x in (*inputs, CB_re[:, 0]))
+    grid, sizes, options = _launch(log_re, of_taps.shape[1])
     if len(CB_re):
         with on_device(CB_re.device):
             power_gradient_kernel[grid](
@@ -213,31 +225,34 @@ make_operators_backward = torch.library.custom_op(
 
 
 @make_operators.register_fake
-def _(Lambda_re, Lambda_im, CB_re, CB_im, length):
+def _(log_re, log_im, CB_re, CB_im, length, skip):
     return _empty(CB_re, length)
 
 
 @make_operators_backward.register_fake
-def _(of_taps, of_emit, of_inject, of_carry, Lambda_re, Lambda_im, CB_re, CB_im):
-    return tuple(x.new_empty(x.shape) for x in (Lambda_re, Lambda_im, CB_re, CB_im))
+def _(of_taps, of_emit, of_inject, of_carry, log_re, log_im, CB_re, CB_im):
+    return tuple(x.new_empty(x.shape) for x in (log_re, log_im, CB_re, CB_im, CB_re[:, 0]))
 
 
 def save(ctx, inputs, output):
     """For `backward`, by autograd."""
-    ctx.save_for_backward(*inputs[:4])
+    *tensors, _, skip = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.has_skip = skip is not None
 
 
 def backward(ctx, *gradients, run=make_operators_backward):
     """The gradients of all inputs of `make_operators`."""
-    return *run(*gradients, *ctx.saved_tensors), None
+    *found, of_skip = run(*gradients, *ctx.saved_tensors)
+    return *found, None, of_skip if ctx.has_skip else None
 
 
 make_operators.register_autograd(backward, setup_context=save)
 
 
-def diagonal_operators(log_re, log_im, CB_re, CB_im, length: int) -> ChunkOperators:
+def diagonal_operators(log_re, log_im, CB_re, CB_im, length: int, skip=None) -> ChunkOperators:
     """`power_operators` by the kernel."""
-    return ChunkOperators(*make_operators(*first_power(log_re, log_im), CB_re, CB_im, length))
+    return ChunkOperators(*make_operators(log_re, log_im, CB_re, CB_im, length, skip))
 
 
 # ---- what the registry asks for
@@ -260,9 +275,13 @@ def self_check_cases(device: torch.device, *problem) -> list[Case]:
 
 
 def _case(device, N, T) -> Case:
-    leaves = example(3, N, device)
     generator = torch.Generator().manual_seed(1)
+    leaves = [*example(3, N, device), torch.randn(3, generator=generator).to(device)]
     shapes = operator_shapes(3, T, N, dense=False)
     weights = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-    ours, twin = partial(diagonal_operators, length=T), partial(power_operators, length=T)
+
+    def run(make, *system_and_skip):
+        return make(*system_and_skip[:4], T, system_and_skip[4])
+
+    ours, twin = partial(run, diagonal_operators), partial(run, power_operators)
     return gradient_case(f"operators of a diagonal, N = {N}", ours, twin, leaves, weights, 2e-5)

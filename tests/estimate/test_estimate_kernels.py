@@ -213,6 +213,14 @@ def opened_diagonal_operators(monkeypatch):
 
 
 @pytest.fixture
+def opened_diagonal_discretization(monkeypatch):
+    from ssm_lm.modeling import triton_diagonal_discretization as module
+
+    launched = opened(monkeypatch, module, "discretize", "zoh_kernel", "zoh_gradient_kernel")
+    return module.diagonal_discretization, launched
+
+
+@pytest.fixture
 def opened_dplr_discretization(monkeypatch):
     from ssm_lm.modeling import triton_dplr_discretization as module
 
@@ -262,8 +270,9 @@ OF_OPERATORS = {
         "dplr_discretization backward rank 1",
     ),
     S4D: (
-        "diagonal_operators forward N=64",
-        "diagonal_operators forward N=64, diagonal_operators backward N=64",
+        "diagonal_discretization forward N=64, diagonal_operators forward N=64",
+        "diagonal_discretization forward N=64, diagonal_operators forward N=64, "
+        "diagonal_operators backward N=64, diagonal_discretization backward N=64",
     ),
 }
 
@@ -272,10 +281,10 @@ def bytes_of_rows(layer_class, mode) -> list[float]:
     """Forward and backward: the sums of the report's rows, each the first whose name begins so."""
     found = {case["name"]: case["work"]["bytes"] for case in compile_cases("sm_90")}
     kernel, *ways = ROWS[layer_class, mode]
-    if mode == "fft":  # an S4's truncated C is made of its system
-        system = "dplr_discretization {} rank 1" if layer_class is S4 else ""
+    if mode == "fft":  # the kernel is made of the system
+        system = "dplr_discretization {} rank 1" if layer_class is S4 else "diagonal_discretization {} N=64"
         ways = "forward", "backward"
-        return [found[kernel.replace("forward", way)] + found.get(system.format(way), 0) for way in ways]
+        return [found[kernel.replace("forward", way)] + found[system.format(way)] for way in ways]
     starts = [[f"{kernel} {row}" for row in way.split(", ")] for way in ways]
     for way, rows in zip(starts, OF_OPERATORS.get(layer_class, ()), strict=layer_class in OF_OPERATORS):
         way += rows.split(", ")
@@ -346,6 +355,7 @@ def test_a_kernel_is_launched_as_often_as_is_counted(layer_class, mode, monkeypa
 
     from ssm_lm.modeling.triton_cauchy import cauchy_products_kernel
     from ssm_lm.modeling.triton_chunk_scan import FUSED
+    from ssm_lm.modeling.triton_diagonal_discretization import diagonal_discretization
     from ssm_lm.modeling.triton_diagonal_operators import diagonal_operators
     from ssm_lm.modeling.triton_dplr_discretization import dplr_discretization
     from ssm_lm.modeling.triton_dplr_operators import dplr_operators
@@ -357,6 +367,7 @@ def test_a_kernel_is_launched_as_often_as_is_counted(layer_class, mode, monkeypa
     of_gpu = {"chunk_scan": FUSED, "s5_scan": s5_scan, "ssd_scan": ssd_scan, "ssd_system": ssd_vectors}
     of_gpu |= {"dplr_discretization": dplr_discretization, "dplr_operators": dplr_operators}
     of_gpu |= {
+        "diagonal_discretization": diagonal_discretization,
         "diagonal_operators": diagonal_operators,
         "cauchy": cauchy_products_kernel,
         "vandermonde": vandermonde_kernel,
@@ -551,6 +562,7 @@ def test_a_stand_in_holds_what_its_kernel_holds(
     activation,
     length,
     opened_ssd_scan,
+    opened_diagonal_discretization,
     opened_diagonal_operators,
     opened_dplr_operators,
     opened_dplr_discretization,
@@ -562,6 +574,7 @@ def test_a_stand_in_holds_what_its_kernel_holds(
     found, of_gpu = [], {"chunk_scan": FUSED, "s5_scan": s5_scan} | opened_ssd_scan
     of_gpu["dplr_operators"], launched = opened_dplr_operators
     of_gpu["dplr_discretization"], of_systems = opened_dplr_discretization
+    of_gpu["diagonal_discretization"], of_diagonal_systems = opened_diagonal_discretization
     of_gpu["diagonal_operators"], of_diagonals = opened_diagonal_operators
     for which in (of_gpu, STAND_INS):
         with assume("sm_90", which), FakeTensorMode():
@@ -570,8 +583,8 @@ def test_a_stand_in_holds_what_its_kernel_holds(
             found.append(trace(Output(layer, activation), [u], None))
     ours, theirs = found[1], found[0]
     # forward, and again in the backward
-    expected = {S4: [4, 3, 0], S4D: [0, 0, 3]}.get(layer_class, [0, 0, 0])
-    assert [len(launched), len(of_systems), len(of_diagonals)] == expected
+    expected = {S4: [4, 3, 0, 0], S4D: [0, 0, 3, 3]}.get(layer_class, [0] * 4)
+    assert [len(x) for x in (launched, of_systems, of_diagonals, of_diagonal_systems)] == expected
     if layer_class is SSD:  # what PyTorch's operators move beside the kernels
         moved = [each.backward_traffic - each.backward_in_kernels for each in (ours, theirs)]
         assert moved[0] == pytest.approx(moved[1], rel=0.15)

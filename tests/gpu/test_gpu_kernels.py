@@ -182,8 +182,8 @@ def test_self_checks(place):
         assert use_kernel("chunk_scan", where, problem=problem) == place.has_kernels, problem
     for name, rank in itertools.product(("dplr_discretization", "dplr_operators"), (1, 2)):
         assert use_kernel(name, where, problem=(64, rank)) == place.has_kernels, (name, rank)
-    for N in (64, 128):
-        assert use_kernel("diagonal_operators", where, problem=(N,)) == place.has_kernels, N
+    for name, N in itertools.product(("diagonal_discretization", "diagonal_operators"), (64, 128)):
+        assert use_kernel(name, where, problem=(N,)) == place.has_kernels, (name, N)
     for dtype in TOLERANCES:
         assert use_kernel("ssd_scan", where, problem=(dtype, 64, 64)) == place.has_kernels, dtype
         assert use_kernel("ssd_system", where, problem=(dtype, torch.float32, 64)) == place.has_kernels, dtype

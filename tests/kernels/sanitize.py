@@ -106,7 +106,7 @@ def operation(name):
         problems = [(None, 12, None, 16), (torch.float32, 12, None, 12)]
     elif name == "short_convolution":  # but for what documents add, all of its problems lie at the same addresses
         problems = module.PROBLEMS[:1]
-    elif name == "diagonal_operators":
+    elif name in ("diagonal_operators", "diagonal_discretization"):
         problems = [(6,)]
     elif name in ("dplr_operators", "dplr_discretization"):
         problems = [(6, 2)]

@@ -285,22 +285,23 @@ def test_another_length_of_the_operators_of_a_diagonal_compiles_nothing_new(seen
         case.kernel()
     for H, T in ((1024, 64), (1, 1), (16, 16), (5, 33)):
         inputs = [x.requires_grad_() for x in example(H, 64)]
-        taps, emit, inject, carry = diagonal_operators(*inputs, T)
+        skip = torch.ones(H, requires_grad=True) if T > 1 else None
+        taps, emit, inject, carry = diagonal_operators(*inputs, T, skip)
         gram = torch.ones(H, T + 64, T + 64)
         weights = torch.ones(H, T), gram[:, :T, T:], gram[:, T:, :T], torch.ones(H, 64)
         torch.autograd.grad((taps, emit, inject, carry), inputs, weights)
     assert len(seen) == 2
 
 
-def test_another_width_of_the_discretisation_compiles_nothing_new(seen):
+@pytest.mark.parametrize(("name", "problem"), [("dplr_discretization", (64, 1)), ("diagonal_discretization", (64,))])
+def test_another_width_of_a_discretisation_compiles_nothing_new(seen, name, problem):
     """Nor do systems that channels share; nothing is compiled here."""
-    from ssm_lm.modeling.triton_dplr_discretization import dplr_discretization, example, self_check_cases
-
-    for case in self_check_cases(torch.device("cpu"), 64, 1):
+    module = importlib.import_module(f"ssm_lm.modeling.triton_{name}")
+    for case in module.self_check_cases(torch.device("cpu"), *problem):
         case.kernel()
     for H, S in ((1024, 1024), (1024, 1), (16, 4), (1, 1)):
-        inputs = [x.requires_grad_() for x in example(H, S, 64, 1)]
-        sum(x.sum() for x in dplr_discretization(*inputs)).backward()
+        inputs = [x.requires_grad_() for x in module.example(H, S, *problem)]
+        sum(x.sum() for x in getattr(module, name)(*inputs)).backward()
     assert len(seen) == 2
 
 
@@ -342,7 +343,8 @@ def test_self_checks(launched, name, target):
 
 SMALLEST = [
     *((name, target) for target in ("sm_90", "gfx942") for name in ("cauchy", "vandermonde", "s5_scan", "step")),
-    *((name, target) for target in ("sm_90", "gfx942") for name in ("diagonal_operators", "ssd_step")),
+    *(("ssd_step", target) for target in ("sm_90", "gfx942")),
+    *((f"diagonal_{name}", target) for target in ("sm_90", "gfx942") for name in ("operators", "discretization")),
     *((f"dplr_{name}", target) for target in ("sm_90", "gfx942") for name in ("operators", "discretization")),
     *(("chunk_scan", target) for target in ("sm_90", "sm_100", "gfx942")),  # Blackwell has other matrix instructions
 ]
@@ -377,6 +379,9 @@ def test_smallest_sizes(launched, name, target):
     elif name == "diagonal_operators":
         inputs = [x.requires_grad_() for x in module.example(1, 2)]
         sum(x.sum() for x in module.diagonal_operators(*inputs, 1)).backward()
+    elif name == "diagonal_discretization":
+        inputs = [x.requires_grad_() for x in module.example(1, 1, 2)]
+        sum(x.sum() for x in module.diagonal_discretization(*inputs)).backward()
     elif name == "dplr_discretization":
         for rank in (1, 2):
             inputs = [x.requires_grad_() for x in module.example(1, 1, 2, rank)]
