@@ -2,7 +2,7 @@
 # make test:       every test that needs no GPU and no cluster, but for the long ones
 # make long-test:  claims of accuracy, memory and endurance, three tests at a time; then those of speed, one at a time
 # make test-triton TRITON=3.9.0: the kernels interpreted, and all compiled, with another Triton than the one that is
-#                  pinned; KERNEL_TESTS=tests/kernels for all of their tests
+#                  pinned; KERNEL_TESTS=tests/kernels for all of their tests, SELECT="not sm_80" for a part of them
 # make gpu:        all that a GPU must show, in at most eight minutes: one JSON and pictures in build/gpu. It takes the
 #                  Python that is given, the environment of `make venv`, or python3, and installs nothing; tests/gpu/first_day.py
 # make docs:       the pages of docs/ and the API as a site, in build/site; a broken link is an error
@@ -26,6 +26,7 @@ SETS ?= lowest highest
 GPU_OUTPUT ?= build/gpu
 # --device cpu: a rehearsal of `make gpu` without a GPU; --parts NAME,...: these alone
 GPU ?=
+SELECT ?=
 KERNEL_TESTS ?= tests/kernels/test_kernels_interpreted.py::test_interpreted tests/kernels/test_kernel_launches.py \
 	tests/kernels/test_kernel_resources.py
 
@@ -54,7 +55,7 @@ long-test: venv
 
 test-triton: venv
 	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
-	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -m pytest -n 2 --dist worksteal $(KERNEL_TESTS)
+	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -m pytest -n 2 --dist worksteal -k "$(SELECT)" $(KERNEL_TESTS)
 
 gpu:
 	$(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(BIN)/python)),$(PYTHON)) -m tests.gpu.first_day --output $(GPU_OUTPUT) $(GPU)

@@ -266,10 +266,10 @@ def test_a_few_sequences_of_edits(corpus, tmp_path):
 @pytest.mark.seconds(90)
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("first", [1000, 1100])
-def test_fifty_sequences_of_edits(corpus, tmp_path, first):
-    """Two hundred, of which these are a quarter, were played when they were written: 1,034 starts, none that failed."""
-    counts = play(range(first, first + 25), corpus, tmp_path, two_ranks=0.1)
-    assert min(counts.values()) > 12
+def test_many_sequences_of_edits(corpus, tmp_path, first):
+    """Two hundred were played when they were written, these among them: 1,034 starts, none that failed."""
+    counts = play(range(first, first + 12), corpus, tmp_path, two_ranks=0.1)
+    assert min(counts.values()) > 5
 
 
 @pytest.mark.slow
