@@ -19,6 +19,7 @@ from ..modeling.kernel_limits import (
     s5_chunk_length,
     segments,
 )
+from ..modeling.prefix_scans import gradient_of_logs
 from ..modeling.ssd_chunks import heads_of, scan_by, sum_up_gradients, turns_of_chunks
 from .trace import kernel_launches
 
@@ -92,15 +93,15 @@ def _backward(saved: Saved, operators: ChunkOperators, wanted, grad_y, grad_fina
     return grad_u, grad_initial, operator_gradients(gram, of_taps, operators.carry)
 
 
-# ---- S5's scan: every launch over chunks reads what drives the states, one in two writes them
+# ---- S5's scan: every launch over chunks reads what drives the states, one in two writes them; one makes the powers
 
 
 class _S5Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, log_re, log_im, initial_state):
-        with kernel_launches(3):
+        with kernel_launches(4):
             _read(u, u, initial_state)
-            _starts_of_s5(u)
+            _starts_of_s5(u, log_re)
             x, final = torch.zeros_like(u), u.new_zeros(len(u), u.shape[-1], dtype=torch.float32)
         ctx.save_for_backward(x, log_re, initial_state)
         return x, final
@@ -108,20 +109,20 @@ class _S5Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_x, grad_final):
         x, log_re, initial_state = ctx.saved_tensors
-        with kernel_launches(3):
+        with kernel_launches(4):
             _read(grad_x, grad_x, grad_final, x)
-            parts = _starts_of_s5(x).zero_()
+            parts = _starts_of_s5(x, log_re).zero_()
             grad_u = torch.zeros_like(x)
             grad_initial = None if initial_state is None else torch.zeros_like(initial_state)
-        parts.sum((0, 1), dtype=torch.float64)
-        return grad_u, torch.zeros_like(log_re), torch.zeros_like(log_re), grad_initial
+        return grad_u, *gradient_of_logs(parts, x.new_empty(x.shape[2], dtype=torch.float32)), grad_initial
 
 
-def _starts_of_s5(u):
+def _starts_of_s5(u, log_re):
     """States where the chunks begin: written, then summed where they stand, then read."""
     B, L, P = u.shape
+    _read(log_re, log_re, u.new_zeros(2, P, dtype=torch.float32))
     starts = u.new_zeros(B, -(-L // s5_chunk_length(L)), P, dtype=torch.float32)
-    _read(starts, starts.zero_(), starts)
+    _read(starts, starts.zero_())
     return starts
 
 

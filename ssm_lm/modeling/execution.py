@@ -100,14 +100,14 @@ def decide(layer: nn.Module, problem: Problem, runs: Rule) -> Execution:
         mode = "recurrent"
     if mode == "recurrent":
         return _by_steps(layer, problem, runs)
-    dtype = scan_dtype = layer.scan_dtype(problem.dtype)
+    dtype, scan_dtype = layer.kernel_dtype(problem.dtype), layer.scan_dtype(problem.dtype)
     needs_state = problem.from_state or problem.needs_state
     # in mode fft the scan finds the final state alone, from the signal in the dtype of the parameters
     kernel = mode in ("auto", "chunk") and _scans_on_kernel(layer, problem, dtype, runs)
     if kernel:
         mode = "chunk"
     elif mode == "auto":
-        is_faster = length < layer.fft_is_faster_below and not layer.scans_in_c(layer.scan_dtype(problem.dtype))
+        is_faster = length < layer.fft_is_faster_below and not layer.scans_in_c(scan_dtype)
         mode = "fft" if is_faster and not needs_state else "chunk"
     if not kernel:
         dtype = scan_dtype if mode == "chunk" else layer.log_dt.dtype

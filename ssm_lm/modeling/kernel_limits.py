@@ -86,7 +86,7 @@ def chunks_in_a_row(B: int, L: int, T: int, N: int, dense: bool, from_zero: bool
 
 
 def limit_of_s5_scan(dtype: torch.dtype) -> str | None:
-    return None if dtype == torch.float32 else f"parameters of {dtype}"
+    return None if dtype in (torch.float32, torch.bfloat16) else f"signals of {dtype}"
 
 
 SHORTEST_S5_CHUNK, MOST_S5_CHUNKS = 64, 1024

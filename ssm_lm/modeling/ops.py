@@ -36,6 +36,7 @@ from .cauchy import cauchy_products as plain_cauchy_products
 from .chunked import PLAIN, ChunkOperators, Wanted, differentiable, toeplitz
 from .cross_entropy import logits_to_loss as plain_logits_to_loss
 from .diagonal_discretization import diagonal_system as plain_diagonal_system
+from .diagonal_discretization import discretize_diagonal
 from .diagonal_operators import power_operators
 from .discrete import DiscreteDPLR, norm_vectors
 from .dplr_discretization import bilinear_dplr
@@ -91,6 +92,7 @@ __all__ = [
     "ssd_scan",
     "ssd_step",
     "ssd_vectors",
+    "state_system",
     "toeplitz",
     "use_kernel",
     "vandermonde",
@@ -449,6 +451,26 @@ def diagonal_system(
         *parameters, unsupported=limit_of_diagonal_operators(log_dt.dtype), setting=setting, problem=(N,)
     )
     return DIAGONAL_DISCRETIZATION.either(run_kernel)(*parameters, method)
+
+
+def state_system(
+    log_dt, Lambda_log_re, Lambda_im, method: str, setting: str = "auto"
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """log Lambda_bar, float64, and B_bar / B of S5's states, (P/2,), a pair (re, im) each; see `discretize_diagonal`.
+
+    The kernel takes them as so many systems of one state, whose B and C are 1. method, setting: as above.
+    """
+    parameters = log_dt, Lambda_log_re, Lambda_im
+    run_kernel = method == "zoh" and DIAGONAL_DISCRETIZATION.runs_kernel(
+        *parameters, unsupported=limit_of_diagonal_operators(log_dt.dtype), setting=setting, problem=(2,)
+    )
+    if not run_kernel:
+        dt = log_dt.double().exp()
+        return discretize_diagonal(method, dt, -dt * Lambda_log_re.double().exp(), dt * Lambda_im.double())
+    one = torch.eye(1, 2, dtype=log_dt.dtype, device=log_dt.device).expand(len(log_dt), 2).contiguous()
+    columns = log_dt, Lambda_log_re[:, None], Lambda_im[:, None], one, one
+    *log, re, im = (x.flatten() for x in DIAGONAL_DISCRETIZATION.either(True)(*columns, method))
+    return tuple(log), (re, im)
 
 
 def _load_diagonal_operators():

@@ -27,6 +27,15 @@ def associative_scan(log_re: torch.Tensor, log_im: torch.Tensor, drive: torch.Te
     return x
 
 
+def gradient_of_logs(parts: torch.Tensor, Lambda: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of log Lambda, (P/2,) each in float64: conj(Lambda) w, for Lambda = exp(log Lambda).
+
+    parts (B, chunks, P): of w, the sum over the tokens of lambda_t conj(x_(t-1)). Lambda (P,).
+    """
+    (w_re, w_im), (l_re, l_im) = (x.chunk(2) for x in (parts.sum((0, 1), dtype=torch.float64), Lambda.double()))
+    return l_re * w_re + l_im * w_im, l_re * w_im - l_im * w_re
+
+
 def complex_scan(
     u: torch.Tensor,
     log_re: torch.Tensor,

@@ -14,11 +14,10 @@ import torch
 
 from .checks import check_blocks
 from .chunked import ChunkOperators
-from .diagonal_discretization import discretize_diagonal
 from .discrete import DiscreteMIMO
 from .hippo import INITIALIZATIONS
 from .kernel_limits import limit_of_s5_scan
-from .ops import associative_scan, mimo_step, s5_scan
+from .ops import associative_scan, mimo_step, s5_scan, state_system
 from .real_form import complex_product, powers, real_form
 from .state_space import MIN_DECAY, StateSpace
 
@@ -80,25 +79,24 @@ class S5(StateSpace):
         return values
 
     def _discrete_Lambda(self) -> tuple[tuple, tuple]:
-        """log Lambda_bar and B_bar / B, (P/2,) each, in float64."""
-        dt = self.log_dt.double().exp()
-        decay = self.Lambda_log_re.double().exp()
-        return discretize_diagonal(self.discretization, dt, -dt * decay, dt * self.Lambda_im.double())
+        """log Lambda_bar, float64, and B_bar / B, pairs (re, im) of (P/2,)."""
+        parameters = self.log_dt, self.Lambda_log_re, self.Lambda_im
+        return state_system(*parameters, self.discretization, setting=self.kernels)
 
     def discretize(self, reverse=False) -> DiscreteMIMO:
-        log, _ = self._discrete_Lambda()
+        log, factor = self._discrete_Lambda()
         one = torch.ones((), device=self.log_dt.device)
         Lambda_bar = torch.cat(powers(*log, one), -1).to(self.log_dt.dtype)
-        return DiscreteMIMO(*log, Lambda_bar, self._B_bar(), self._C_row(reverse))
+        return DiscreteMIMO(*log, Lambda_bar, self._B_bar(factor), self._C_row(reverse))
 
     def transition(self, length):
         """(P,)"""
         log, _ = self._discrete_Lambda()
         return torch.cat(powers(*log, torch.tensor(length, device=self.log_dt.device)), -1).to(self.log_dt.dtype)
 
-    def _B_bar(self) -> torch.Tensor:
-        """(H, P)"""
-        factor = [part.to(self.B.dtype) for part in self._discrete_Lambda()[1]]
+    def _B_bar(self, factor: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """(H, P) of B_bar / B."""
+        factor = [part.to(self.B.dtype) for part in factor]
         return torch.cat(complex_product(factor, self.B.chunk(2, -1)), -1)
 
     def _C_row(self, reverse: bool) -> torch.Tensor:
@@ -118,6 +116,9 @@ class S5(StateSpace):
     def scan_dtype(self, dtype):
         return self.log_dt.dtype
 
+    def kernel_dtype(self, dtype):
+        return super().scan_dtype(dtype)
+
     def scan_kernel(self, architecture, dtype):
         return "s5_scan", limit_of_s5_scan(dtype), ()
 
@@ -125,9 +126,10 @@ class S5(StateSpace):
         """On a GPU, the scan of its own kernel, which knows documents without moving them apart."""
         if not execution.kernel:
             return super().run_chunk(x, state, documents, execution, reverse)
-        log, _ = self._discrete_Lambda()
+        log, factor = self._discrete_Lambda()
         begins = None if documents is None else documents.begins
-        signal, final = s5_scan(self.drive(x), *log, None if state is None else state[:, 0], begins)
+        signal = x @ self._B_bar(factor).to(x.dtype)
+        signal, final = s5_scan(signal, *log, None if state is None else state[:, 0], begins)
         return self.read(signal, x, skipped=True, reverse=reverse), final[:, None]
 
     def scan_to_end(self, x, state, execution):
@@ -142,11 +144,11 @@ class S5(StateSpace):
         return 1, self.state_size
 
     def drive(self, x):
-        return x @ self._B_bar()
+        return x @ self._B_bar(self._discrete_Lambda()[1])
 
     def read(self, signal, x, skipped, reverse):
-        y = signal @ self._C_row(reverse)
-        return y if reverse else torch.addcmul(y, x, self.D)
+        y = signal @ self._C_row(reverse).to(signal.dtype)
+        return y if reverse else torch.addcmul(y, x, self.D.to(y.dtype))
 
     def with_skip(self, operators):
         return operators  # D does not belong to a state

@@ -214,6 +214,10 @@ class StateSpace(nn.Module):
         parameters = self.log_dt.dtype
         return dtype if dtype == torch.bfloat16 and parameters == torch.float32 else parameters
 
+    def kernel_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """How the scan's kernel takes it."""
+        return self.scan_dtype(dtype)
+
     def longest_chunk(self, dtype: torch.dtype) -> int:
         """The longest chunk that the scan's kernel takes of signals in this dtype."""
         return longest_chunk(dtype, self.state_size, self.has_dense_carry)

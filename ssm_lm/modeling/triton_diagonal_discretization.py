@@ -254,7 +254,7 @@ def example(H: int, S: int, N: int, device=None) -> list[torch.Tensor]:
     return [x.to(device) for x in (log_dt - 4, 0.5 * log_re - 0.5, 200 * im, *others)]
 
 
-PROBLEMS = [(64,), (128,), (6,)]  # states a channel that models have
+PROBLEMS = [(64,), (128,), (2,)]  # states a channel that models have; S5's, one by one
 
 
 def self_check_cases(device: torch.device, *problem) -> list[Case]:

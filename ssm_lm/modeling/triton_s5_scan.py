@@ -2,8 +2,9 @@
 
 u and x are (B, L, P) as [real | imaginary]; the lanes of a warp take neighbouring states, so every access is one line
 of memory. The recurrence of a state is four multiplications a token, far below what reading u takes; what is to be
-found is parallel work, and it comes from cutting the sequence into chunks of T tokens, in three launches:
+found is parallel work, and it comes from cutting the sequence into chunks of T tokens, in four launches:
 
+    powers  Lambda and Lambda^T, float32, of log Lambda in float64
     ends    every chunk from a zero state: what it would hand on           reads u
     carry   s_(c+1) = Lambda^T s_c + end_c, a state a lane                 reads and writes 1/T of that
     emit    every chunk again, from its true start                         reads u, writes x
@@ -11,7 +12,7 @@ found is parallel work, and it comes from cutting the sequence into chunks of T 
 The backward is the same scan in reverse with conj(Lambda), which also sums lambda_t conj(x_(t-1)), the gradient of
 Lambda, chunk by chunk: sums of fixed order, no atomics. x is what it saves, and C needs x anyway.
 
-Lambda^T comes from float64, so that rounding Lambda to float32 turns a phase over T tokens at most.
+Lambda^T is made in float64, so that rounding Lambda to float32 turns a phase over T tokens at most.
 """
 
 from functools import partial
@@ -21,8 +22,8 @@ import torch
 from .kernel_launch import on_device, qualified
 from .kernel_limits import s5_chunk_length
 from .kernels_s4 import Case
-from .prefix_scans import complex_scan
-from .real_form import powers
+from .prefix_scans import complex_scan, gradient_of_logs
+from .triton_diagonal_discretization import exponential
 
 try:
     import triton
@@ -37,6 +38,18 @@ UNROLL, CARRY_UNROLL = 8, 16  # tokens, and chunks, that are loaded before the f
 @triton.jit
 def product(a_re, a_im, b_re, b_im):
     return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
+
+
+@triton.jit(do_not_specialize=["T", "HALF"])
+def powers_kernel(log_re, log_im, powers, T, HALF, BLOCK: tl.constexpr):
+    """powers (2, P): Lambda and Lambda^T of log Lambda (P/2,). Grid: blocks of states."""
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = p < HALF
+    re, im = tl.load(log_re + p, mask=inside, other=0.0), tl.load(log_im + p, mask=inside, other=0.0)
+    for row in tl.static_range(2):
+        l_re, l_im = exponential(re, im) if row == 0 else exponential(re * T, im * T)
+        tl.store(powers + 2 * row * HALF + p, l_re.to(tl.float32), mask=inside)
+        tl.store(powers + (2 * row + 1) * HALF + p, l_im.to(tl.float32), mask=inside)
 
 
 @triton.jit
@@ -281,6 +294,11 @@ def state_blocks(half: int) -> dict[str, int]:
     return {"UNROLL": UNROLL, "BLOCK": min(64, triton.next_power_of_2(half)), "num_warps": 1, "num_stages": 1}
 
 
+def of_powers(blocks: dict[str, int]) -> dict[str, int]:
+    """Of `state_blocks`, what the launch of the powers takes."""
+    return {key: blocks[key] for key in ("BLOCK", "num_warps", "num_stages")}
+
+
 class _Launch:
     """What the launches of one scan share."""
 
@@ -288,13 +306,15 @@ class _Launch:
         self.B, self.L, P = shape
         self.half, self.T = P // 2, s5_chunk_length(self.L)
         self.chunks = triton.cdiv(self.L, self.T)
-        # float64 powers: (2, P) on the device, for nothing may wait for it
-        exponents = torch.ones(2, 1, dtype=torch.float64, device=log_re.device)
-        exponents[1] *= self.T
-        self.Lambda, self.power = torch.cat(powers(log_re, log_im, exponents), -1).float()
         self.begins = None if begins is None else begins.contiguous().view(torch.uint8)
         self.blocks = {"RESETS": begins is not None, **state_blocks(self.half)}
         self.columns = triton.cdiv(self.half, self.blocks["BLOCK"])
+        powers = log_re.new_empty(2, P, dtype=torch.float32)
+        with on_device(log_re.device):
+            powers_kernel[self.columns,](
+                log_re.contiguous(), log_im.contiguous(), powers, self.T, self.half, **of_powers(self.blocks)
+            )
+        self.Lambda, self.power = powers
 
     def starts(self, u, initial, reverse) -> torch.Tensor:
         """(B, chunks, P): the first two launches."""
@@ -370,11 +390,7 @@ def s5_scan_backward(
         emit_reverse_kernel[B * launch.chunks, launch.columns](
             grad_x, x, launch.Lambda, launch.begins, starts, grad_u, parts, grad_initial, *sizes, **launch.blocks
         )
-    w_re, w_im = parts.sum((0, 1), dtype=torch.float64).chunk(2)
-    Lambda_re, Lambda_im = launch.Lambda.double().chunk(2)
-    # of Lambda = exp(log_re + i log_im): Re and Im of conj(Lambda) w
-    grad_re = Lambda_re * w_re + Lambda_im * w_im
-    grad_im = Lambda_re * w_im - Lambda_im * w_re
+    grad_re, grad_im = gradient_of_logs(parts, launch.Lambda)
     if initial_state is not None:
         # the token 0 of the same sum: conj(Lambda) lambda_0 conj(initial) is grad_initial conj(initial)
         (i_re, i_im), (r_re, r_im) = (z.double().chunk(2, -1) for z in (initial_state, grad_initial))

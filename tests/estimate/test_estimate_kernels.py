@@ -237,7 +237,7 @@ def opened_short_convolution(monkeypatch):
 
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-# The report's rows of a layer of B = 8, L = 8192, H = 1024, N = 64 (S5: 1,024 states, in float32) in the mode, forward
+# The report's rows of a layer of B = 8, L = 8192, H = 1024, N = 64 (S5: 1,024 states) in the mode, forward
 # and backward. The gradient of a layer's output lies in rows already, and is not turned.
 OF_CHUNKS = (
     "to rows bf16, ends {0} bf16, link {0}, training gelu {0} bf16 N=64",
@@ -246,7 +246,11 @@ OF_CHUNKS = (
 ROWS = {
     (S4, "chunk"): ("chunk_scan", *(way.format("dense") for way in OF_CHUNKS)),
     (S4D, "chunk"): ("chunk_scan", *(way.format("diagonal") for way in OF_CHUNKS)),
-    (S5, "chunk"): ("s5_scan", "ends forward, carry, emit forward", "ends reverse, carry, emit reverse"),
+    (S5, "chunk"): (
+        "s5_scan",
+        "ends forward bf16, carry, emit forward bf16",
+        "ends reverse bf16, carry, emit reverse bf16",
+    ),
     (SSD, "chunk"): (
         "ssd_scan",
         "ends forward fp32, carry forward, emit fp32",
@@ -294,7 +298,7 @@ def bytes_of_rows(layer_class, mode) -> list[float]:
 @needs_triton
 @pytest.mark.parametrize(("layer_class", "mode"), ROWS, ids=lambda x: getattr(x, "__name__", x))
 def test_a_kernel_moves_what_its_report_says(layer_class, mode):
-    low = layer_class in (S4, S4D) and mode == "chunk"
+    low = layer_class in (S4, S4D, S5) and mode == "chunk"
     with assume("sm_90", STAND_INS), FakeTensorMode():
         layer = layer_class(1024, 1024 if layer_class is S5 else 64)
         u = torch.empty(8, 8192, layer.input_size, requires_grad=True)
@@ -582,8 +586,8 @@ def test_a_stand_in_holds_what_its_kernel_holds(
             u = torch.empty(3, length, layer.input_size, requires_grad=True)
             found.append(trace(Output(layer, activation), [u], None))
     ours, theirs = found[1], found[0]
-    # forward, and again in the backward
-    expected = {S4: [4, 3, 0, 0], S4D: [0, 0, 3, 3]}.get(layer_class, [0] * 4)
+    # forward, again in the backward where operators are made, and back
+    expected = {S4: [4, 3, 0, 0], S4D: [0, 0, 3, 3], S5: [0, 0, 0, 2]}.get(layer_class, [0] * 4)
     assert [len(x) for x in (launched, of_systems, of_diagonals, of_diagonal_systems)] == expected
     if layer_class is SSD:  # what PyTorch's operators move beside the kernels
         moved = [each.backward_traffic - each.backward_in_kernels for each in (ours, theirs)]

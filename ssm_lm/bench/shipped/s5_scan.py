@@ -7,48 +7,78 @@ from ...modeling.triton_s5_scan import (
     emit_kernel,
     emit_reverse_kernel,
     ends_kernel,
+    of_powers,
+    powers_kernel,
     state_blocks,
 )
 
+B, L, P = 8, 8192, 1024
+ELEMENTS, CARRIED = B * L * P, B * L * P // s5_chunk_length(L)
+F32 = "*fp32:16"
+
+TYPES = {"fp32": 4, "bf16": 2}
+
 
 def compile_cases(arch: str) -> list[dict]:
-    """The configurations that are shipped for `arch`; one for all GPUs. The work is that of
-    B = 8, L = 8192, P = 1024 in float32, with documents.
+    """The configurations that are shipped for `arch`; one for all GPUs, of signals in float32 and in bfloat16. The work
+    is that of B = 8, L = 8192, P = 1024, with documents.
     """
-    B, L, P = 8, 8192, 1024
+    ways = _ends, _emit, _emit_reverse
+    return [case for way in ways for kind in TYPES for case in way(kind)] + [_carry(), _powers()]
+
+
+def _ends(kind) -> list[dict]:
+    tensors = {"u": f"*{kind}:16", "Lambda": F32, "begins": "*u8:16", "initial": F32, "ends": F32, "kept": F32}
+    moved = ELEMENTS * TYPES[kind] + 4 * CARRIED
+    ways = {"forward": False, "reverse": True}
+    return [
+        _case(f"ends {way}", kind, ends_kernel, tensors, moved, 4 * ELEMENTS, REVERSE=reverse, INITIAL=True)
+        for way, reverse in ways.items()
+    ]
+
+
+def _carry() -> dict:
+    tensors = {"ends": F32, "kept": F32, "power": F32, "initial": F32}
+    switches = {"REVERSE": True, "INITIAL": True, "UNROLL": CARRY_UNROLL}
+    return _case("carry", "fp32", carry_kernel, tensors, 8 * CARRIED, 4 * CARRIED, over_chunks=False, **switches)
+
+
+def _powers() -> dict:
+    blocks = of_powers(state_blocks(P // 2))
+    options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
+    return {
+        "name": "s5_scan powers",
+        "kernel": powers_kernel,
+        "arguments": {"log_re": "*fp64:16", "log_im": "*fp64:16", "powers": F32, "T": "i32", "HALF": "i32"},
+        "constexprs": blocks,
+        "options": options,
+        "work": {"bytes": 16 * P, "flops": 60 * P},
+    }
+
+
+def _emit(kind) -> list[dict]:
+    signal = f"*{kind}:16"
+    tensors = {"u": signal, "Lambda": F32, "begins": "*u8:16", "starts": F32, "x": signal, "final": F32}
+    return [_case("emit forward", kind, emit_kernel, tensors, 2 * ELEMENTS * TYPES[kind] + 4 * CARRIED, 4 * ELEMENTS)]
+
+
+def _emit_reverse(kind) -> list[dict]:
+    tensors = {"g": f"*{kind}:16", "x": f"*{kind}:16", "Lambda": F32, "begins": "*u8:16", "starts": F32}
+    tensors |= {"grad_u": f"*{kind}:16", "grad_Lambda": F32, "grad_initial": F32}
+    moved = 3 * ELEMENTS * TYPES[kind] + 8 * CARRIED
+    return [_case("emit reverse", kind, emit_reverse_kernel, tensors, moved, 8 * ELEMENTS)]
+
+
+def _case(name, kind, kernel, tensors, moved, flops, over_chunks=True, **switches) -> dict:
+    """flops: of a number half a complex product and sum; in reverse also its part of the gradient of Lambda."""
     blocks = state_blocks(P // 2)
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
-    elements, carried = B * L * P, B * L * P // s5_chunk_length(L)
-    f32 = "*fp32:16"
-    sizes = {"L": "i32", "T": "i32:16", "chunks": "i32", "HALF": "i32:16"}
-    cases = []
-
-    # a number: half a complex product and sum; in reverse also its part of the gradient of Lambda
-    operations = {ends_kernel: 4 * elements, carry_kernel: 4 * carried, emit_kernel: 4 * elements}
-    operations[emit_reverse_kernel] = 8 * elements
-
-    def add(name, kernel, tensors, numbers, moved, **switches):
-        cases.append(
-            {
-                "name": f"s5_scan {name}",
-                "kernel": kernel,
-                "arguments": {**tensors, **numbers},
-                "constexprs": {"RESETS": True, **blocks, **switches},
-                "options": options,
-                "work": {"bytes": 4 * moved, "flops": operations[kernel]},
-            }
-        )
-
-    for reverse in (False, True):
-        name, switches = "reverse" if reverse else "forward", {"REVERSE": reverse, "INITIAL": True}
-        tensors = {"u": f32, "Lambda": f32, "begins": "*u8:16", "initial": f32, "ends": f32, "kept": f32}
-        add(f"ends {name}", ends_kernel, tensors, sizes, elements + carried, **switches)
-    tensors = {"ends": f32, "kept": f32, "power": f32, "initial": f32}
-    sizes_of_carry = {"chunks": "i32", "HALF": "i32:16"}
-    add("carry", carry_kernel, tensors, sizes_of_carry, 2 * carried, **switches, UNROLL=CARRY_UNROLL)
-    tensors = {"u": f32, "Lambda": f32, "begins": "*u8:16", "starts": f32, "x": f32, "final": f32}
-    add("emit forward", emit_kernel, tensors, sizes, 2 * elements + carried)
-    tensors = {"g": f32, "x": f32, "Lambda": f32, "begins": "*u8:16", "starts": f32, "grad_u": f32}
-    tensors |= {"grad_Lambda": f32, "grad_initial": f32}
-    add("emit reverse", emit_reverse_kernel, tensors, sizes, 3 * elements + 2 * carried)
-    return cases
+    numbers = {"chunks": "i32", "HALF": "i32:16"}
+    return {
+        "name": f"s5_scan {name}{'' if kind == 'fp32' else ' ' + kind}",
+        "kernel": kernel,
+        "arguments": tensors | ({"L": "i32", "T": "i32:16"} if over_chunks else {}) | numbers,
+        "constexprs": {"RESETS": True, **blocks, **switches},
+        "options": options,
+        "work": {"bytes": moved, "flops": flops},
+    }

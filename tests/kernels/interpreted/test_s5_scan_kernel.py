@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling import kernel_limits, triton_s5_scan
+from ssm_lm.modeling import s5 as s5_module
 from ssm_lm.modeling.prefix_scans import complex_scan
 from ssm_lm.modeling.ssm import S5
 from ssm_lm.modeling.triton_s5_scan import s5_scan, s5_scan_backward, self_check_cases
@@ -159,6 +160,27 @@ def test_layer(case):
     expected = run(layer, "torch", inputs, **options)
     for ours, theirs in zip(run(layer, "triton", inputs, **options), expected, strict=True):
         assert_close(ours, theirs, 1e-5)
+
+
+def test_autocast(monkeypatch):
+    """The scan and the products around it take bfloat16; the final state is float32's."""
+    taken = []
+    scan = s5_module.s5_scan
+    monkeypatch.setattr(s5_module, "s5_scan", lambda u, *rest: (taken.append(u.dtype), scan(u, *rest))[1])
+    layer, u, weights = S5(16, 24, chunk_size=4), torch.randn(2, 30, 16), torch.randn(2, 30, 16)
+    found = []
+    for setting, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        layer.to(dtype).kernels = setting
+        x = u.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            y, final = layer(x, mode="chunk", output_final_state=True)
+        assert final.dtype == dtype
+        found.append([y, final, *torch.autograd.grad(y, [x, *layer.parameters()], weights.to(y.dtype))])
+    assert taken == [torch.bfloat16]
+    assert found[0][0].dtype == torch.bfloat16
+    errors = [((x - y).norm() / y.norm()).item() for x, y in zip(*found, strict=True)]
+    print("relative errors:", " ".join(f"{error:.1e}" for error in errors))
+    assert max(errors) < 1.5e-2
 
 
 def test_model():
