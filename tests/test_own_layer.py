@@ -15,7 +15,7 @@ from ssm_lm.contract import check_layer
 from ssm_lm.errors import UserError
 from ssm_lm.hub.export import write_code
 from ssm_lm.modeling import checks, hippo, ssm
-from ssm_lm.modeling.ssm import S4D
+from ssm_lm.modeling.ssm import S4, S4D
 from ssm_lm.own_layers import load_layers
 
 PAGE = Path(__file__).parents[1] / "docs" / "own_layer.md"
@@ -145,3 +145,18 @@ def test_names_and_files_that_are_none(ema, monkeypatch, tmp_path, capsys):
     )
     with pytest.raises(StrictDataclassError, match="a layer of your own is registered first"):
         S4ForCausalLM(S4Config(vocab_size=9, hidden_size=4, ssm="emu"))
+
+
+@pytest.mark.parametrize("base", [S4, S4D])
+def test_operators_of_ones_own_need_not_take_a_skip(base):
+    """As `StateSpace.operators` has them: D is added to the first tap of what they return."""
+
+    class Own(base):
+        def operators(self, length, reverse=False):
+            return super().operators(length, reverse)
+
+    torch.manual_seed(0)
+    own, u = Own(3, 4, chunk_size=8), torch.randn(2, 20, 3)
+    layer = base(3, 4, chunk_size=8)
+    layer.load_state_dict(own.state_dict())
+    assert torch.equal(own(u, mode="chunk")[0], layer(u, mode="chunk")[0])

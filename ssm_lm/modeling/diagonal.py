@@ -46,6 +46,8 @@ class S4D(SingleInputSingleOutput):
         return diagonal_operators(self._system(reverse), length, skip, setting=self.kernels)
 
     def operators_with_skip(self, length):
+        if type(self).operators is not S4D.operators:  # a subclass's own, which need not take a skip
+            return super().operators_with_skip(length)
         return self.operators(length, skip=self.D)
 
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:

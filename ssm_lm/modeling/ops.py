@@ -445,11 +445,7 @@ def diagonal_system(
     method: S4Config's key `discretization`; setting: its key `kernels`.
     """
     parameters, N = (log_dt, Lambda_log_re, Lambda_im, B, C), C.shape[1]
-    # of another method there is no kernel: `kernels: triton` forces what there is
-    has_kernel = method == "zoh" and N <= LARGEST_STATE
-    run_kernel = has_kernel and DIAGONAL_DISCRETIZATION.runs_kernel(
-        *parameters, unsupported=limit_of_diagonal_operators(log_dt.dtype), setting=setting, problem=(N,)
-    )
+    run_kernel = _discretizes_on_kernel(parameters, method, N, setting)
     return DIAGONAL_DISCRETIZATION.either(run_kernel)(*parameters, method)
 
 
@@ -460,17 +456,19 @@ def state_system(
 
     The kernel takes them as so many systems of one state, whose B and C are 1. method, setting: as above.
     """
-    parameters = log_dt, Lambda_log_re, Lambda_im
-    run_kernel = method == "zoh" and DIAGONAL_DISCRETIZATION.runs_kernel(
-        *parameters, unsupported=limit_of_diagonal_operators(log_dt.dtype), setting=setting, problem=(2,)
-    )
-    if not run_kernel:
+    if not _discretizes_on_kernel((log_dt, Lambda_log_re, Lambda_im), method, 2, setting):
         dt = log_dt.double().exp()
         return discretize_diagonal(method, dt, -dt * Lambda_log_re.double().exp(), dt * Lambda_im.double())
     one = torch.eye(1, 2, dtype=log_dt.dtype, device=log_dt.device).expand(len(log_dt), 2).contiguous()
     columns = log_dt, Lambda_log_re[:, None], Lambda_im[:, None], one, one
     *log, re, im = (x.flatten() for x in DIAGONAL_DISCRETIZATION.either(True)(*columns, method))
     return tuple(log), (re, im)
+
+
+def _discretizes_on_kernel(parameters, method: str, N: int, setting: str) -> bool:
+    """Of another method or dtype, or of more states, there is no kernel: `kernels: triton` forces what there is."""
+    has_kernel = method == "zoh" and N <= LARGEST_STATE and limit_of_diagonal_operators(parameters[0].dtype) is None
+    return has_kernel and DIAGONAL_DISCRETIZATION.runs_kernel(*parameters, setting=setting, problem=(N,))
 
 
 def _load_diagonal_operators():

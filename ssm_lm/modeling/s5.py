@@ -117,7 +117,10 @@ class S5(StateSpace):
         return self.log_dt.dtype
 
     def kernel_dtype(self, dtype):
-        return super().scan_dtype(dtype)
+        """As other layers' scans, unless a subclass has parts of its own, which know float32."""
+        parts = ("scan_dtype", "drive", "read")
+        is_own = any(getattr(type(self), name) is not getattr(S5, name) for name in parts)
+        return self.scan_dtype(dtype) if is_own else super().scan_dtype(dtype)
 
     def scan_kernel(self, architecture, dtype):
         return "s5_scan", limit_of_s5_scan(dtype), ()
@@ -128,7 +131,7 @@ class S5(StateSpace):
             return super().run_chunk(x, state, documents, execution, reverse)
         log, factor = self._discrete_Lambda()
         begins = None if documents is None else documents.begins
-        signal = x @ self._B_bar(factor).to(x.dtype)
+        signal = self._driven(x, factor) if type(self).drive is S5.drive else self.drive(x)
         signal, final = s5_scan(signal, *log, None if state is None else state[:, 0], begins)
         return self.read(signal, x, skipped=True, reverse=reverse), final[:, None]
 
@@ -144,7 +147,10 @@ class S5(StateSpace):
         return 1, self.state_size
 
     def drive(self, x):
-        return x @ self._B_bar(self._discrete_Lambda()[1])
+        return self._driven(x, self._discrete_Lambda()[1])
+
+    def _driven(self, x, factor):
+        return x @ self._B_bar(factor).to(x.dtype)
 
     def read(self, signal, x, skipped, reverse):
         y = signal @ self._C_row(reverse).to(signal.dtype)

@@ -182,6 +182,7 @@ def test_self_checks(place):
         assert use_kernel("chunk_scan", where, problem=problem) == place.has_kernels, problem
     for name, rank in itertools.product(("dplr_discretization", "dplr_operators"), (1, 2)):
         assert use_kernel(name, where, problem=(64, rank)) == place.has_kernels, (name, rank)
+    assert use_kernel("diagonal_discretization", where, problem=(2,)) == place.has_kernels  # S5's states, one by one
     for name, N in itertools.product(("diagonal_discretization", "diagonal_operators"), (64, 128)):
         assert use_kernel(name, where, problem=(N,)) == place.has_kernels, (name, N)
     for dtype in TOLERANCES:

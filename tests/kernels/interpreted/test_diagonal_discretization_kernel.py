@@ -14,6 +14,7 @@ from torch.library import opcheck
 
 from ssm_lm.modeling import triton_diagonal_discretization as module
 from ssm_lm.modeling.diagonal_discretization import diagonal_system
+from ssm_lm.modeling.ops import state_system
 from ssm_lm.modeling.ssm import S4D
 from ssm_lm.modeling.triton_diagonal_discretization import (
     diagonal_discretization,
@@ -75,7 +76,26 @@ def test_bilinear_keeps_pytorch():
     forced = layer._system(False)
     layer.kernels = "torch"
     assert all(map(torch.equal, forced, layer._system(False)))
-    assert relative_error(forced[2], S4D(2, 8)._system(False)[2]) > 1e-6
+    zoh = S4D(2, 8)
+    zoh.load_state_dict(layer.state_dict())
+    assert 1e-6 < relative_error(forced[2], zoh._system(False)[2]) < 1
+
+
+def test_states_of_s5():
+    """As many systems of one state: what `discretize_diagonal` makes of them in float64."""
+    leaves = [x.flatten().requires_grad_() for x in example(31, 31, 2)[:3]]
+
+    def run(setting, log_dt, log_re, im):
+        log, factor = state_system(log_dt, log_re, im, "zoh", setting)
+        return *log, *factor
+
+    compare_with_twin(lambda *x: run("triton", *x), lambda *x: run("torch", *x), leaves, 2e-7, 1e-6)
+
+
+def test_float64_keeps_pytorch():
+    layer = S4D(2, 8).double()
+    layer.kernels = "triton"
+    assert layer._system(False)[2].dtype == torch.float64
 
 
 def test_the_same_bits_again():
