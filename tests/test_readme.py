@@ -144,6 +144,7 @@ def checkout(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.seconds(130)
+@pytest.mark.timeout(1200)  # several minutes of commands, on a machine with nothing beside it
 def test_the_other_blocks_run_in_order(checkout):
     """As a newcomer would go through the pages. What `make` starts are processes of their own; a verb after it is a
     fork, which spares the imports."""
