@@ -361,11 +361,8 @@ class _DiagonalDiscretization(torch.autograd.Function):
         C = parameters[-1]
         with kernel_launches(1):
             _read(*parameters)
-            system = (
-                C.new_zeros(2, len(C), C.shape[1] // 2, dtype=torch.float64),
-                C.new_zeros(2, len(C), C.shape[1] // 2),
-            )
-        return tuple(x for pair in system for x in pair.unbind())
+            dtypes = (torch.float64,) * 2 + (C.dtype,) * 2
+            return tuple(C.new_zeros(len(C), C.shape[1] // 2, dtype=dtype) for dtype in dtypes)
 
     @staticmethod
     def backward(ctx, *gradients):

@@ -7,7 +7,6 @@ Source: Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of Diag
 
 import torch
 
-from .chunked import ChunkOperators
 from .discrete import DiscreteDiagonal
 from .ops import diagonal_operators, diagonal_system, vandermonde
 from .real_form import powers
@@ -30,7 +29,7 @@ class S4D(SingleInputSingleOutput):
         parameters = self.log_dt, self.Lambda_log_re, self.Lambda_im, self.B, self._C(reverse)
         return diagonal_system(*parameters, self.discretization, setting=self.kernels)
 
-    def _system(self, reverse: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _system(self, reverse):
         """The first four of `discretize`, without what a step alone needs; of a subclass, what its own says."""
         if type(self).discretize is S4D.discretize:
             return self._of_parameters(reverse)
@@ -42,13 +41,8 @@ class S4D(SingleInputSingleOutput):
         exponent = torch.tensor(length, device=log_re.device)
         return torch.cat(powers(log_re, log_im, exponent), -1).to(self.log_dt.dtype)
 
-    def operators(self, length: int, reverse: bool = False, skip: torch.Tensor | None = None) -> ChunkOperators:
-        return diagonal_operators(self._system(reverse), length, skip, setting=self.kernels)
-
-    def operators_with_skip(self, length):
-        if type(self).operators is not S4D.operators:  # a subclass's own, which need not take a skip
-            return super().operators_with_skip(length)
-        return self.operators(length, skip=self.D)
+    def _operators(self, system, length, skip):
+        return diagonal_operators(system, length, skip, setting=self.kernels)
 
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
         log_re, log_im, *CB = self._system(reverse)

@@ -10,7 +10,6 @@ Source: Gu, Goel, Re, "Efficiently Modeling Long Sequences with Structured State
 
 import torch
 
-from .chunked import ChunkOperators
 from .discrete import DiscreteDPLR
 from .dplr_discretization import small_inverse
 from .dplr_operators import for_powers
@@ -58,13 +57,8 @@ class S4(SingleInputSingleOutput):
     def carry_over(self, transition, state):
         return torch.einsum("hnm,bhm->bhn", transition, state)
 
-    def operators(self, length: int, reverse: bool = False, skip: torch.Tensor | None = None) -> ChunkOperators:
-        return dplr_operators(self.discretize(reverse), length, skip, setting=self.kernels)
-
-    def operators_with_skip(self, length):
-        if type(self).operators is not S4.operators:  # a subclass's own, which need not take a skip
-            return super().operators_with_skip(length)
-        return self.operators(length, skip=self.D)
+    def _operators(self, system, length, skip):
+        return dplr_operators(system, length, skip, setting=self.kernels)
 
     def kernel(self, length: int, reverse: bool = False) -> torch.Tensor:
         """K (H, L) by the Cauchy kernel: the truncated generating function of the taps at the L-th roots of unity.

@@ -5,6 +5,7 @@ import math
 import torch
 
 from .checks import check_sharing
+from .chunked import ChunkOperators
 from .discrete import per_channel
 from .hippo import INITIALIZATIONS
 from .ops import fft_convolution, siso_step
@@ -79,6 +80,22 @@ class SingleInputSingleOutput(StateSpace):
     def time_constants(self):
         log_rate = getattr(self, "Lambda_log_re", None)
         return None if log_rate is None else (-self.log_dt[:, None] - self._per_channel(log_rate)).exp()
+
+    def _system(self, reverse: bool) -> tuple[torch.Tensor, ...]:
+        """What `_operators` are made of."""
+        return self.discretize(reverse)
+
+    def _operators(self, system: tuple, length: int, skip: torch.Tensor | None) -> ChunkOperators:
+        """Those of a chunk, with skip in the first tap; None: without D."""
+        raise NotImplementedError
+
+    def operators(self, length: int, reverse: bool = False, skip: torch.Tensor | None = None) -> ChunkOperators:
+        return self._operators(self._system(reverse), length, skip)
+
+    def operators_with_skip(self, length):
+        if type(self).operators is not SingleInputSingleOutput.operators:  # a subclass's own need not take a skip
+            return super().operators_with_skip(length)
+        return self.operators(length, skip=self.D)
 
     def step_on_kernel(self, u, state, coefficients, activation):
         return siso_step(u, state, *coefficients, self.D, activation)

@@ -13,7 +13,7 @@ import torch
 from .diagonal_discretization import diagonal_system
 from .kernel_launch import on_device, qualified
 from .kernels_s4 import Case, gradient_case
-from .triton_dplr_discretization import times, times_conjugate
+from .triton_dplr_discretization import over_channels, sum_up_shared, times, times_conjugate
 from .triton_dplr_operators import read_pair, write_pair
 
 try:
@@ -24,7 +24,7 @@ except ImportError:  # `kernels_s4` asks for this module in a `try` of its own, 
 
 
 @triton.jit
-def exponential(re, im):
+def complex_exponential(re, im):
     """exp(re + i im) in float64. The angle is reduced to an eighth of a turn, pi / 2 being a sum of two numbers, the
     first of few bits; there sine and cosine are their series. libdevice's, for any angle, needs memory of its own.
     """
@@ -82,7 +82,7 @@ def zoh_kernel(log_dt, Lambda_log_re, Lambda_im, B, C, log_re, log_im, CB_re, CB
     """log Lambda_bar (re, im), float64, and C B_bar (re, im), (H, N/2). Grid: channels."""
     h, n = tl.program_id(0).to(tl.int64), tl.arange(0, HALF)
     dt, z_re, z_im, b_re, b_im, c_re, c_im = read_system(log_dt, Lambda_log_re, Lambda_im, B, C, h, h % S, n, half)
-    e_re, e_im = exponential(z_re, z_im)
+    e_re, e_im = complex_exponential(z_re, z_im)
     p_re, p_im, _, _ = phi_and_slope(z_re, z_im, e_re, e_im)
     b_re, b_im = times(dt * p_re, dt * p_im, b_re, b_im)
     c_re, c_im = times(c_re, c_im, b_re, b_im)
@@ -119,7 +119,7 @@ def zoh_gradient_kernel(
     """
     h, N, n = tl.program_id(0).to(tl.int64), 2 * half, tl.arange(0, HALF)
     dt, z_re, z_im, b_re, b_im, c_re, c_im = read_system(log_dt, Lambda_log_re, Lambda_im, B, C, h, h % S, n, half)
-    e_re, e_im = exponential(z_re, z_im)
+    e_re, e_im = complex_exponential(z_re, z_im)
     p_re, p_im, s_re, s_im = phi_and_slope(z_re, z_im, e_re, e_im)
     here = h * half + n
     g_re = tl.load(of_CB_re + here, mask=n < half, other=0.0).to(tl.float64)
@@ -145,12 +145,6 @@ def zoh_gradient_kernel(
 # ---- launches
 
 
-def _launch(log_dt, B) -> tuple[tuple[int], tuple[int, int], dict]:
-    """The grid, (S, N/2), and what is constant."""
-    S, N = B.shape
-    return (len(log_dt),), (S, N // 2), {"HALF": max(16, triton.next_power_of_2(N // 2)), "num_warps": 1}
-
-
 def _empty(C) -> tuple[torch.Tensor, ...]:
     H, N = C.shape
     return tuple(C.new_empty(H, N // 2, dtype=dtype) for dtype in (torch.float64,) * 2 + (torch.float32,) * 2)
@@ -162,7 +156,7 @@ def run_forward(
     """log Lambda_bar and C B_bar, a pair each; see `diagonal_system`."""
     inputs = [x.contiguous() for x in (log_dt, Lambda_log_re, Lambda_im, B, C)]
     outputs = _empty(C)
-    grid, sizes, options = _launch(log_dt, B)
+    grid, sizes, options = over_channels(len(log_dt), *B.shape)
     if len(log_dt):
         with on_device(log_dt.device):
             zoh_kernel[grid](*inputs, *outputs, *sizes, **options)
@@ -190,11 +184,11 @@ def run_backward(
     found = [C.new_empty(H, width) for width in ((N // 2, N // 2, N) if S == H else (2 * N,))]
     shared = found if S == H else parts(*found)
     strides = shared[0].stride(0), shared[2].stride(0)
-    grid, sizes, options = _launch(log_dt, B)
+    grid, sizes, options = over_channels(len(log_dt), *B.shape)
     if H:
         with on_device(log_dt.device):
             zoh_gradient_kernel[grid](*inputs, *gradients, of_log_dt, *shared, of_C, *sizes, *strides, **options)
-    return [of_log_dt, of_C, *(found if S == H else (x.unflatten(0, (H // S, S)).sum(0) for x in found))]
+    return [of_log_dt, of_C, *sum_up_shared(found, H, S)]
 
 
 def parts(shared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

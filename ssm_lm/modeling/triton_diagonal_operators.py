@@ -13,7 +13,7 @@ from .chunked import ChunkOperators, operator_shapes
 from .diagonal_operators import power_operators
 from .kernel_launch import on_device, qualified
 from .kernels_s4 import Case, gradient_case
-from .triton_diagonal_discretization import exponential
+from .triton_diagonal_discretization import complex_exponential
 from .triton_dplr_discretization import times, times_conjugate
 from .triton_dplr_operators import read_pair, write_columns, write_pair
 
@@ -29,7 +29,7 @@ def read_system(log_re, log_im, CB_re, CB_im, h, n, half):
     """Lambda_bar, float64, and C B_bar of a channel, each as two halves; 1 and 0 beyond them."""
     here, inside = h * half + n, n < half
     l_re, l_im = tl.load(log_re + here, mask=inside, other=0.0), tl.load(log_im + here, mask=inside, other=0.0)
-    l_re, l_im = exponential(l_re, l_im)
+    l_re, l_im = complex_exponential(l_re, l_im)
     c_re, c_im = tl.load(CB_re + here, mask=inside, other=0.0), tl.load(CB_im + here, mask=inside, other=0.0)
     return l_re, l_im, c_re, c_im
 

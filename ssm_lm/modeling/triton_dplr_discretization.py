@@ -228,10 +228,20 @@ def bilinear_gradient_kernel(
 # ---- launches
 
 
+def over_channels(H: int, S: int, N: int) -> tuple[tuple[int], tuple[int, int], dict]:
+    """A launch over H channels that share S systems of N states: the grid, (S, N/2), and what is constant."""
+    return (H,), (S, N // 2), {"HALF": max(16, triton.next_power_of_2(N // 2)), "num_warps": 1}
+
+
+def sum_up_shared(found: list[torch.Tensor], H: int, S: int) -> list[torch.Tensor]:
+    """Gradients (H, ...) of what H channels have of S systems -> (S, ...), summed over the channels in order."""
+    return found if S == H else [x.unflatten(0, (H // S, S)).sum(0) for x in found]
+
+
 def _launch(log_dt, P) -> tuple[tuple[int], tuple[int, int], dict]:
-    """The grid, (S, N/2), and what is constant."""
     rank, S, N = P.shape
-    return (len(log_dt),), (S, N // 2), {"RANK": rank, "HALF": max(16, triton.next_power_of_2(N // 2)), "num_warps": 1}
+    grid, sizes, constants = over_channels(len(log_dt), S, N)
+    return grid, sizes, {"RANK": rank, **constants}
 
 
 def _empty(log_dt, P) -> tuple[torch.Tensor, ...]:
@@ -290,7 +300,7 @@ def run_backward(
             bilinear_gradient_kernel[grid](
                 *inputs, *gradients, of_log_dt, of_log_re, of_im, of_P, of_B, of_C, *sizes, *strides, **options
             )
-    return [of_log_dt, of_C, *(found if S == H else (x.unflatten(0, (H // S, S)).sum(0) for x in found))]
+    return [of_log_dt, of_C, *sum_up_shared(found, H, S)]
 
 
 def parts(shared: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

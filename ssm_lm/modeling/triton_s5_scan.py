@@ -23,7 +23,8 @@ from .kernel_launch import on_device, qualified
 from .kernel_limits import s5_chunk_length
 from .kernels_s4 import Case
 from .prefix_scans import complex_scan, gradient_of_logs
-from .triton_diagonal_discretization import exponential
+from .triton_diagonal_discretization import complex_exponential
+from .triton_dplr_discretization import times
 
 try:
     import triton
@@ -35,11 +36,6 @@ except ImportError:  # `kernels_s4` asks for this module in a `try` of its own, 
 UNROLL, CARRY_UNROLL = 8, 16  # tokens, and chunks, that are loaded before the first of them is needed
 
 
-@triton.jit
-def product(a_re, a_im, b_re, b_im):
-    return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
-
-
 @triton.jit(do_not_specialize=["T", "HALF"])
 def powers_kernel(log_re, log_im, powers, T, HALF, BLOCK: tl.constexpr):
     """powers (2, P): Lambda and Lambda^T of log Lambda (P/2,). Grid: blocks of states."""
@@ -47,7 +43,7 @@ def powers_kernel(log_re, log_im, powers, T, HALF, BLOCK: tl.constexpr):
     inside = p < HALF
     re, im = tl.load(log_re + p, mask=inside, other=0.0), tl.load(log_im + p, mask=inside, other=0.0)
     for row in tl.static_range(2):
-        l_re, l_im = exponential(re, im) if row == 0 else exponential(re * T, im * T)
+        l_re, l_im = complex_exponential(re, im) if row == 0 else complex_exponential(re * T, im * T)
         tl.store(powers + 2 * row * HALF + p, l_re.to(tl.float32), mask=inside)
         tl.store(powers + (2 * row + 1) * HALF + p, l_im.to(tl.float32), mask=inside)
 
@@ -102,10 +98,10 @@ def ends_kernel(
                 begun = tl.load(begins + t, mask=here, other=0) != 0
                 passes = tl.where(begun, 0.0, passes)
             if REVERSE:
-                next_re, next_im = product(l_re, -l_im, x_re + v_re, x_im + v_im)
+                next_re, next_im = times(l_re, -l_im, x_re + v_re, x_im + v_im)
                 next_re, next_im = tl.where(begun, 0.0, next_re), tl.where(begun, 0.0, next_im)
             else:
-                next_re, next_im = product(l_re, l_im, x_re, x_im)
+                next_re, next_im = times(l_re, l_im, x_re, x_im)
                 next_re, next_im = tl.where(begun, 0.0, next_re) + v_re, tl.where(begun, 0.0, next_im) + v_im
             x_re, x_im = tl.where(here, next_re, x_re), tl.where(here, next_im, x_im)
     out = ends + (b * chunks + c) * 2 * HALF + p
@@ -165,7 +161,7 @@ def carry_kernel(
             tl.store(ends + c * 2 * HALF + HALF + p, s_im, mask=inside & here)
             # the first chunk's end holds what its initial state became, by tokens of which there may be fewer than T
             through = (loaded[3 * k + 2] != 0.0) & (start + k > 0)
-            next_re, next_im = product(l_re, l_im, s_re, s_im)
+            next_re, next_im = times(l_re, l_im, s_re, s_im)
             s_re = tl.where(through, next_re, 0.0) + loaded[3 * k]
             s_im = tl.where(through, next_im, 0.0) + loaded[3 * k + 1]
 
@@ -210,7 +206,7 @@ def emit_kernel(
         for k in tl.static_range(UNROLL):
             here = start + k < tokens
             row = x + (b * L + c * T + start + k) * 2 * HALF + p
-            next_re, next_im = product(l_re, l_im, x_re, x_im)
+            next_re, next_im = times(l_re, l_im, x_re, x_im)
             next_re = tl.where(loaded[3 * k + 2], 0.0, next_re) + loaded[3 * k]
             next_im = tl.where(loaded[3 * k + 2], 0.0, next_im) + loaded[3 * k + 1]
             tl.store(row, next_re.to(x.dtype.element_ty), mask=inside & here)
@@ -280,7 +276,7 @@ def emit_reverse_kernel(
             tl.store(row + HALF, v_im.to(grad_u.dtype.element_ty), mask=inside & here)
             sum_re += v_re * x_re + v_im * x_im
             sum_im += v_im * x_re - v_re * x_im
-            next_re, next_im = product(l_re, -l_im, v_re, v_im)
+            next_re, next_im = times(l_re, -l_im, v_re, v_im)
             next_re, next_im = tl.where(loaded[5 * k + 4], 0.0, next_re), tl.where(loaded[5 * k + 4], 0.0, next_im)
             r_re, r_im = tl.where(here, next_re, r_re), tl.where(here, next_im, r_im)
     tl.store(grad_Lambda + at_chunk, sum_re, mask=inside)
@@ -290,13 +286,13 @@ def emit_reverse_kernel(
 
 
 def state_blocks(half: int) -> dict[str, int]:
-    """States a program, on one warp, and what else every launch takes."""
-    return {"UNROLL": UNROLL, "BLOCK": min(64, triton.next_power_of_2(half)), "num_warps": 1, "num_stages": 1}
+    """States a program, on one warp: of every launch."""
+    return {"BLOCK": min(64, triton.next_power_of_2(half)), "num_warps": 1, "num_stages": 1}
 
 
-def of_powers(blocks: dict[str, int]) -> dict[str, int]:
-    """Of `state_blocks`, what the launch of the powers takes."""
-    return {key: blocks[key] for key in ("BLOCK", "num_warps", "num_stages")}
+def token_blocks(half: int) -> dict[str, int]:
+    """The same of a launch that goes from token to token."""
+    return {"UNROLL": UNROLL, **state_blocks(half)}
 
 
 class _Launch:
@@ -307,12 +303,12 @@ class _Launch:
         self.half, self.T = P // 2, s5_chunk_length(self.L)
         self.chunks = triton.cdiv(self.L, self.T)
         self.begins = None if begins is None else begins.contiguous().view(torch.uint8)
-        self.blocks = {"RESETS": begins is not None, **state_blocks(self.half)}
+        self.blocks = {"RESETS": begins is not None, **token_blocks(self.half)}
         self.columns = triton.cdiv(self.half, self.blocks["BLOCK"])
         powers = log_re.new_empty(2, P, dtype=torch.float32)
         with on_device(log_re.device):
             powers_kernel[self.columns,](
-                log_re.contiguous(), log_im.contiguous(), powers, self.T, self.half, **of_powers(self.blocks)
+                log_re.contiguous(), log_im.contiguous(), powers, self.T, self.half, **state_blocks(self.half)
             )
         self.Lambda, self.power = powers
 

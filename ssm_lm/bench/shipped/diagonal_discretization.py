@@ -1,6 +1,8 @@
 """The configurations of S4D's discretisation that are shipped, with what one launch of each moves and computes."""
 
 from ...modeling.triton_diagonal_discretization import zoh_gradient_kernel, zoh_kernel
+from ...modeling.triton_dplr_discretization import over_channels
+from . import as_compiled
 
 H = 1024  # a system a channel
 
@@ -25,9 +27,9 @@ def _forward(N) -> dict:
 def _backward(N) -> dict:
     tensors = {f"of_{name}": kind for name, kind in SYSTEM.items()}
     tensors |= dict.fromkeys(("of_log_dt", "of_log_rate", "of_im", "of_B", "of_C"), "*fp32:16")
+    tensors |= dict.fromkeys(("half_row", "row"), "i32")
     parameters, system = _bytes(N)
     work = {"bytes": 2 * parameters + system, "flops": 110 * H * N}
-    tensors |= dict.fromkeys(("half_row", "row"), "i32")
     return _case("backward", zoh_gradient_kernel, N, tensors) | {"work": work}
 
 
@@ -36,7 +38,6 @@ def _case(way, kernel, N, tensors) -> dict:
         "name": f"diagonal_discretization {way} N={N}",
         "kernel": kernel,
         "arguments": dict.fromkeys(PARAMETERS, "*fp32:16") | tensors | {"S": "i32", "half": "i32"},
-        "constexprs": {"HALF": N // 2},
-        "options": {"num_warps": 1},
+        **as_compiled(over_channels(H, H, N)[2]),
         "variant": N > 64,
     }

@@ -7,10 +7,11 @@ from ...modeling.triton_s5_scan import (
     emit_kernel,
     emit_reverse_kernel,
     ends_kernel,
-    of_powers,
     powers_kernel,
     state_blocks,
+    token_blocks,
 )
+from . import as_compiled
 
 B, L, P = 8, 8192, 1024
 ELEMENTS, CARRIED = B * L * P, B * L * P // s5_chunk_length(L)
@@ -44,14 +45,11 @@ def _carry() -> dict:
 
 
 def _powers() -> dict:
-    blocks = of_powers(state_blocks(P // 2))
-    options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
     return {
         "name": "s5_scan powers",
         "kernel": powers_kernel,
         "arguments": {"log_re": "*fp64:16", "log_im": "*fp64:16", "powers": F32, "T": "i32", "HALF": "i32"},
-        "constexprs": blocks,
-        "options": options,
+        **as_compiled(state_blocks(P // 2)),
         "work": {"bytes": 16 * P, "flops": 60 * P},
     }
 
@@ -71,14 +69,11 @@ def _emit_reverse(kind) -> list[dict]:
 
 def _case(name, kind, kernel, tensors, moved, flops, over_chunks=True, **switches) -> dict:
     """flops: of a number half a complex product and sum; in reverse also its part of the gradient of Lambda."""
-    blocks = state_blocks(P // 2)
-    options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
     numbers = {"chunks": "i32", "HALF": "i32:16"}
     return {
         "name": f"s5_scan {name}{'' if kind == 'fp32' else ' ' + kind}",
         "kernel": kernel,
         "arguments": tensors | ({"L": "i32", "T": "i32:16"} if over_chunks else {}) | numbers,
-        "constexprs": {"RESETS": True, **blocks, **switches},
-        "options": options,
+        **as_compiled(token_blocks(P // 2) | switches, RESETS=True),
         "work": {"bytes": moved, "flops": flops},
     }
