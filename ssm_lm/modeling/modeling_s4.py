@@ -34,6 +34,7 @@ from .cache_s4 import check_holds_states  # whose import registers the "s4" cach
 from .configuration_s4 import S4Config
 from .decoding_common import CACHE_FIELD, cache_of
 from .decoding_s4 import STRATEGIES
+from .decoding_sampling import READY, sample, serves
 from .documents import find_documents, from_position_ids, from_starts
 from .losses import LanguageModelHead, average, causal_targets, kept_positions
 from .native_step import logits as native_logits
@@ -187,10 +188,6 @@ class S4Model(S4PreTrainedModel):
         return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values if use_cache else None)
 
 
-# of what generate() hands on, what the forward takes as it is
-READY = {"attention_mask", "cache", "logits_to_keep", "past_key_values", "use_cache"}
-
-
 class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
     """S4Model with a head over the vocabulary, linear or adaptive, tied to the embedding by default."""
 
@@ -254,6 +251,16 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
             if streamer is not None and "streamer" not in known:
                 raise ValueError("this custom_generate cannot stream: leave the streamer out")
         return extracted
+
+    def _sample(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **model_kwargs
+    ):
+        """transformers' loop of greedy search and sampling, or where it does the same, the short one."""
+        of_tokens = {name: value for name, value in model_kwargs.items() if name != "streamer"}
+        shared = input_ids, logits_processor, stopping_criteria, generation_config
+        if type(self) is S4ForCausalLM and serves(self, input_ids, generation_config, synced_gpus, of_tokens):
+            return sample(self, *shared, **model_kwargs)
+        return super()._sample(*shared, synced_gpus=synced_gpus, **model_kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
         """Where steps are in C, a token that follows is handed on as it is: to look for positions, masks and names in

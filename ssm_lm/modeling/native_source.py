@@ -77,6 +77,25 @@ static void norm_row(I H, const float *x, const void *weight, const void *bias, 
     }
 }
 
+/* nn.Embedding: h (B, H), the rows of table (V, H) that tokens (B), each below V, name */
+static void embed(I B, I H, const I *tokens, const void *table, I half, float *h) {
+    #pragma omp for schedule(static)
+    for (I b = 0; b < B; b++) {
+        for (I i = 0; i < H; i++) h[b * H + i] = at(table, tokens[b] * H + i, half);
+    }
+}
+
+/* x.to(bfloat16).to(float32), n numbers: to the nearest, of two to the even one */
+static void round_half(I n, float *x) {
+    #pragma omp for schedule(static)
+    for (I i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits = x[i] == x[i] ? (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000 : 0x7fc00000;
+        memcpy(x + i, &bits, 4);
+    }
+}
+
 /* nn.LayerNorm where layer is 1, else nn.RMSNorm: x, y (B, H) */
 static void norm(I B, I H, const float *x, const void *weight, const void *bias, I half, float eps, I layer, float *y) {
     #pragma omp for schedule(static)
@@ -290,6 +309,8 @@ typedef union { I i; float f; void *p; } A;
 typedef struct { void (*function)(const A *); const A *arguments; } Call;
 
 void call_linear(const A *a) { linear(a[0].i, a[1].i, a[2].i, a[3].p, a[4].p, a[5].p, a[6].i, a[7].p); }
+void call_embed(const A *a) { embed(a[0].i, a[1].i, a[2].p, a[3].p, a[4].i, a[5].p); }
+void call_round_half(const A *a) { round_half(a[0].i, a[1].p); }
 void call_norm(const A *a) { norm(a[0].i, a[1].i, a[2].p, a[3].p, a[4].p, a[5].i, a[6].f, a[7].i, a[8].p); }
 void call_step_diagonal(const A *a) {
     step_diagonal(a[0].i, a[1].i, a[2].i, a[3].i, a[4].p, a[5].p, a[6].p, a[7].p, a[8].p, a[9].p);

@@ -44,8 +44,7 @@ def run(model: nn.Module, inputs: torch.Tensor, cache) -> torch.Tensor | None:
     """
     if not _is_for_the_library(model.config.kernels, inputs):
         return None
-    # from an empty cache, also one that was reset, a text begins in the plain way
-    if not all(layer.is_initialized for layer in cache.layers) or not cache.get_seq_length():
+    if not has_begun(cache):
         return None
     programs = programs_of(model)
     of_cache = programs.of(cache)
@@ -80,13 +79,23 @@ def program_of(model: nn.Module, cache, tokens: int) -> "Program | None":
 def _is_for_the_library(kernels: str, x: torch.Tensor) -> bool:
     """x (B, T, ...), of few tokens; kernels: the config's key."""
     # first, for a graph that asked for the length would be one of its length
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+    if not is_time_for_the_library(kernels):
         return False
     if x.dim() != 3 or not 1 <= x.shape[1] <= FEW_TOKENS or not len(x):
         return False
-    if type(x) is not torch.Tensor or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    return type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def has_begun(cache) -> bool:
+    """From an empty cache, also one that was reset, a text begins in the plain way."""
+    return all(layer.is_initialized for layer in cache.layers) and bool(cache.get_seq_length())
+
+
+def is_time_for_the_library(kernels: str) -> bool:
+    """Whether the library may stand for PyTorch now, whatever the tensors; kernels: the config's key."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
         return False
-    return x.dtype in (torch.float32, torch.bfloat16) and in_force(kernels) == "auto" and library() is not None
+    return not torch.is_autocast_enabled("cpu") and in_force(kernels) == "auto" and library() is not None
 
 
 class Columns(NamedTuple):
@@ -167,6 +176,14 @@ class Program:
         self.listed, self.kept, self.discretized, self.states = [], [], [], []
         self.seen, self.looked, self.head = _Seen(model), look, None
         self.h = self.room(model.config.hidden_size)
+        self.write(model, cache)
+        self.versions, self.runs = versions_of(self.discretized), []
+        for is_of_python, group in groupby(self.listed, callable):
+            calls = list(group)
+            self.runs += calls if is_of_python else [bind(calls, self.threads)]
+
+    def write(self, model: nn.Module, cache) -> None:
+        """From embeddings in h to the last hidden states in out."""
         for block, layer in zip(model.layers, cache.layers, strict=True):
             for sublayer in block.sublayers:
                 write = WRITERS.get(type(sublayer.inner))
@@ -174,10 +191,6 @@ class Program:
                     raise Unsupported(type(sublayer.inner).__name__)
                 write(self, sublayer.inner, self.norm(sublayer.norm, self.h), layer)
         self.out = self.norm(model.norm, self.h)
-        self.versions, self.runs = versions_of(self.discretized), []
-        for is_of_python, group in groupby(self.listed, callable):
-            calls = list(group)
-            self.runs += calls if is_of_python else [bind(calls, self.threads)]
 
     def is_current(self, model: nn.Module, inputs: torch.Tensor, cache, look: tuple | None) -> bool:
         """Whether modules, weights and states are still those that the calls were bound to. look: see Programs."""
@@ -197,16 +210,25 @@ class Program:
         return True
 
     def __call__(self, inputs: torch.Tensor, cache) -> torch.Tensor:
-        for i, j, *_ in self.states:
-            cache.layers[i].before_update(j)
         self.h.copy_(inputs.flatten(0, 1))
+        self.advance(cache)
+        return self.out.view(*self.shape, -1).to(self.dtype, copy=True)
+
+    def advance(self, cache) -> None:
+        """Run the calls, and tell the cache."""
+        recorded = any(layer.record_past for layer in cache.layers)
+        if recorded:
+            for i, j, *_ in self.states:
+                cache.layers[i].before_update(j)
         for run in self.runs:
             run()
-        for i, j, _, module, x in self.states:
-            layer = cache.layers[i]
-            inputs = x.view(*self.shape, -1).clone() if layer.record_past else None  # the next token writes over x
-            layer.after_update(j, self.shape[1], module, inputs)
-        return self.out.view(*self.shape, -1).to(self.dtype, copy=True)
+        if recorded:
+            for i, j, _, module, x in self.states:
+                # a copy, for the next token writes over x
+                cache.layers[i].after_update(j, self.shape[1], module, x.view(*self.shape, -1).clone())
+        else:
+            for layer in cache.layers:
+                layer.after_update(0, self.shape[1])
 
     def logits(self, head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """See `logits` above. What the head is, is looked at as often as what the model is."""
@@ -215,7 +237,7 @@ class Program:
             return None
         key = head, self.looked, hidden_states.dtype
         if self.head is None or self.looked is None or self.head[:3] != key:
-            self.head = *key, _weight_of_head(head, width, hidden_states.dtype)
+            self.head = *key, weight_of_head(head, width, hidden_states.dtype)
         weight = self.head[3]
         if weight is None:
             return None
@@ -351,9 +373,9 @@ class Program:
         self.call("add_gated", mode, *self.h.shape, p, y, self.h)
 
 
-def _weight_of_head(head: nn.Module, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+def weight_of_head(head: nn.Module, width: int, dtype: torch.dtype) -> torch.Tensor | None:
     """The memory of a linear head's weight (V, width), None where the library cannot stand for the head."""
-    if type(head) is not LanguageModelHead or head.bias is not None or _has_hooks(vars(head)):
+    if type(head) is not LanguageModelHead or head.bias is not None or has_hooks(vars(head)):
         return None
     weight = head.weight.detach()
     if type(weight) is not torch.Tensor or weight.dtype != dtype or not weight.is_contiguous():
@@ -398,14 +420,14 @@ class _Seen:
 
     def _facts(self, model: nn.Module) -> tuple[list[int], list[int]] | None:
         known = [vars(model), *map(vars, self.inner)]
-        if any(map(_has_hooks, known)):
+        if any(map(has_hooks, known)):
             return None
         modules = chain.from_iterable(d["_modules"].values() for d in known)
         parameters = chain.from_iterable(d["_parameters"].values() for d in known)
         return list(map(id, modules)), [0 if p is None else p.data_ptr() for p in parameters]
 
 
-def _has_hooks(attributes: dict) -> bool:
+def has_hooks(attributes: dict) -> bool:
     """Whether a module of these attributes does other things than its class."""
     return bool(attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes)
 

@@ -40,8 +40,8 @@ MODELS = {
 def steps(monkeypatch):
     """Counts the tokens that the library has stepped."""
     count = []
-    run = native_step.Program.__call__
-    monkeypatch.setattr(native_step.Program, "__call__", lambda *given: count.append(1) or run(*given))
+    run = native_step.Program.advance
+    monkeypatch.setattr(native_step.Program, "advance", lambda *given: count.append(1) or run(*given))
     return count
 
 
@@ -285,7 +285,7 @@ def test_a_token_is_prepared_as_transformers_would(options, monkeypatch, steps):
 
     monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", counted)
     monkeypatch.setattr(S4ForCausalLM, "prepare_inputs_for_generation", compare)
-    model.generate(ids, max_new_tokens=8, do_sample=False, **options)
+    model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2, **options)
     assert len(steps) == 7
     assert len(short) == 6  # the first of a cache is not written out yet
 

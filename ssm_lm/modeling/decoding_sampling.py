@@ -1,0 +1,70 @@
+"""Greedy search and sampling on a CPU: the loop of generate() with little around each token.
+
+    logits -> processors -> the likeliest token, or one that is drawn -> stopping criteria -> the step on that token
+
+It is transformers' loop, token for token, for the settings that `serves` names; that one gets the others. A step in C
+(native_step.py) is a few milliseconds, of which the positions, masks and keyword arguments that the general loop makes
+anew for every token, and the decorators of two forwards, would take a fifth.
+"""
+
+import torch
+
+from .decoding_common import CACHE_FIELD, Collected
+from .native_tokens import TokenSteps
+
+# of what generate() hands on, what says nothing about a token that follows on a cache
+READY = {"attention_mask", "cache", "logits_to_keep", "past_key_values", "use_cache"}
+# what a step goes through besides: one that was put on the model itself, as PEFT and accelerate do, is to be heard
+STEPS = {"forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
+
+
+def serves(model, input_ids: torch.Tensor, generation_config, synced_gpus: bool, model_kwargs: dict) -> bool:
+    """Whether `sample` is what transformers' own loop would do. model_kwargs: as generate() hands them to it."""
+    return (
+        input_ids.device.type == "cpu"
+        and not synced_gpus
+        and model_kwargs.get("use_cache") is True
+        and model_kwargs.keys() <= READY
+        and not vars(model).keys() & STEPS
+        and generation_config.compile_config is None
+        and not generation_config.is_assistant
+        and not generation_config.output_attentions
+        and not generation_config.output_hidden_states
+    )
+
+
+def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **model_kwargs):
+    """What generate() returns: sequences (B, L + new tokens), or an object that holds them. input_ids: (B, L).
+
+    The arguments are those of transformers' `_sample`.
+    """
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    cache, logits = getattr(outputs, CACHE_FIELD), outputs.logits[:, -1]
+    del outputs  # its logits may be those of a whole prompt
+    collected = Collected(generation_config)
+    # rows that have ended are filled up, where there is a token that ends them
+    fill = generation_config._pad_token_tensor if any(hasattr(c, "eos_token_id") for c in stopping_criteria) else None
+    unfinished = torch.ones(len(input_ids), dtype=torch.bool)
+    between = [*logits_processor, *stopping_criteria, *([] if streamer is None else [streamer])]
+    known = all(type(one).__module__.startswith(("transformers.", "ssm_lm.")) for one in between)
+    step = TokenSteps(model, cache, not known, fill)
+    while True:
+        logits = logits.to(torch.float32, copy=True)  # which processors may write to
+        scores = logits_processor(input_ids, logits)
+        collected.add(scores, logits)
+        if generation_config.do_sample:
+            tokens = scores.softmax(-1).multinomial(1).squeeze(1)
+        else:
+            tokens = scores.argmax(-1)
+        if fill is not None:
+            tokens = torch.where(unfinished, tokens, fill)
+        input_ids = torch.cat([input_ids, tokens[:, None]], -1)
+        unfinished &= ~stopping_criteria(input_ids, collected.scores)
+        if streamer is not None:
+            streamer.put(tokens)
+        if not unfinished.any():
+            break
+        logits = step(tokens[:, None])
+    if streamer is not None:
+        streamer.end()
+    return collected.output(input_ids, cache)

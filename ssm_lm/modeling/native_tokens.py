@@ -1,0 +1,89 @@
+"""The decoding step from a token's id to the logits of the next one, in one run of the library: for the loop of
+decoding_sampling.py, whose tokens follow one another and whose surroundings are known.
+
+What Python does between two tokens it does with nothing near, for the weights have just gone through the processor:
+a handful of calls are a tenth of a small model's token.
+"""
+
+import torch
+from torch import nn
+from torch.nn.modules import module
+
+from .native_step import (
+    FEW_ROWS,
+    NoProgram,
+    Program,
+    Unsupported,
+    has_begun,
+    has_hooks,
+    is_time_for_the_library,
+    programs_of,
+    weight_of_head,
+)
+
+
+class TokenProgram(Program):
+    """A step of an S4ForCausalLM: ids in `tokens` (B, 1), logits in `logits` (B, V), float32."""
+
+    def write(self, model: nn.Module, cache) -> None:
+        embedding, half = model.model.embed_tokens, model.dtype == torch.bfloat16
+        if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+            raise Unsupported(type(embedding).__name__)
+        table = self.weight(embedding.weight, model.dtype)
+        head = weight_of_head(model.lm_head, self.h.shape[1], model.dtype)
+        if head is None or not len(head) <= model.config.vocab_size <= len(table) or has_hooks(vars(model)):
+            raise Unsupported("a head of another kind")
+        self.tokens = torch.zeros(self.shape, dtype=torch.int64, device="cpu")
+        self.call("embed", *self.h.shape, self.tokens, table, half, self.h)
+        super().write(model.model, cache)
+        if half and self.rows <= FEW_ROWS:  # more than that are rounded by PyTorch's product
+            self.call("round_half", self.out.numel(), self.out)
+        self.logits = self.product(self.out, head)
+        if half and self.rows <= FEW_ROWS:
+            self.call("round_half", self.logits.numel(), self.logits)
+
+
+class TokenSteps:
+    """Steps of an S4ForCausalLM on a cache, one token of every row each, in the library or by the model's forward.
+
+    watched: whether somebody else's code runs between them, after which everything is looked at again.
+    fill: the token of rows that have ended, the only one that may be none of the vocabulary; or None.
+    """
+
+    def __init__(self, model: nn.Module, cache, watched: bool, fill: torch.Tensor | None):
+        self.model, self.cache, self.watched, self.fill = model, cache, watched, fill
+        self.programs, self.program, self.look = programs_of(model.model), None, None
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens: (B, 1). The logits (B, V) of what follows them."""
+        if self.program is None or self.watched or self.look != self.programs.look():
+            self.program = self._find(tokens)
+        if self.program is None:
+            step = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            return step.logits[:, -1]
+        self.program.tokens.copy_(tokens)
+        self.program.advance(self.cache)
+        return self.program.logits.clone()
+
+    def _find(self, tokens: torch.Tensor) -> TokenProgram | None:
+        """The program of the cache as it stands, None where the model's forward is to be called."""
+        model, cache = self.model, self.cache
+        self.look = self.programs.look()
+        if not is_time_for_the_library(model.config.kernels) or not has_begun(cache) or all_have_hooks():
+            return None
+        if self.fill is not None and not 0 <= int(self.fill) < model.config.vocab_size:
+            return None  # PyTorch says that there is no such token
+        of_cache = self.programs.of(cache)
+        program = of_cache.get(TokenProgram)
+        if program is None or not program.is_current(model, tokens, cache, self.look):
+            try:
+                program = TokenProgram(model, tokens, cache, self.look)
+            except Unsupported as error:
+                program = NoProgram(str(error))
+            of_cache[TokenProgram] = program
+        return program if type(program) is TokenProgram else None
+
+
+def all_have_hooks() -> bool:
+    """Whether there is a hook for every module of the process, which would wait for this one's."""
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
