@@ -317,26 +317,27 @@ def _dplr_operators(E, F, G, B_bar, C_row, length, skip):
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, gate, dtype):
+    def forward(ctx, x, weight, gate, dtype, with_input):
         ctx.save_for_backward(x, weight, gate)
         with kernel_launches(1):
             _read(x, weight, gate)
-            return torch.zeros_like(x, dtype=dtype)
+            y = torch.zeros_like(x, dtype=dtype)
+        return (y, x.view_as(x)) if with_input else y
 
     @staticmethod
-    def backward(ctx, grad_y):
+    def backward(ctx, grad_y, grad_past=None):
         x, weight, gate = ctx.saved_tensors
         with kernel_launches(1):
-            _read(grad_y, x, weight, gate)
+            _read(grad_y, grad_past, x, weight, gate)
             grad_x = torch.zeros(x.shape, dtype=x.dtype)
             grad_gate = None if gate is None else torch.zeros(gate.shape, dtype=gate.dtype)
             programs = programs_of_a_norm(x.numel() // len(weight), len(weight))
             of_weight = x.new_zeros(programs, *weight.shape, dtype=torch.float32)
-        return grad_x, of_weight.sum(0).to(weight.dtype), grad_gate, None
+        return grad_x, of_weight.sum(0).to(weight.dtype), grad_gate, None, None
 
 
-def _rms_norm(x, weight, eps, gate=None, dtype=None):
-    return _RMSNorm.apply(x, weight, gate, dtype or x.dtype)
+def _rms_norm(x, weight, eps, gate=None, dtype=None, with_input=False):
+    return _RMSNorm.apply(x, weight, gate, dtype or x.dtype, with_input)
 
 
 # ---- the loss of logits, whose gradient takes their place

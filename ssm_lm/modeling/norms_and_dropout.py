@@ -32,7 +32,10 @@ class RMSNorm(nn.RMSNorm):
     kernels = "auto"  # as in S4Config.kernels: whether the Triton kernel runs
     before_product = False  # whether a matrix product follows: the kernel then writes what autocast makes of y for it
 
-    def forward(self, x, gate=None):
+    def forward(self, x, gate=None, with_input=False):
+        """y; with_input: y, and x to go past the sublayer, of this x and not of the first: both gradients then meet in
+        the norm's backward.
+        """
         dtypes, out = (x.dtype, self.weight.dtype), x.dtype
         if self.before_product and out == torch.float32 and torch.is_autocast_enabled(x.device.type):
             out = torch.get_autocast_dtype(x.device.type)
@@ -42,9 +45,9 @@ class RMSNorm(nn.RMSNorm):
             self.weight,
             unsupported=limit_of_rms_norm(*dtypes, x.shape[-1]),
             setting=self.kernels,
-            problem=(*dtypes, out, x.shape[-1], gate is not None),
+            problem=(*dtypes, out, x.shape[-1], gate is not None, with_input),
         )
-        return rms_norm(x, self.weight, self.eps, gate, out if run_kernel else None, run_kernel)
+        return rms_norm(x, self.weight, self.eps, gate, out if run_kernel else None, run_kernel, with_input)
 
 
 def make_rms_norm(config: S4Config, channels: int, before_product: bool) -> RMSNorm:
@@ -77,8 +80,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def norm_before(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """norm(x), and x for what goes past, see `LayerNorm`."""
-    return norm(x, with_input=True) if isinstance(norm, LayerNorm) else (norm(x), x)
+    """norm(x), and x for what goes past, see `RMSNorm` and `LayerNorm`; of another module the input as it is."""
+    return norm(x, with_input=True) if isinstance(norm, (RMSNorm, LayerNorm)) else (norm(x), x)
 
 
 def make_norm(config: S4Config, before_product: bool = False) -> nn.Module:

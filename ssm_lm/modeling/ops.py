@@ -262,10 +262,16 @@ RMS_NORM = Operation("rms_norm", plain_rms_norm, _load_rms_norm)
 
 
 def rms_norm(
-    x, weight, eps: float, gate=None, dtype: torch.dtype | None = None, run_kernel: bool = False
-) -> torch.Tensor:
+    x,
+    weight,
+    eps: float,
+    gate=None,
+    dtype: torch.dtype | None = None,
+    run_kernel: bool = False,
+    with_input: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`rms_norm.rms_norm`, or its Triton kernel with run_kernel, whose limits the caller knows."""
-    return RMS_NORM.either(run_kernel)(x, weight, eps, gate, dtype)
+    return RMS_NORM.either(run_kernel)(x, weight, eps, gate, dtype, with_input)
 
 
 # ---- the layer norm

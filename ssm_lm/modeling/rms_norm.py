@@ -15,8 +15,12 @@ def rms_norm(
     eps: float,
     gate: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """x and gate (..., C), weight (C,) -> y of x's shape, in `dtype`; None: in that of x."""
-    x = x if gate is None else x * F.silu(gate)
-    y = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    return y if dtype is None else y.to(dtype)
+    with_input: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """x and gate (..., C), weight (C,) -> y of x's shape, in `dtype`; None: in that of x. with_input, without a gate:
+    y, and x for what goes past.
+    """
+    gated = x if gate is None else x * F.silu(gate)
+    y = F.rms_norm(gated, weight.shape, weight.to(x.dtype), eps)
+    y = y if dtype is None else y.to(dtype)
+    return (y, x) if with_input else y

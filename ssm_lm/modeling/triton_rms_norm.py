@@ -1,4 +1,5 @@
-"""The RMS norm on a GPU: one launch forward, with the gate and the cast that follows it; one launch back.
+"""The RMS norm on a GPU: one launch forward, with the gate and the cast that follows it; one launch back, before a
+residual connection with the gradient of what goes past.
 
 A program holds whole rows, channels and all: they are read once, and what the backward needs of the norm it makes anew.
 The weight's gradient is a sum a program over the rows that it takes, and those are added up in a fixed order, no
@@ -9,6 +10,7 @@ from functools import partial
 
 import torch
 
+from .first_order import first_order
 from .kernel_launch import in_rows, on_device, qualified
 from .kernel_limits import programs_of_a_norm, rows_of_a_norm
 from .kernels_s4 import Case, gradient_case
@@ -48,6 +50,7 @@ def norm_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward_kernel(
     g,
+    past,
     x,
     gate,
     weight,
@@ -57,14 +60,17 @@ def norm_backward_kernel(
     rows,
     C,
     g_row,
+    past_row,
     row,
     gate_row,
     eps,
     GATED: tl.constexpr,
+    PAST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_x and grad_gate (rows, C) of g, that of y; a program's part of grad_weight (programs, C).
+    """grad_x and grad_gate (rows, C) of g, that of y, and with PAST of what goes past the norm; a program's part of
+    grad_weight (programs, C).
     Grid: programs, each of which takes every so manieth block of ROWS rows.
     """
     c = tl.arange(0, BLOCK_C)
@@ -92,6 +98,8 @@ def norm_backward_kernel(
             of_gate = s * a * part * (1 + z * (1 - part))
             tl.store(grad_gate + at, of_gate.to(grad_gate.dtype.element_ty), mask=inside)
             s *= open
+        if PAST:
+            s += read(past, r, rows, past_row, c, C)
         tl.store(grad_x + at, s.to(grad_x.dtype.element_ty), mask=inside)
     tl.store(grad_weight + tl.program_id(0).to(tl.int64) * C + c, tl.sum(total, 0), mask=c < C)
 
@@ -130,9 +138,16 @@ def run_forward(
 
 
 def run_backward(
-    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, gate: torch.Tensor | None
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    gate: torch.Tensor | None,
+    grad_past: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and gate, each in its dtype; that of the gate is empty where there is none."""
+    """Gradients of x, weight and gate, each in its dtype; that of the gate is empty where there is none. grad_past: of
+    x where it goes past the norm, a part of x's.
+    """
     C = x.shape[-1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_gate = x.new_empty(0) if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
@@ -142,9 +157,11 @@ def run_backward(
     if grad_x.numel():
         (x, row), (grad_y, g_row) = _rows(x), _rows(grad_y)
         gate, gate_row = (x, row) if gate is None else _rows(gate)
+        past, past_row = (x, row) if grad_past is None else _rows(grad_past)
         with on_device(x.device):
             norm_backward_kernel[programs,](
                 grad_y,
+                past,
                 x,
                 gate,
                 weight.contiguous(),
@@ -154,10 +171,12 @@ def run_backward(
                 rows,
                 C,
                 g_row,
+                past_row,
                 row,
                 gate_row,
                 eps,
                 GATED=gate is not x,
+                PAST=grad_past is not None,
                 **tiles(C, BACKWARD),
             )
     return grad_x, grad_weight.sum(0).to(weight.dtype), grad_gate
@@ -174,7 +193,7 @@ def _(x, weight, eps, gate, dtype):
 
 
 @norm_rows_backward.register_fake
-def _(grad_y, x, weight, eps, gate):
+def _(grad_y, x, weight, eps, gate, grad_past=None):
     of_gate = x.new_empty(0) if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight), of_gate
 
@@ -195,20 +214,39 @@ def backward(ctx, grad_y, run=norm_rows_backward):
 norm_rows.register_autograd(backward, setup_context=save)
 
 
-def rms_norm(x, weight, eps, gate=None, dtype=None) -> torch.Tensor:
+class _BeforeSublayer(torch.autograd.Function):
+    """The input is an output too, so that both its gradients meet here, and not in a launch of their own."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return norm_rows(x, weight, eps, None, dtype), x.view_as(x)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_y, grad_past):
+        grad_x, grad_weight, _ = norm_rows_backward(grad_y, *ctx.saved_tensors, ctx.eps, None, grad_past)
+        return grad_x, grad_weight, None, None
+
+
+def rms_norm(x, weight, eps, gate=None, dtype=None, with_input=False):
     """`rms_norm.rms_norm` by the kernel."""
-    return norm_rows(x, weight, eps, gate, x.dtype if dtype is None else dtype)
+    dtype = x.dtype if dtype is None else dtype
+    return _BeforeSublayer.apply(x, weight, eps, dtype) if with_input else norm_rows(x, weight, eps, gate, dtype)
 
 
 # ---- what the registry asks for
 
 
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-# what models have: the dtype of inputs, of weights and of what comes out, channels, whether there is a gate
+# what models have: the dtype of inputs, of weights and of what comes out, channels, whether there is a gate, whether
+# the input goes past
 PROBLEMS = [
-    (torch.float32, torch.float32, torch.float32, 144, True),
-    (torch.bfloat16, torch.float32, torch.bfloat16, 144, True),
-    (torch.float32, torch.float32, torch.bfloat16, 144, False),
+    (torch.float32, torch.float32, torch.float32, 144, True, False),
+    (torch.bfloat16, torch.float32, torch.bfloat16, 144, True, False),
+    (torch.float32, torch.float32, torch.bfloat16, 144, False, False),
+    (torch.float32, torch.float32, torch.bfloat16, 144, False, True),
 ]
 
 
@@ -217,7 +255,7 @@ def self_check_cases(device: torch.device, *problem) -> list[Case]:
     return [_case(device, *each) for each in ([problem] if problem else PROBLEMS)]
 
 
-def _case(device, of_x, of_weight, of_y, C, gated) -> Case:
+def _case(device, of_x, of_weight, of_y, C, gated, with_input) -> Case:
     """Several rows a program, the gate part of a wider tensor."""
     generator = torch.Generator().manual_seed(0)
 
@@ -226,11 +264,12 @@ def _case(device, of_x, of_weight, of_y, C, gated) -> Case:
 
     rows = 2 * rows_of_a_norm(C) + 1
     x, wide, weight = normal(1, rows, C, dtype=of_x), normal(1, rows, C + 16, dtype=of_x), normal(C, dtype=of_weight)
-    leaves, gradient = [x, weight, *[wide] * gated], normal(1, rows, C)
+    leaves, gradients = [x, weight, *[wide] * gated], [normal(1, rows, C) for _ in range(1 + with_input)]
 
     def run(norm, dtype, x, weight, wide=None):
-        return norm(x, weight, 1e-5, None if wide is None else wide[..., :C], dtype)
+        return norm(x, weight, 1e-5, None if wide is None else wide[..., :C], dtype, with_input)
 
-    label = f"a norm{' with a gate' * gated} from {of_x} to {of_y}".replace("torch.", "")
+    label = f"a norm{' with a gate' * gated}{' before a sublayer' * with_input} from {of_x} to {of_y}"
     ours, twin = partial(run, rms_norm, of_y), partial(run, plain_rms_norm, None)
-    return gradient_case(label, ours, twin, leaves, [gradient], max(TOLERANCES[of_x], TOLERANCES[of_y]))
+    tolerance = max(TOLERANCES[of_x], TOLERANCES[of_y])
+    return gradient_case(label.replace("torch.", ""), ours, twin, leaves, gradients, tolerance)

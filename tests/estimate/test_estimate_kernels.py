@@ -471,13 +471,30 @@ def test_a_gated_norm_moves_what_its_report_says_and_holds_what_its_kernel_holds
 class Residual(torch.nn.Module):
     """A sublayer that does nothing, around a norm."""
 
-    def __init__(self):
+    def __init__(self, norm):
         super().__init__()
-        self.norm = LayerNorm(1024)
+        self.norm = norm
 
     def forward(self, x):
         y, past = self.norm(x, with_input=True)
         return y + past
+
+
+@needs_triton
+def test_a_norm_before_a_sublayer_moves_what_its_report_says_and_holds_what_its_kernel_holds(monkeypatch):
+    from ssm_lm.modeling import triton_rms_norm as module
+
+    names = "norm_kernel", "norm_backward_kernel"
+    launched = opened(monkeypatch, module, "norm_rows", *names, parts=("run_forward",) * 3 + ("run_backward",))
+    monkeypatch.setattr(module, "norm_rows", module.run_forward)
+    monkeypatch.setattr(module, "norm_rows_backward", module.run_backward)
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        norm = RMSNorm(1536, eps=1e-5)
+        norm.before_product = True
+        inputs = [torch.empty(8, 8192, 1536, requires_grad=True)]
+        rows = ["rms_norm forward fp32 to bf16", "rms_norm backward fp32 to bf16 and past"]
+        compare_with_launchers("rms_norm", module.rms_norm, Residual(norm), inputs, rows)
+    assert launched == list(names)
 
 
 @needs_triton
@@ -491,7 +508,7 @@ def test_a_layer_norm_moves_what_its_report_says_and_holds_what_its_kernel_holds
     with FakeTensorMode():
         inputs = [torch.empty(8, 8192, 1024, requires_grad=True)]
         rows = [f"layer_norm {way} fp32 to bf16" for way in ("forward", "backward")]
-        compare_with_launchers("layer_norm", module.layer_norm, Residual(), inputs, rows)
+        compare_with_launchers("layer_norm", module.layer_norm, Residual(LayerNorm(1024)), inputs, rows)
     assert launched == list(names)
 
 

@@ -153,7 +153,7 @@ def test_the_loss_of_a_head_and_its_gradients(place, dtype, bias, assert_close):
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "bfloat16"])
 def test_rms_norm_and_its_gradients(place, dtype, gated, assert_close):
-    """The gate is part of a wider tensor."""
+    """The gate is part of a wider tensor; without one, x goes past the norm too."""
     norm = RMSNorm(place.H, eps=1e-5).to(place.device)
     norm.weight.data.normal_()
     twin = copy.deepcopy(norm).double()
@@ -162,7 +162,8 @@ def test_rms_norm_and_its_gradients(place, dtype, gated, assert_close):
     weight, results = torch.randn_like(x), []
     for one, precision in ((norm, dtype), (twin, torch.float64)):
         leaves = [part.to(dtype).to(precision).requires_grad_() for part in (x, wide)[: 1 + gated]]
-        y = one(leaves[0], leaves[1][..., 16:] if gated else None)
+        y, past = one(*leaves[:1], with_input=True) if not gated else (one(leaves[0], leaves[1][..., 16:]), 0)
+        y = y + past * weight.to(y.dtype)
         results.append((y, *torch.autograd.grad(y, [*leaves, one.weight], weight.to(y.dtype))))
     near, gradients_near = TOLERANCES[dtype]
     for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
@@ -204,5 +205,5 @@ def test_self_checks(place):
             for problem in (("activated", out, "gelu"), ("added", dtype, out), *of_gates):
                 assert use_kernel("dropout", where, problem=problem) == place.has_kernels, problem
         for out, channels, gated in ((dtype, 1536, True), (torch.bfloat16, 768, False)):
-            problem = dtype, torch.float32, out, channels, gated
+            problem = dtype, torch.float32, out, channels, gated, not gated
             assert use_kernel("rms_norm", where, problem=problem) == place.has_kernels, problem

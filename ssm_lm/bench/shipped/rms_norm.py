@@ -16,7 +16,8 @@ def compile_cases(target: str) -> list[dict]:
     if target == "sm_90":
         ways += [("fp32", "bf16", False, C), ("fp32", "fp32", True, C)]
         ways += [("fp16", "fp16", True, C), ("fp32", "fp32", False, 768), ("bf16", "bf16", True, MOST_NORMED)]
-    return [case(*way) for way in ways for case in (_forward, _backward)]
+    cases = [case(*way) for way in ways for case in (_forward, _backward)]
+    return [*cases, _backward("fp32", "bf16", False, C, past=True)]
 
 
 def _forward(of_x, of_y, gated, channels) -> dict:
@@ -29,26 +30,30 @@ def _forward(of_x, of_y, gated, channels) -> dict:
     }
 
 
-def _backward(of_x, of_y, gated, channels) -> dict:
-    moved = TYPES[of_y] + 2 * (1 + gated) * TYPES[of_x]
-    tensors = dict.fromkeys(("x", "gate", "grad_x", "grad_gate"), f"*{of_x}:16") | {"g": f"*{of_y}:16"}
-    return _case("backward", norm_backward_kernel, of_x, of_y, gated, channels) | {
+def _backward(of_x, of_y, gated, channels, past=False) -> dict:
+    """past: with the gradient of what goes past, before a sublayer."""
+    moved = TYPES[of_y] + (2 * (1 + gated) + past) * TYPES[of_x]
+    tensors = dict.fromkeys(("x", "past", "gate", "grad_x", "grad_gate"), f"*{of_x}:16") | {"g": f"*{of_y}:16"}
+    return _case("backward", norm_backward_kernel, of_x, of_y, gated, channels, past) | {
         "arguments": tensors
         | dict.fromkeys(("weight", "grad_weight"), "*fp32:16")
         | {"rows": "i32", "eps": "fp32"}
-        | dict.fromkeys(("C", "g_row", "row", "gate_row"), "i32:16"),
+        | dict.fromkeys(("C", "g_row", "past_row", "row", "gate_row"), "i32:16"),
         "work": {
             "bytes": (moved * ROWS + 4 * NORM_PROGRAMS) * channels,
-            "flops": (10 + 11 * gated) * ROWS * channels,
+            "flops": (10 + 11 * gated + past) * ROWS * channels,
         },
     }
 
 
-def _case(way, kernel, of_x, of_y, gated, channels) -> dict:
+def _case(way, kernel, of_x, of_y, gated, channels, past=None) -> dict:
+    """past: None where a kernel knows nothing of it."""
     options = tiles(channels, FORWARD if way == "forward" else BACKWARD)
+    more = ("" if channels == C else f" C={channels}") + " and past" * bool(past)
+    constants = {"GATED": gated} | ({} if past is None else {"PAST": past})
     return {
-        "name": f"rms_norm {way} {of_x} to {of_y}{' gated' * gated}{'' if channels == C else f' C={channels}'}",
+        "name": f"rms_norm {way} {of_x} to {of_y}{' gated' * gated}{more}",
         "kernel": kernel,
-        **as_compiled(options, GATED=gated),
+        **as_compiled(options, **constants),
         "variant": channels != C or of_x == "fp16",
     }

@@ -1,5 +1,7 @@
 """The RMS norm, interpreted, forward and backward, against its twin in float64; models that train on it."""
 
+from functools import partial
+
 import pytest
 import torch
 from kernel_checks import (
@@ -42,6 +44,26 @@ def compare(inputs, tolerance=1e-5, dtype=None):
 @pytest.mark.parametrize("shape", [(1, 1, 7), (2, 5, 16), (3, 1, 33), (1, 40, 100), (6, 12), (2, 3, 2, 8), (2, 4, 1)])
 def test_rows(shape, gated):
     compare(problem(*shape, gated=gated))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 7), (3, 1, 33), (1, 40, 100), (6, 12), (2, 0, 5)])
+def test_what_goes_past(shape):
+    """Before a sublayer: the norm, and x; the gradients of both meet in one launch."""
+    for inputs, dtype, tolerance in (
+        (problem(*shape, gated=False)[:2], torch.float32, 1e-5),
+        (problem(*shape, gated=False)[:2], torch.bfloat16, 1e-2),
+        (problem(*shape, gated=False, dtype=torch.bfloat16)[:2], torch.bfloat16, 1e-2),
+    ):
+        norms = (partial(rms_norm, eps=EPS, dtype=dtype, with_input=True), partial(twin, eps=EPS, with_input=True))
+        compare_with_twin(*norms, inputs, tolerance)
+    x, weight, _ = problem(2, 5, 6, gated=False)
+    found = []
+    for norm in (rms_norm, twin):
+        y, past = norm(x, weight, EPS, with_input=True)
+        found.append(torch.autograd.grad(y.sum() + (gapped(x).detach() * past).sum(), x)[0])  # read where it is
+    assert_close(*found, 1e-5)
+    with pytest.raises(RuntimeError, match="a first derivative alone"):
+        torch.autograd.grad(rms_norm(x, weight, EPS, with_input=True)[0].sum(), x, create_graph=True)
 
 
 def test_none():
@@ -90,7 +112,9 @@ def test_custom_operators():
     for z, dtype in ((gate, torch.float32), (None, torch.bfloat16)):
         opcheck(norm_rows, (x, weight, EPS, z, dtype))
         gradient = torch.randn(x.shape, dtype=dtype)
-        opcheck(norm_rows_backward, (gradient, x.detach(), weight.detach(), EPS, z if z is None else z.detach()))
+        inputs = gradient, x.detach(), weight.detach(), EPS, z if z is None else z.detach()
+        opcheck(norm_rows_backward, inputs)
+        opcheck(norm_rows_backward, (*inputs, torch.randn(x.shape)))
 
 
 @pytest.mark.slow
