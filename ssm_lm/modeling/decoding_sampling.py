@@ -49,7 +49,7 @@ def sample(model, input_ids, logits_processor, stopping_criteria, generation_con
     known = all(type(one).__module__.startswith(("transformers.", "ssm_lm.")) for one in between)
     step = TokenSteps(model, cache, not known, fill)
     while True:
-        logits = logits.to(torch.float32, copy=True)  # which processors may write to
+        logits = logits.to(torch.float32, copy=True)  # for keeps, and processors may write to them
         scores = logits_processor(input_ids, logits)
         collected.add(scores, logits)
         if generation_config.do_sample:

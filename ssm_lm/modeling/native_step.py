@@ -249,7 +249,9 @@ class Program:
     # ---- what the writers are made of. x and y are buffers (B T, width), float32
 
     def room(self, width: int) -> torch.Tensor:
-        return floats(self.rows, width)
+        # a tensor of torch.inference_mode could not be written to after it, where the text may go on
+        with torch.inference_mode(False):
+            return floats(self.rows, width)
 
     def call(self, name: str, *arguments) -> None:
         """A function of the library and its arguments: tensors as addresses, None as 0, numbers as they are."""

@@ -26,20 +26,23 @@ class TokenProgram(Program):
     """A step of an S4ForCausalLM: ids in `tokens` (B, 1), logits in `logits` (B, V), float32."""
 
     def write(self, model: nn.Module, cache) -> None:
-        embedding, half = model.model.embed_tokens, model.dtype == torch.bfloat16
+        embedding = model.model.embed_tokens
         if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
             raise Unsupported(type(embedding).__name__)
-        table = self.weight(embedding.weight, model.dtype)
-        head = weight_of_head(model.lm_head, self.h.shape[1], model.dtype)
+        table = self.weight(embedding.weight)
+        head = weight_of_head(model.lm_head, self.h.shape[1], table.dtype)
         if head is None or not len(head) <= model.config.vocab_size <= len(table) or has_hooks(vars(model)):
             raise Unsupported("a head of another kind")
-        self.tokens = torch.zeros(self.shape, dtype=torch.int64, device="cpu")
+        with torch.inference_mode(False):  # see `room`
+            self.tokens = torch.zeros(self.shape, dtype=torch.int64, device="cpu")
+        half = table.dtype == torch.bfloat16
         self.call("embed", *self.h.shape, self.tokens, table, half, self.h)
         super().write(model.model, cache)
-        if half and self.rows <= FEW_ROWS:  # more than that are rounded by PyTorch's product
+        rounds = half and self.rows <= FEW_ROWS  # more than that are rounded by PyTorch's product
+        if rounds:
             self.call("round_half", self.out.numel(), self.out)
         self.logits = self.product(self.out, head)
-        if half and self.rows <= FEW_ROWS:
+        if rounds:
             self.call("round_half", self.logits.numel(), self.logits)
 
 
@@ -55,7 +58,7 @@ class TokenSteps:
         self.programs, self.program, self.look = programs_of(model.model), None, None
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens: (B, 1). The logits (B, V) of what follows them."""
+        """tokens: (B, 1). The logits (B, V) of what follows them, which are there until the next call."""
         if self.program is None or self.watched or self.look != self.programs.look():
             self.program = self._find(tokens)
         if self.program is None:
@@ -63,7 +66,7 @@ class TokenSteps:
             return step.logits[:, -1]
         self.program.tokens.copy_(tokens)
         self.program.advance(self.cache)
-        return self.program.logits.clone()
+        return self.program.logits
 
     def _find(self, tokens: torch.Tensor) -> TokenProgram | None:
         """The program of the cache as it stands, None where the model's forward is to be called."""

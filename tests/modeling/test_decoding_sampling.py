@@ -88,13 +88,19 @@ def test_other_numbers_of_rows(rows, monkeypatch, stepped):
     assert sum(stepped) == 7
 
 
-def test_a_text_goes_on_from_a_cache_that_is_handed_on(stepped):
-    model, ids = tiny_model(**ENDLESS), prompt(5)
-    whole = model.generate(ids, max_new_tokens=8, do_sample=False)
-    part = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    rest = model.generate(part.sequences, past_key_values=part.past_key_values, max_new_tokens=4, do_sample=False)
-    assert torch.equal(rest, whole)
-    assert sum(stepped) == 7 + 3 + 3
+@pytest.mark.parametrize("rows", [1, native_step.FEW_ROWS + 2])
+def test_a_text_goes_on_from_a_cache_that_is_handed_on(rows, stepped):
+    """Also out of torch.inference_mode and into it: what is written to belongs to neither."""
+    model, ids = tiny_model(**ENDLESS), prompt(5, rows)
+    whole = model.generate(ids, max_new_tokens=12, do_sample=False)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    with torch.inference_mode():
+        part = model.generate(ids, **options)
+    part = model.generate(part.sequences.clone(), past_key_values=part.past_key_values, **options)
+    with torch.inference_mode():
+        part = model.generate(part.sequences, past_key_values=part.past_key_values, **options)
+    assert torch.equal(part.sequences, whole)
+    assert sum(stepped) == 11 + 3 + 3 + 3
 
 
 def hooked(model, heard):
