@@ -8,14 +8,16 @@ anew for every token, and the decorators of two forwards, would take a fifth.
 """
 
 import torch
+from transformers.generation import PrefixConstrainedLogitsProcessor
 
 from .decoding_common import CACHE_FIELD, Collected
+from .native_step import has_hooks
 from .native_tokens import TokenSteps
 
 # of what generate() hands on, what says nothing about a token that follows on a cache
 READY = {"attention_mask", "cache", "logits_to_keep", "past_key_values", "use_cache"}
 # what a step goes through besides: one that was put on the model itself, as PEFT and accelerate do, is to be heard
-STEPS = {"forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
+STEPS = {"forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_compiled_call_impl"}
 
 
 def serves(model, input_ids: torch.Tensor, generation_config, synced_gpus: bool, model_kwargs: dict) -> bool:
@@ -25,7 +27,9 @@ def serves(model, input_ids: torch.Tensor, generation_config, synced_gpus: bool,
         and not synced_gpus
         and model_kwargs.get("use_cache") is True
         and model_kwargs.keys() <= READY
+        and not torch.is_tensor(model_kwargs.get("logits_to_keep"))
         and not vars(model).keys() & STEPS
+        and not any(has_hooks(vars(module)) for module in (model, model.model))
         and generation_config.compile_config is None
         and not generation_config.is_assistant
         and not generation_config.output_attentions
@@ -43,11 +47,11 @@ def sample(model, input_ids, logits_processor, stopping_criteria, generation_con
     del outputs  # its logits may be those of a whole prompt
     collected = Collected(generation_config)
     # rows that have ended are filled up, where there is a token that ends them
-    fill = generation_config._pad_token_tensor if any(hasattr(c, "eos_token_id") for c in stopping_criteria) else None
-    unfinished = torch.ones(len(input_ids), dtype=torch.bool)
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    fill = generation_config._pad_token_tensor if ends else None
+    unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     between = [*logits_processor, *stopping_criteria, *([] if streamer is None else [streamer])]
-    known = all(type(one).__module__.startswith(("transformers.", "ssm_lm.")) for one in between)
-    step = TokenSteps(model, cache, not known, fill)
+    step = TokenSteps(model, cache, not all(map(is_known, between)), fill)
     while True:
         logits = logits.to(torch.float32, copy=True)  # for keeps, and processors may write to them
         scores = logits_processor(input_ids, logits)
@@ -56,15 +60,21 @@ def sample(model, input_ids, logits_processor, stopping_criteria, generation_con
             tokens = scores.softmax(-1).multinomial(1).squeeze(1)
         else:
             tokens = scores.argmax(-1)
-        if fill is not None:
-            tokens = torch.where(unfinished, tokens, fill)
+        if ends:
+            tokens = tokens * unfinished + fill * (1 - unfinished)
         input_ids = torch.cat([input_ids, tokens[:, None]], -1)
-        unfinished &= ~stopping_criteria(input_ids, collected.scores)
+        unfinished = unfinished & ~stopping_criteria(input_ids, collected.scores)
         if streamer is not None:
-            streamer.put(tokens)
-        if not unfinished.any():
+            streamer.put(tokens.cpu())
+        if unfinished.max() == 0:
             break
-        logits = step(tokens[:, None])
+        logits = step(input_ids[:, -1:])
     if streamer is not None:
         streamer.end()
     return collected.output(input_ids, cache)
+
+
+def is_known(part) -> bool:
+    """Whether a processor, criterion or streamer is one of transformers' or ours that calls nobody else's code."""
+    ours = type(part).__module__.startswith(("transformers.", "ssm_lm."))
+    return ours and not isinstance(part, PrefixConstrainedLogitsProcessor)

@@ -30,6 +30,7 @@ from .norms_and_dropout import LayerNorm, RMSNorm
 from .single_steps import discrete_from, versions_of
 
 ACTIVATION_NUMBERS = {"identity": 0, "gelu": 1, "silu": 2}
+FROM_IDS = "ids"  # the key, beside numbers of tokens, of a program that is none of S4Model but of all; native_tokens.py
 FEW_ROWS = 8  # above it PyTorch's matrix product is faster than rows that share the reading of a weight
 
 
@@ -72,8 +73,11 @@ def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache
 def program_of(model: nn.Module, cache, tokens: int) -> "Program | None":
     """What so many tokens of a cache, or of None, last ran as, where they were written out; model: an S4Model."""
     layers = getattr(cache, "layers", ())
-    program = programs_of(model).by_cache.get(layers[0], {}).get(tokens) if layers else None
-    return program if type(program) is Program else None
+    of_cache = programs_of(model).by_cache.get(layers[0], {}) if layers else {}
+    program = of_cache.get(tokens)
+    if program is None and tokens == 1:
+        program = of_cache.get(FROM_IDS)
+    return program if isinstance(program, Program) else None
 
 
 def _is_for_the_library(kernels: str, x: torch.Tensor) -> bool:
@@ -407,12 +411,13 @@ class _Seen:
     """A model as it was when it was written out: no hooks, its modules, the memory of its parameters. `is_same` looks
     at all of them, in few passes, most of them loops of C.
 
-    The model itself is not kept, for it keeps its programs, and there is to be no circle; its modules are, so that none
-    comes to lie where another lay.
+    The model itself is not kept, nor the S4Model in one with a head, for that keeps its programs, and there is to be no
+    circle; the other modules are, so that none comes to lie where another lay.
     """
 
     def __init__(self, model: nn.Module):
-        self.inner = [module for module in model.modules() if module is not model]
+        outer = _outer(model)
+        self.inner = [module for module in model.modules() if module not in outer]
         self.facts = self._facts(model)
         if self.facts is None:
             raise Unsupported("hooks")
@@ -421,12 +426,18 @@ class _Seen:
         return self._facts(model) == self.facts
 
     def _facts(self, model: nn.Module) -> tuple[list[int], list[int]] | None:
-        known = [vars(model), *map(vars, self.inner)]
+        known = [*map(vars, _outer(model)), *map(vars, self.inner)]
         if any(map(has_hooks, known)):
             return None
         modules = chain.from_iterable(d["_modules"].values() for d in known)
         parameters = chain.from_iterable(d["_parameters"].values() for d in known)
         return list(map(id, modules)), [0 if p is None else p.data_ptr() for p in parameters]
+
+
+def _outer(model: nn.Module) -> list[nn.Module]:
+    """The S4Model, after the one with a head that `model` may be."""
+    backbone = model._modules.get("model")
+    return [model] if backbone is None else [model, backbone]
 
 
 def has_hooks(attributes: dict) -> bool:

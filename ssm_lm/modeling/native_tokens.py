@@ -11,6 +11,7 @@ from torch.nn.modules import module
 
 from .native_step import (
     FEW_ROWS,
+    FROM_IDS,
     NoProgram,
     Program,
     Unsupported,
@@ -23,34 +24,38 @@ from .native_step import (
 
 
 class TokenProgram(Program):
-    """A step of an S4ForCausalLM: ids in `tokens` (B, 1), logits in `logits` (B, V), float32."""
+    """A step of an S4ForCausalLM: ids in `tokens` (B, 1), each below `entries`; logits in `found` (B, V), float32."""
 
     def write(self, model: nn.Module, cache) -> None:
         embedding = model.model.embed_tokens
-        if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
-            raise Unsupported(type(embedding).__name__)
+        if type(embedding) is not nn.Embedding or embedding.max_norm is not None or model.model.training:
+            raise Unsupported("an embedding of another kind, or dropout")
         table = self.weight(embedding.weight)
         head = weight_of_head(model.lm_head, self.h.shape[1], table.dtype)
-        if head is None or not len(head) <= model.config.vocab_size <= len(table) or has_hooks(vars(model)):
+        if head is None or len(head) > len(table) or has_hooks(vars(model)):
             raise Unsupported("a head of another kind")
         with torch.inference_mode(False):  # see `room`
             self.tokens = torch.zeros(self.shape, dtype=torch.int64, device="cpu")
-        half = table.dtype == torch.bfloat16
+        self.entries, half = len(table), table.dtype == torch.bfloat16
         self.call("embed", *self.h.shape, self.tokens, table, half, self.h)
         super().write(model.model, cache)
         rounds = half and self.rows <= FEW_ROWS  # more than that are rounded by PyTorch's product
         if rounds:
             self.call("round_half", self.out.numel(), self.out)
-        self.logits = self.product(self.out, head)
+        self.found = self.product(self.out, head)
         if rounds:
-            self.call("round_half", self.logits.numel(), self.logits)
+            self.call("round_half", self.found.numel(), self.found)
+
+    def is_current(self, model: nn.Module, tokens: torch.Tensor, cache, look: tuple | None) -> bool:
+        other = model.model.training or getattr(model.model.embed_tokens, "max_norm", None) is not None
+        return not other and super().is_current(model, tokens, cache, look)
 
 
 class TokenSteps:
     """Steps of an S4ForCausalLM on a cache, one token of every row each, in the library or by the model's forward.
 
     watched: whether somebody else's code runs between them, after which everything is looked at again.
-    fill: the token of rows that have ended, the only one that may be none of the vocabulary; or None.
+    fill: the token of rows that have ended; or None.
     """
 
     def __init__(self, model: nn.Module, cache, watched: bool, fill: torch.Tensor | None):
@@ -62,11 +67,12 @@ class TokenSteps:
         if self.program is None or self.watched or self.look != self.programs.look():
             self.program = self._find(tokens)
         if self.program is None:
-            step = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            ids = tokens.contiguous()
+            step = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             return step.logits[:, -1]
         self.program.tokens.copy_(tokens)
         self.program.advance(self.cache)
-        return self.program.logits
+        return self.program.found
 
     def _find(self, tokens: torch.Tensor) -> TokenProgram | None:
         """The program of the cache as it stands, None where the model's forward is to be called."""
@@ -74,17 +80,22 @@ class TokenSteps:
         self.look = self.programs.look()
         if not is_time_for_the_library(model.config.kernels) or not has_begun(cache) or all_have_hooks():
             return None
-        if self.fill is not None and not 0 <= int(self.fill) < model.config.vocab_size:
-            return None  # PyTorch says that there is no such token
         of_cache = self.programs.of(cache)
-        program = of_cache.get(TokenProgram)
+        program = of_cache.get(FROM_IDS)
         if program is None or not program.is_current(model, tokens, cache, self.look):
             try:
                 program = TokenProgram(model, tokens, cache, self.look)
             except Unsupported as error:
                 program = NoProgram(str(error))
-            of_cache[TokenProgram] = program
-        return program if type(program) is TokenProgram else None
+            of_cache[FROM_IDS] = program
+        return program if type(program) is TokenProgram and self._are_below(program.entries, tokens) else None
+
+    def _are_below(self, entries: int, tokens: torch.Tensor) -> bool:
+        """Whether the library finds the tokens in its table, and those that may follow; of others PyTorch says that
+        there are none. Logits are as many as there are entries, or fewer: only somebody else can make others.
+        """
+        known = tokens if self.fill is None else torch.cat([tokens.flatten(), self.fill.flatten().to(tokens)])
+        return bool(((0 <= known) & (known < entries)).all())
 
 
 def all_have_hooks() -> bool:

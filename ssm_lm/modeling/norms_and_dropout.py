@@ -80,8 +80,11 @@ class LayerNorm(nn.LayerNorm):
 
 
 def norm_before(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """norm(x), and x for what goes past, see `RMSNorm` and `LayerNorm`; of another module the input as it is."""
-    return norm(x, with_input=True) if isinstance(norm, (RMSNorm, LayerNorm)) else (norm(x), x)
+    """norm(x), and x for what goes past, see `RMSNorm` and `LayerNorm`; of other modules, and where a hook waits for
+    what a norm returns, x as it is.
+    """
+    ours = type(norm) in (RMSNorm, LayerNorm) and not norm._forward_hooks
+    return norm(x, with_input=True) if ours else (norm(x), x)
 
 
 def make_norm(config: S4Config, before_product: bool = False) -> nn.Module:

@@ -1,9 +1,14 @@
 """The short loop of greedy search and sampling beside transformers' own, and who gets which."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+import torch.nn.functional as F
 from in_c import needs
 from tiny import ENDLESS, prompt, tiny_model
+from transformers import DynamicCache
 
 from ssm_lm import S4ForCausalLM
 from ssm_lm.modeling import modeling_s4, native_step, native_tokens
@@ -122,6 +127,70 @@ def test_a_hook_is_heard(part):
     finally:
         handle.remove()
     assert sum(heard) == 8
+
+
+def test_what_others_do_between_two_tokens(monkeypatch):
+    """A criterion that changes the newest token or counts in whole numbers, a streamer that writes to what it is given,
+    a processor with more entries than there are, a function of allowed tokens that replaces a state.
+    """
+    model, ids = tiny_model(**ENDLESS), prompt(5, 2)
+    first = model.generate(ids, max_new_tokens=3, do_sample=False)[0, -1]
+
+    def replace(ids, scores, **_):
+        ids[:, -1] = torch.where(ids[:, -1] == first, 7, ids[:, -1])
+        return (ids[:, -1] == 3).long()
+
+    class Scribbler(Heard):
+        def put(self, tokens):
+            super().put(tokens)
+            if tokens.dim() == 1:  # not the prompt
+                tokens.fill_(10**9)
+
+    short, long = both(model, ids, monkeypatch, stopping_criteria=[replace])
+    assert all(map(torch.equal, short[:-1], long[:-1]))
+    for cls in (Heard, Scribbler):
+        heard = cls()
+        found = model.generate(ids, max_new_tokens=8, do_sample=False, streamer=heard)
+        assert torch.equal(torch.tensor(heard.tokens[1:-1]).T, found[:, 5:])
+    with pytest.raises(IndexError):
+        model.generate(ids, max_new_tokens=4, logits_processor=[lambda _, scores: F.pad(scores, (0, 3), value=1e9)])
+
+    def allowed(_, ids):
+        if len(ids) == 8:
+            for layer in cache.layers:
+                layer.states = [state * 0 for state in layer.states]
+        return list(range(60))
+
+    found = []
+    for way in (modeling_s4.serves, lambda *_: False):
+        monkeypatch.setattr(modeling_s4, "serves", way)
+        cache = DynamicCache(config=model.config)
+        options = {"past_key_values": cache, "prefix_allowed_tokens_fn": allowed}
+        found.append(model.generate(ids[:1], max_new_tokens=8, do_sample=False, **options))
+    assert torch.equal(*found)
+
+
+def test_dropout_of_the_backbone_alone_is_not_in_the_library(stepped):
+    model = tiny_model(dropout=0.5, **ENDLESS)
+    model.model.train()
+    model.generate(prompt(5), max_new_tokens=4, do_sample=False)
+    assert not stepped
+
+
+def test_nobody_is_kept(stepped):
+    """A cache that lives on does not keep its model."""
+    model = tiny_model(**ENDLESS)
+    found = model.generate(prompt(5), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    there = weakref.ref(model.model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert there() is None
+    finally:
+        gc.enable()
+    assert found.past_key_values is not None
+    assert all(stepped)
 
 
 class Subclass(S4ForCausalLM):
