@@ -253,14 +253,20 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
         return extracted
 
     def _sample(
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **model_kwargs
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **kwargs,
     ):
         """transformers' loop of greedy search and sampling, or where it does the same, the short one."""
-        of_tokens = {name: value for name, value in model_kwargs.items() if name != "streamer"}
         shared = input_ids, logits_processor, stopping_criteria, generation_config
-        if type(self) is S4ForCausalLM and serves(self, input_ids, generation_config, synced_gpus, of_tokens):
-            return sample(self, *shared, **model_kwargs)
-        return super()._sample(*shared, synced_gpus=synced_gpus, **model_kwargs)
+        if type(self) is S4ForCausalLM and serves(self, input_ids, generation_config, synced_gpus, kwargs):
+            return sample(self, *shared, streamer, **kwargs)
+        return super()._sample(*shared, synced_gpus, streamer, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
         """Where steps are in C, a token that follows is handed on as it is: to look for positions, masks and names in

@@ -47,16 +47,7 @@ def run(model: nn.Module, inputs: torch.Tensor, cache) -> torch.Tensor | None:
         return None
     if not has_begun(cache):
         return None
-    programs = programs_of(model)
-    of_cache = programs.of(cache)
-    program, look = of_cache.get(inputs.shape[1]), programs.look()
-    if program is None or not program.is_current(model, inputs, cache, look):
-        try:
-            program = Program(model, inputs, cache, look)
-        except Unsupported as error:
-            program = NoProgram(str(error))
-        of_cache[inputs.shape[1]] = program
-    return program(inputs, cache)
+    return programs_of(model).find(inputs.shape[1], Program, model, inputs, cache)(inputs, cache)
 
 
 def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache) -> torch.Tensor | None:
@@ -123,6 +114,18 @@ class Programs:
 
     def of(self, cache) -> dict:
         return self.by_cache.setdefault(cache.layers[0], {})
+
+    def find(self, key, kind: type["Program"], model: nn.Module, inputs: torch.Tensor, cache) -> "Program | NoProgram":
+        """What stands under `key` of a cache, written anew as a `kind` where it is no longer current."""
+        of_cache, look = self.of(cache), self.look()
+        program = of_cache.get(key)
+        if program is None or not program.is_current(model, inputs, cache, look):
+            try:
+                program = kind(model, inputs, cache, look)
+            except Unsupported as error:
+                program = NoProgram(str(error))
+            of_cache[key] = program
+        return program
 
     def begin(self) -> None:
         self.begun, self.running = self.begun + 1, self.running + 1

@@ -12,11 +12,9 @@ from torch.nn.modules import module
 from .native_step import (
     FEW_ROWS,
     FROM_IDS,
-    NoProgram,
     Program,
     Unsupported,
     has_begun,
-    has_hooks,
     is_time_for_the_library,
     programs_of,
     weight_of_head,
@@ -32,7 +30,7 @@ class TokenProgram(Program):
             raise Unsupported("an embedding of another kind, or dropout")
         table = self.weight(embedding.weight)
         head = weight_of_head(model.lm_head, self.h.shape[1], table.dtype)
-        if head is None or len(head) > len(table) or has_hooks(vars(model)):
+        if head is None or len(head) > len(table):
             raise Unsupported("a head of another kind")
         with torch.inference_mode(False):  # see `room`
             self.tokens = torch.zeros(self.shape, dtype=torch.int64, device="cpu")
@@ -64,7 +62,7 @@ class TokenSteps:
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (B, 1). The logits (B, V) of what follows them, which are there until the next call."""
-        if self.program is None or self.watched or self.look != self.programs.look():
+        if self.watched or self.look is None or self.look != self.programs.look():
             self.program = self._find(tokens)
         if self.program is None:
             ids = tokens.contiguous()
@@ -80,14 +78,7 @@ class TokenSteps:
         self.look = self.programs.look()
         if not is_time_for_the_library(model.config.kernels) or not has_begun(cache) or all_have_hooks():
             return None
-        of_cache = self.programs.of(cache)
-        program = of_cache.get(FROM_IDS)
-        if program is None or not program.is_current(model, tokens, cache, self.look):
-            try:
-                program = TokenProgram(model, tokens, cache, self.look)
-            except Unsupported as error:
-                program = NoProgram(str(error))
-            of_cache[FROM_IDS] = program
+        program = self.programs.find(FROM_IDS, TokenProgram, model, tokens, cache)
         return program if type(program) is TokenProgram and self._are_below(program.entries, tokens) else None
 
     def _are_below(self, entries: int, tokens: torch.Tensor) -> bool:

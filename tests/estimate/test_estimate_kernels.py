@@ -480,14 +480,20 @@ class Residual(torch.nn.Module):
         return y + past
 
 
+def opened_before_a_sublayer(monkeypatch, module, *kernels: str) -> list[str]:
+    """`opened` for a norm that returns its input too: an autograd.Function of the module's calls its launches."""
+    launched = opened(monkeypatch, module, "norm_rows", *kernels, parts=("run_forward",) * 3 + ("run_backward",))
+    monkeypatch.setattr(module, "norm_rows", module.run_forward)
+    monkeypatch.setattr(module, "norm_rows_backward", module.run_backward)
+    return launched
+
+
 @needs_triton
 def test_a_norm_before_a_sublayer_moves_what_its_report_says_and_holds_what_its_kernel_holds(monkeypatch):
     from ssm_lm.modeling import triton_rms_norm as module
 
     names = "norm_kernel", "norm_backward_kernel"
-    launched = opened(monkeypatch, module, "norm_rows", *names, parts=("run_forward",) * 3 + ("run_backward",))
-    monkeypatch.setattr(module, "norm_rows", module.run_forward)
-    monkeypatch.setattr(module, "norm_rows_backward", module.run_backward)
+    launched = opened_before_a_sublayer(monkeypatch, module, *names)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         norm = RMSNorm(1536, eps=1e-5)
         norm.before_product = True
@@ -502,9 +508,7 @@ def test_a_layer_norm_moves_what_its_report_says_and_holds_what_its_kernel_holds
     from ssm_lm.modeling import triton_layer_norm as module
 
     names = "layer_norm_kernel", "layer_norm_backward_kernel"
-    launched = opened(monkeypatch, module, "norm_rows", *names, parts=("run_forward",) * 3 + ("run_backward",))
-    monkeypatch.setattr(module, "norm_rows", module.run_forward)
-    monkeypatch.setattr(module, "norm_rows_backward", module.run_backward)
+    launched = opened_before_a_sublayer(monkeypatch, module, *names)
     with FakeTensorMode():
         inputs = [torch.empty(8, 8192, 1024, requires_grad=True)]
         rows = [f"layer_norm {way} fp32 to bf16" for way in ("forward", "backward")]

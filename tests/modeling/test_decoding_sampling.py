@@ -13,6 +13,8 @@ from transformers import DynamicCache
 from ssm_lm import S4ForCausalLM
 from ssm_lm.modeling import modeling_s4, native_step, native_tokens
 
+pytestmark = needs("step")  # most of these count its tokens
+
 KINDS = {
     "s4d": {},
     "s4": {"ssm": "s4"},
@@ -212,7 +214,6 @@ def test_a_subclass_and_what_was_put_on_a_model_are_called():
         assert len(called) == 8
 
 
-@needs("step")
 def test_other_settings_are_transformers_own(monkeypatch, stepped):
     model = tiny_model(**ENDLESS)
     for options in ({"use_cache": False}, {"output_hidden_states": True, "return_dict_in_generate": True}):
@@ -233,7 +234,6 @@ def test_a_token_that_fills_up_is_one_of_the_vocabulary():
         model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=first, pad_token_id=model.vocab_size + 7)
 
 
-@needs("step")
 def test_between_known_parts_it_looks_once(monkeypatch):
     """And behind a streamer or a processor of somebody else's at every token."""
     looks, is_current = [], native_tokens.TokenProgram.is_current

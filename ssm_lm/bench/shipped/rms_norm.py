@@ -22,7 +22,7 @@ def compile_cases(target: str) -> list[dict]:
 
 def _forward(of_x, of_y, gated, channels) -> dict:
     moved = (1 + gated) * TYPES[of_x] + TYPES[of_y]
-    return _case("forward", norm_kernel, of_x, of_y, gated, channels) | {
+    return _case("forward", norm_kernel, of_x, of_y, channels, GATED=gated) | {
         "arguments": {"x": f"*{of_x}:16", "gate": f"*{of_x}:16", "weight": "*fp32:16", "y": f"*{of_y}:16"}
         | {"rows": "i32", "eps": "fp32"}
         | dict.fromkeys(("C", "row", "gate_row"), "i32:16"),
@@ -34,7 +34,7 @@ def _backward(of_x, of_y, gated, channels, past=False) -> dict:
     """past: with the gradient of what goes past, before a sublayer."""
     moved = TYPES[of_y] + (2 * (1 + gated) + past) * TYPES[of_x]
     tensors = dict.fromkeys(("x", "past", "gate", "grad_x", "grad_gate"), f"*{of_x}:16") | {"g": f"*{of_y}:16"}
-    return _case("backward", norm_backward_kernel, of_x, of_y, gated, channels, past) | {
+    return _case("backward", norm_backward_kernel, of_x, of_y, channels, GATED=gated, PAST=past) | {
         "arguments": tensors
         | dict.fromkeys(("weight", "grad_weight"), "*fp32:16")
         | {"rows": "i32", "eps": "fp32"}
@@ -46,13 +46,11 @@ def _backward(of_x, of_y, gated, channels, past=False) -> dict:
     }
 
 
-def _case(way, kernel, of_x, of_y, gated, channels, past=None) -> dict:
-    """past: None where a kernel knows nothing of it."""
+def _case(way, kernel, of_x, of_y, channels, **constants) -> dict:
     options = tiles(channels, FORWARD if way == "forward" else BACKWARD)
-    more = ("" if channels == C else f" C={channels}") + " and past" * bool(past)
-    constants = {"GATED": gated} | ({} if past is None else {"PAST": past})
+    gated, past = " gated" * constants["GATED"], " and past" * constants.get("PAST", False)
     return {
-        "name": f"rms_norm {way} {of_x} to {of_y}{' gated' * gated}{more}",
+        "name": f"rms_norm {way} {of_x} to {of_y}{gated}{'' if channels == C else f' C={channels}'}{past}",
         "kernel": kernel,
         **as_compiled(options, **constants),
         "variant": channels != C or of_x == "fp16",
