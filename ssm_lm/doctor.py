@@ -107,6 +107,7 @@ def torch_and_devices() -> dict:
     report["bf16_on_cpu"] = ", ".join(bf16_instructions()) or "emulated"
     report["triton"] = _triton()
     report["decoding_on_a_cpu"] = _in_c("step")
+    report["systems_of_s4_on_a_cpu"] = _in_c("systems")
     report["operators_of_s4_on_a_cpu"] = _in_c("operators")
     report["operators_of_s4d_on_a_cpu"] = _in_c("diagonal")
     report["scan_of_ssd_on_a_cpu"] = _in_c("ssd")

@@ -25,7 +25,7 @@ from ..modeling.state_space import StateSpace
 class _Layer:
     """What a mixer asks a layer of a cache for, on given states."""
 
-    is_initialized, record_past = True, False
+    record_past = False
 
     def __init__(self, states: list[torch.Tensor], memos: dict[int, Memo]):
         self.states, self.memos = list(states), memos
@@ -43,9 +43,6 @@ class _Layer:
 class _Cache:
     def __init__(self, layers: list[_Layer]):
         self.layers = layers
-
-    def get_seq_length(self) -> int:
-        return 0  # nothing asks but the decoding step in C, which begins a text in the plain way
 
 
 class StatesInAndOut(nn.Module):

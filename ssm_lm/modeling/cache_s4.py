@@ -192,6 +192,10 @@ class S4CacheLayer(CacheLayerMixin):
         self.records.append(None)
         self.is_initialized = True
 
+    def forget_states(self):
+        """As before the first forward."""
+        self.states, self.records, self.is_initialized = [], [], False
+
     def update(self, key_states, value_states=None, *args, **kwargs):
         raise NotImplementedError("an S4 cache layer holds states, not keys and values: call update_state")
 

@@ -8,7 +8,7 @@ Source: Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of Diag
 import torch
 
 from .discrete import DiscreteDiagonal
-from .ops import diagonal_operators, diagonal_system, vandermonde
+from .ops import diagonal_operators, diagonal_steps, diagonal_system, vandermonde
 from .real_form import powers
 from .siso import SingleInputSingleOutput
 
@@ -20,19 +20,15 @@ class S4D(SingleInputSingleOutput):
     fft_is_faster_below = 2048
 
     def discretize(self, reverse=False) -> DiscreteDiagonal:
-        log_re, log_im, *CB = self._of_parameters(reverse)
-        Lambda_bar = torch.cat(powers(log_re, log_im, log_re.new_ones(())), -1).to(self.log_dt.dtype)
-        return DiscreteDiagonal(log_re, log_im, *CB, Lambda_bar, 2 * torch.cat([CB[0], -CB[1]], -1))
+        return diagonal_steps(*self._parameters_of(reverse), self.discretization, setting=self.kernels)
 
-    def _of_parameters(self, reverse: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """log Lambda_bar and C B_bar, see `diagonal_system`."""
-        parameters = self.log_dt, self.Lambda_log_re, self.Lambda_im, self.B, self._C(reverse)
-        return diagonal_system(*parameters, self.discretization, setting=self.kernels)
+    def _parameters_of(self, reverse: bool) -> tuple[torch.Tensor, ...]:
+        return self.log_dt, self.Lambda_log_re, self.Lambda_im, self.B, self._C(reverse)
 
     def _system(self, reverse):
         """The first four of `discretize`, without what a step alone needs; of a subclass, what its own says."""
         if type(self).discretize is S4D.discretize:
-            return self._of_parameters(reverse)
+            return diagonal_system(*self._parameters_of(reverse), self.discretization, setting=self.kernels)
         return self.discretize(reverse)[:4]
 
     def transition(self, length):

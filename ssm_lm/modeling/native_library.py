@@ -5,6 +5,7 @@
                  native_scan_source.py, and its chunk scan
     diagonal     native_diagonal_source.py, S4D's            in one
     ssd          native_ssd_source.py, SSD's chunk scan      in two
+    systems      native_systems_source.py, S4's and S4D's    in less
 
 No compiler, or one that fails: there is no library, `why_not()` says so, and PyTorch runs instead.
 """
@@ -29,12 +30,14 @@ from .native_products_source import SOURCE as PRODUCTS
 from .native_scan_source import SOURCE as SCAN
 from .native_source import SOURCE as STEP
 from .native_ssd_source import SOURCE as SSD
+from .native_systems_source import SOURCE as SYSTEMS
 
 SOURCES = {
     "step": STEP,
     "operators": PRODUCTS + OPERATORS + SCAN,
     "diagonal": DIAGONAL,
     "ssd": PRODUCTS + SSD,
+    "systems": SYSTEMS,
 }
 
 # in this order; the first that works. Without OpenMP a step runs on one thread

@@ -2,7 +2,7 @@
 
 The plain step makes thousands of small calls a token, each of them dearer than its arithmetic. Here the sublayers have
 been written out, once a cache and number of tokens, as calls with their arguments bound; a token, or a few that were
-drafted, are one run over the list.
+drafted, are one run over the list. So is a short prompt: the operators of a scan take longer than all of its steps.
 
 It is used where it is the same computation: no gradients, no hooks, no padding or documents in the tokens, modules of
 the types below with their own weights. Everything else takes the plain step, which is its twin. It is right for as
@@ -10,8 +10,10 @@ long as modules, weights and states are those that it was written for: see `Prog
 """
 
 import weakref
+from collections import Counter, defaultdict
 from functools import partial
 from itertools import chain, groupby
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .activations import FUSED_ACTIVATIONS
+from .cache_s4 import S4CacheLayer
 from .discrete import NORM_EPSILON, DiscreteDiagonal, DiscreteDPLR, DiscreteMIMO, DiscreteSSD
 from .execution import FEW_TOKENS
 from .feed_forwards import S4FeedForward, SwiGLU
@@ -32,6 +35,7 @@ from .single_steps import discrete_from, versions_of
 ACTIVATION_NUMBERS = {"identity": 0, "gelu": 1, "silu": 2}
 FROM_IDS = "ids"  # the key, beside numbers of tokens, of a program that is none of S4Model but of all; native_tokens.py
 FEW_ROWS = 8  # above it PyTorch's matrix product is faster than rows that share the reading of a weight
+PROMPT_ROWS = 512  # tokens of all rows together, above which a scan is about as fast for one kind and faster for others
 
 
 class Unsupported(Exception):
@@ -45,9 +49,12 @@ def run(model: nn.Module, inputs: torch.Tensor, cache) -> torch.Tensor | None:
     """
     if not _is_for_the_library(model.config.kernels, inputs):
         return None
-    if not has_begun(cache):
+    if not all(isinstance(layer, S4CacheLayer) for layer in cache.layers):  # something that stands for one in a graph
         return None
-    return programs_of(model).find(inputs.shape[1], Program, model, inputs, cache)(inputs, cache)
+    programs = programs_of(model)
+    if inputs.shape[1] <= FEW_TOKENS:
+        return programs.find(inputs.shape[1], Program, model, inputs, cache)(inputs, cache)
+    return programs.write(Program, model, inputs, cache)(inputs, cache)  # as good as never one of its length again
 
 
 def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache) -> torch.Tensor | None:
@@ -72,18 +79,15 @@ def program_of(model: nn.Module, cache, tokens: int) -> "Program | None":
 
 
 def _is_for_the_library(kernels: str, x: torch.Tensor) -> bool:
-    """x (B, T, ...), of few tokens; kernels: the config's key."""
+    """x (B, T, ...), of few tokens or a short prompt; kernels: the config's key."""
     # first, for a graph that asked for the length would be one of its length
     if not is_time_for_the_library(kernels):
         return False
-    if x.dim() != 3 or not 1 <= x.shape[1] <= FEW_TOKENS or not len(x):
+    if x.dim() != 3 or not x.shape[:2].numel():
+        return False
+    if x.shape[1] > FEW_TOKENS and x.shape[:2].numel() > PROMPT_ROWS:
         return False
     return type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-
-
-def has_begun(cache) -> bool:
-    """From an empty cache, also one that was reset, a text begins in the plain way."""
-    return all(layer.is_initialized for layer in cache.layers) and bool(cache.get_seq_length())
 
 
 def is_time_for_the_library(kernels: str) -> bool:
@@ -117,15 +121,21 @@ class Programs:
 
     def find(self, key, kind: type["Program"], model: nn.Module, inputs: torch.Tensor, cache) -> "Program | NoProgram":
         """What stands under `key` of a cache, written anew as a `kind` where it is no longer current."""
-        of_cache, look = self.of(cache), self.look()
+        of_cache = self.of(cache)
         program = of_cache.get(key)
-        if program is None or not program.is_current(model, inputs, cache, look):
-            try:
-                program = kind(model, inputs, cache, look)
-            except Unsupported as error:
-                program = NoProgram(str(error))
-            of_cache[key] = program
+        if program is None or not program.is_current(model, inputs, cache, self.look()):
+            program = of_cache[key] = self.write(kind, model, inputs, cache)
         return program
+
+    def write(self, kind: type["Program"], model: nn.Module, inputs: torch.Tensor, cache) -> "Program | NoProgram":
+        """A `kind`, which is not kept. A cache without states gets zeros, unless it turns out that there is none."""
+        empty = [layer for layer in cache.layers if not layer.is_initialized]
+        try:
+            return kind(model, inputs, cache, self.look())
+        except Unsupported as error:
+            for layer in empty:
+                layer.forget_states()
+            return NoProgram(str(error))
 
     def begin(self) -> None:
         self.begun, self.running = self.begun + 1, self.running + 1
@@ -171,7 +181,8 @@ class Program:
     h (B T, H): the residual stream, float32. listed: what runs, in order, names and arguments of the library's
     functions or what Python calls; runs: the same, as many of the library's at once as follow one another. discretized:
     the parameters of the state spaces, from which coefficients were made; versions: how often they had been written to.
-    states: where each state lies, what drives it and through which module, for a cache that records its past.
+    states: where each state lies, what drives it and through which module, for a cache that records its past. memos:
+    the layers', which a compiled step reads from after a prompt that was stepped here, and which a reset empties.
     Everything that a call points to is kept here, so that no address outlives its memory.
     """
 
@@ -182,8 +193,10 @@ class Program:
         self.rows = self.shape.numel()
         self.listed, self.kept, self.discretized, self.states = [], [], [], []
         self.seen, self.looked, self.head = _Seen(model), look, None
-        self.h = self.room(model.config.hidden_size)
+        self.rooms = _Rooms(self.rows, shared=self.shape[1] > FEW_TOKENS)
+        self.h = self.rooms.own(model.config.hidden_size)
         self.write(model, cache)
+        self.memos = [layer.memos for layer in cache.layers]
         self.versions, self.runs = versions_of(self.discretized), []
         for is_of_python, group in groupby(self.listed, callable):
             calls = list(group)
@@ -196,7 +209,9 @@ class Program:
                 write = WRITERS.get(type(sublayer.inner))
                 if write is None:
                     raise Unsupported(type(sublayer.inner).__name__)
+                self.rooms.next_sublayer()
                 write(self, sublayer.inner, self.norm(sublayer.norm, self.h), layer)
+        self.rooms.next_sublayer()
         self.out = self.norm(model.norm, self.h)
 
     def is_current(self, model: nn.Module, inputs: torch.Tensor, cache, look: tuple | None) -> bool:
@@ -208,6 +223,7 @@ class Program:
             and not model.training
             and all(cache.layers[i].states[j].data_ptr() == address for i, j, address, *_ in self.states)
             and versions_of(self.discretized) == self.versions
+            and all(map(is_, (layer.memos for layer in cache.layers), self.memos))
         ):
             return False
         if look is None or look != self.looked:
@@ -256,9 +272,7 @@ class Program:
     # ---- what the writers are made of. x and y are buffers (B T, width), float32
 
     def room(self, width: int) -> torch.Tensor:
-        # a tensor of torch.inference_mode could not be written to after it, where the text may go on
-        with torch.inference_mode(False):
-            return floats(self.rows, width)
+        return self.rooms.take(width)
 
     def call(self, name: str, *arguments) -> None:
         """A function of the library and its arguments: tensors as addresses, None as 0, numbers as they are."""
@@ -316,9 +330,14 @@ class Program:
 
     def state(self, mixer: nn.Module, index: int, module: nn.Module, x: torch.Tensor, layer) -> torch.Tensor:
         """A state of a mixer in the cache, which `x` drives through `module`, and which is to advance in place."""
+        if index == len(layer.states):
+            layer.lazy_initialization(module.zero_state(self.shape[0]))
         state = layer.states[index]
         if state.dtype != torch.float32 or len(state) != self.shape[0]:
             raise Unsupported(f"states of {state.dtype}")
+        if self.rooms.shared and layer.record_past:  # it is needed when all has run
+            x, driven = self.rooms.own(x.shape[1]), x
+            self.listed.append(partial(x.copy_, driven))
         # the cache itself is not kept: it would never be let go of
         self.states.append((mixer.layer_index, index, state.data_ptr(), module, x))
         return state
@@ -326,6 +345,8 @@ class Program:
     def state_space(self, mixer: nn.Module, x: torch.Tensor, layer) -> torch.Tensor:
         """The steps of a mixer's state space, D x included."""
         ssm = mixer.ssm
+        if self.shape[1] > FEW_TOKENS and mixer.mode not in ("auto", "recurrent"):
+            raise Unsupported(f"mode {mixer.mode}")
         state = self.state(mixer, mixer.state_index, ssm, x, layer)
         discrete = discrete_from(ssm, layer.get_memo(mixer.state_index))
         self.discretized += ssm.parameters()
@@ -408,6 +429,31 @@ def _is_half(*weights) -> bool:
 
 def _many_rows(x, W, bias, y):
     y.copy_(nn.functional.linear(x.to(W.dtype), W, bias))
+
+
+class _Rooms:
+    """Memory for what the sublayers compute, (rows, width) each; shared: all of them in that of one."""
+
+    def __init__(self, rows: int, shared: bool):
+        self.rows, self.shared = rows, shared
+        self.by_width, self.taken = defaultdict(list), Counter()
+
+    def next_sublayer(self) -> None:
+        if self.shared:
+            self.taken.clear()
+
+    def take(self, width: int) -> torch.Tensor:
+        found, number = self.by_width[width], self.taken[width]
+        if number == len(found):
+            found.append(self.own(width))
+        self.taken[width] += 1
+        return found[number]
+
+    def own(self, width: int) -> torch.Tensor:
+        """Memory that nothing else is computed in."""
+        # a tensor of torch.inference_mode could not be written to after it, where the text may go on
+        with torch.inference_mode(False):
+            return floats(self.rows, width)
 
 
 class _Seen:

@@ -14,7 +14,6 @@ from .native_step import (
     FROM_IDS,
     Program,
     Unsupported,
-    has_begun,
     is_time_for_the_library,
     programs_of,
     weight_of_head,
@@ -76,7 +75,7 @@ class TokenSteps:
         """The program of the cache as it stands, None where the model's forward is to be called."""
         model, cache = self.model, self.cache
         self.look = self.programs.look()
-        if not is_time_for_the_library(model.config.kernels) or not has_begun(cache) or all_have_hooks():
+        if not is_time_for_the_library(model.config.kernels) or all_have_hooks():
             return None
         program = self.programs.find(FROM_IDS, TokenProgram, model, tokens, cache)
         return program if type(program) is TokenProgram and self._are_below(program.entries, tokens) else None

@@ -18,8 +18,8 @@
     Cauchy        cauchy.py                                 triton_cauchy.py
     Vandermonde   vandermonde.py                            triton_vandermonde.py
 
-On a CPU S4's and S4D's operators and the chunk scans but S5's have a third form beside twin and kernel, in C:
-native_operators.py, native_diagonal.py, native_scan.py and native_ssd.py.
+On a CPU S4's and S4D's systems and operators and the chunk scans but S5's have a third form beside twin and kernel, in
+C: native_systems.py, native_operators.py, native_diagonal.py, native_scan.py and native_ssd.py.
 
 This is the one place where the two meet. The twins lie below and know no kernel; a kernel's file knows its twin, to
 check itself against it; what lies above says whether the kernel runs, as execution.py or kernels_s4.py has decided.
@@ -38,7 +38,7 @@ from .cross_entropy import logits_to_loss as plain_logits_to_loss
 from .diagonal_discretization import diagonal_system as plain_diagonal_system
 from .diagonal_discretization import discretize_diagonal
 from .diagonal_operators import power_operators
-from .discrete import DiscreteDPLR, norm_vectors
+from .discrete import DiscreteDiagonal, DiscreteDPLR, norm_vectors
 from .dplr_discretization import bilinear_dplr
 from .dplr_operators import krylov_operators
 from .kernel_limits import (
@@ -56,6 +56,8 @@ from .native_diagonal import native_diagonal
 from .native_operators import is_for_the_library, native_operators
 from .native_scan import NATIVE
 from .native_ssd import native_ssd_scan
+from .native_systems import MOST_RANK, native_diagonal_system, native_dplr_system
+from .native_systems import is_for_the_library as system_is_for_the_library
 from .prefix_scans import associative_scan, complex_scan
 from .real_form import apply_diagonal, powers
 from .rms_norm import rms_norm as plain_rms_norm
@@ -71,6 +73,7 @@ __all__ = [
     "cauchy_products",
     "chunk_scan",
     "diagonal_operators",
+    "diagonal_steps",
     "diagonal_system",
     "dplr_discretization",
     "dplr_operators",
@@ -399,6 +402,8 @@ def dplr_discretization(log_dt, Lambda_log_re, Lambda_im, P, B, C, setting: str 
         setting=setting,
         problem=(B.shape[-1], rank),
     )
+    if not run_kernel and rank <= MOST_RANK and system_is_for_the_library(parameters, setting):
+        return native_dplr_system(*parameters)
     return DPLR_DISCRETIZATION.either(run_kernel)(*parameters)
 
 
@@ -452,7 +457,19 @@ def diagonal_system(
     """
     parameters, N = (log_dt, Lambda_log_re, Lambda_im, B, C), C.shape[1]
     run_kernel = _discretizes_on_kernel(parameters, method, N, setting)
+    if not run_kernel and method == "zoh" and system_is_for_the_library(parameters, setting):
+        return native_diagonal_system(*parameters)[:4]
     return DIAGONAL_DISCRETIZATION.either(run_kernel)(*parameters, method)
+
+
+def diagonal_steps(log_dt, Lambda_log_re, Lambda_im, B, C, method: str, setting: str = "auto") -> DiscreteDiagonal:
+    """`diagonal_system`, and what a step reads of it."""
+    parameters = log_dt, Lambda_log_re, Lambda_im, B, C
+    if method == "zoh" and system_is_for_the_library(parameters, setting):
+        return native_diagonal_system(*parameters)
+    log_re, log_im, *CB = diagonal_system(*parameters, method, setting)
+    Lambda_bar = torch.cat(powers(log_re, log_im, log_re.new_ones(())), -1).to(log_dt.dtype)
+    return DiscreteDiagonal(log_re, log_im, *CB, Lambda_bar, 2 * torch.cat([CB[0], -CB[1]], -1))
 
 
 def state_system(

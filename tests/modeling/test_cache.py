@@ -48,7 +48,8 @@ def test_the_cache_by_the_name_of_newer_versions(model):
     """transformers 5.24 passes it as `cache`; a forward that took it for something else would begin from zero."""
     ids = prompt(20)
     cache = model(ids[:, :12], use_cache=True).past_key_values
-    torch.testing.assert_close(model(ids[:, 12:], cache=cache).logits, model(ids).logits[:, 12:])
+    expected = model(ids).logits[:, 12:]
+    torch.testing.assert_close(model(ids[:, 12:], cache=cache).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])

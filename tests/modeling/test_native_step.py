@@ -38,11 +38,16 @@ MODELS = {
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Counts the tokens that the library has stepped."""
+    """Counts the forwards that were the library's, of a prompt too."""
     count = []
     run = native_step.Program.advance
     monkeypatch.setattr(native_step.Program, "advance", lambda *given: count.append(1) or run(*given))
     return count
+
+
+@torch.no_grad()
+def begin(model, ids):
+    return model(ids, use_cache=True).past_key_values
 
 
 @torch.no_grad()
@@ -68,21 +73,69 @@ def test_equals_the_plain_step(name, rows, tokens, steps):
     expected, expected_states, _ = plain(model, ids)
     assert not steps
     logits, states, cache = decode(model, ids, None, 3, tokens)
-    assert len(steps) == 9 // tokens
+    assert len(steps) == 1 + 9 // tokens
     assert cache.get_seq_length() == 12
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(states, expected_states, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("length", [20, 90])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt(name, length, steps):
+    """Of few tokens and of more, whose sublayers share their memory: logits, states, what is recorded, what follows."""
+    model, ids = tiny_model(**MODELS[name]), prompt(length + 3, 2)
+    expected, expected_states, _ = plain(model, ids, None, length)
+    recorded = DynamicCache(config=model.config)
+    recorded.activate_past_recording()
+    for cache in (None, recorded, StaticCache(config=model.config, max_cache_len=8)):
+        steps.clear()
+        logits, states, cache = decode(model, ids, cache, length)
+        assert len(steps) == 4
+        assert cache.get_seq_length() == length + 3
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(states, expected_states, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert length not in model.model._programs.of(cache) or length == 20
+    recorded.crop(-(length + 1))
+    expected = [state for layer in begin(model, ids[:, :2]).layers for state in layer.states]
+    for ours, theirs in zip([state for layer in recorded.layers for state in layer.states], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_that_are_scanned(steps):
+    """Many tokens, and those of whoever has asked for a scan."""
+    many, model = native_step.PROMPT_ROWS // 4 + 1, tiny_model()
+    begin(model, prompt(many - 1, 4))
+    assert len(steps) == 1
+    begin(model, prompt(many, 4))
+    begin(tiny_model(mode="chunk"), prompt(40))
+    assert len(steps) == 1
+    begin(tiny_model(mode="chunk"), prompt(30))  # as few tokens as may have been drafted
+    begin(tiny_model(mode="recurrent"), prompt(40))
+    assert len(steps) == 3
+
+
+@torch.no_grad()
+def test_an_empty_cache_stays_empty_where_the_library_does_not_serve():
+    """What was written out of the model until then has left no zeros in it."""
+    model, cache = tiny_model(**MODELS["gated"]), DynamicCache(config=tiny_model().config)
+    model.model.norm = torch.nn.Sequential(model.model.norm)
+    assert native_step.run(model.model, torch.randn(1, 5, 16), cache) is None
+    assert not any(layer.is_initialized or layer.states or layer.records for layer in cache.layers)
+    model.model.norm = model.model.norm[0]
+    assert native_step.run(model.model, torch.randn(1, 6, 16), cache) is not None
+    assert all(layer.is_initialized for layer in cache.layers)
+
+
 def test_a_token_is_one_call_of_the_library(monkeypatch):
     """But for what Python does between: products of many rows."""
     model, lengths, bind = tiny_model(**MODELS["ssd"]), [], native_step.bind
     monkeypatch.setattr(native_step, "bind", lambda calls, threads: lengths.append(len(calls)) or bind(calls, threads))
-    decode(model, prompt(12, 8))
+    begin(model, prompt(1, 8))
     assert len(lengths) == 1
     assert lengths[0] > 10
-    decode(model, prompt(12, 9))
+    begin(model, prompt(1, 9))
     assert len(lengths) > 2
 
 
@@ -111,7 +164,7 @@ def test_its_memory_is_float32_whatever_the_default_is(name, steps):
         logits = decode(model, ids)[0]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert len(steps) == 9
+    assert len(steps) == 10
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -119,11 +172,11 @@ def test_its_memory_is_float32_whatever_the_default_is(name, steps):
 def test_generate_takes_it(options, steps):
     model, ids = tiny_model(**ENDLESS), prompt(5, 2)
     chosen = model.generate(ids, max_new_tokens=8, do_sample=False, **options)
-    assert len(steps) == 7
+    assert len(steps) == 8
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSM_LM_KERNELS", "torch")
         assert torch.equal(chosen, model.generate(ids, max_new_tokens=8, do_sample=False, **options))
-    assert len(steps) == 7
+    assert len(steps) == 8
 
 
 def test_follows_weights_modules_and_states(steps):
@@ -192,7 +245,7 @@ def test_what_takes_the_plain_step(steps):
     torch.testing.assert_close(decode(model, ids)[0], expected.double(), rtol=1e-4, atol=1e-4)
     assert not steps
     decode(model.float(), ids)
-    assert len(steps) == 3
+    assert len(steps) == 4
 
 
 def in_mid_text(act):
@@ -220,7 +273,7 @@ def test_within_a_generate_one_look_serves_all_tokens(monkeypatch, steps):
     looks.clear()
     steps.clear()
     model.generate(ids, max_new_tokens=8, do_sample=False)
-    assert len(steps) == 7
+    assert len(steps) == 8
     assert not looks  # the program was written in it
     heard = []
     model.generate(ids, **in_mid_text(lambda: model.model.layers[0].register_forward_hook(lambda *_: heard.append(1))))
@@ -233,7 +286,7 @@ def test_a_head_that_is_hooked_in_mid_text_is_called(steps):
     model, heard = tiny_model(**ENDLESS), []
     model.generate(prompt(6), **in_mid_text(lambda: model.lm_head.register_forward_hook(lambda *_: heard.append(1))))
     assert sum(heard) == 2  # the tokens after the fifth
-    assert len(steps) == 7
+    assert len(steps) == 8
 
 
 def test_a_state_space_that_is_written_to_in_mid_text_is_followed(monkeypatch, steps):
@@ -244,7 +297,7 @@ def test_a_state_space_that_is_written_to_in_mid_text_is_followed(monkeypatch, s
         write = torch.no_grad()(model.model.layers[0].sublayers[1].inner.ssm.C.add_)
         options = in_mid_text(partial(write, 1)) | {"return_dict_in_generate": True, "output_logits": True}
         logits.append(torch.cat(model.generate(prompt(6), **options).logits))
-    assert len(steps) == 7
+    assert len(steps) == 8
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
@@ -286,14 +339,13 @@ def test_a_token_is_prepared_as_transformers_would(options, monkeypatch, steps):
     monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", counted)
     monkeypatch.setattr(S4ForCausalLM, "prepare_inputs_for_generation", compare)
     model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2, **options)
-    assert len(steps) == 7
+    assert len(steps) == (7 if "attention_mask" in options else 8)
     assert len(short) == 6  # the first of a cache is not written out yet
 
 
 @pytest.mark.parametrize("head", ["tied", "other", "hooked"])
 def test_the_head(head, monkeypatch):
-    """Logits in float32 and bfloat16, of one token and of several; PyTorch's head is called for the prompt alone, or
-    always where it has a hook."""
+    """Logits in float32 and bfloat16, of one token and of several; PyTorch's head is called where it has a hook."""
     calls, forward = [], LanguageModelHead.forward
     monkeypatch.setattr(LanguageModelHead, "forward", lambda *given: calls.append(1) or forward(*given))
     model, ids = tiny_model(tie_word_embeddings=head == "tied"), prompt(12, 2)
@@ -305,7 +357,7 @@ def test_the_head(head, monkeypatch):
             expected = plain(model, ids, None, 3, at_a_time)[0]
             calls.clear()
             found = decode(model, ids, None, 3, at_a_time)[0]
-            assert len(calls) == 1 + (9 // at_a_time if head == "hooked" else 0)
+            assert len(calls) == (1 + 9 // at_a_time if head == "hooked" else 0)
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 

@@ -1,0 +1,49 @@
+"""The discrete systems of S4 and S4D on a CPU, by the library of native_systems_source.py, where no gradient is asked
+for: of a prompt of a few dozen tokens the two take longer in PyTorch than all of its steps.
+
+It stands for dplr_discretization.py and diagonal_discretization.py, its twins, of parameters in float32. It computes in
+float64, as the second of them does. In graphs, with gradients, for few channels and where there is no compiler, the
+twins run.
+
+Shapes: H channels, S systems that they share, N order of the real system.
+"""
+
+import torch
+
+from .discrete import DiscreteDiagonal, DiscreteDPLR
+from .native_library import doubles, floats, for_c, library
+from .native_operators import may_run, threads_for
+
+SMALLEST = 1 << 12  # numbers of all states, 64 of 64 channels: of fewer the twins take no time either
+MOST_RANK = 2  # of the source
+
+
+def is_for_the_library(parameters: tuple[torch.Tensor, ...], setting: str) -> bool:
+    """Whether one of the two below is to run; the last of the parameters is C. setting: S4Config's key `kernels`."""
+    if torch.is_grad_enabled() or parameters[-1].numel() < SMALLEST or not may_run(parameters, setting):
+        return False
+    return all(x.dtype == torch.float32 for x in parameters) and library("systems") is not None
+
+
+def native_dplr_system(log_dt, Lambda_log_re, Lambda_im, P, B, C) -> DiscreteDPLR:
+    """`bilinear_dplr`, for P (rank, S, N) of rank 1 or 2."""
+    (H, N), rank = C.shape, len(P)
+    low_rank = (H, N, rank)
+    found = [floats(*shape) for shape in ((H, N), low_rank, low_rank, (H, N), (H, N))]
+    _call("dplr_system", (H, len(B), N // 2, rank), (log_dt, Lambda_log_re, Lambda_im, P, B, C), found)
+    return DiscreteDPLR(*found)
+
+
+def native_diagonal_system(log_dt, Lambda_log_re, Lambda_im, B, C) -> DiscreteDiagonal:
+    """`diagonal_system` by zero-order hold, and what a step reads of it."""
+    H, N = C.shape
+    halves = [make(H, N // 2) for make in (doubles, doubles, floats, floats)]
+    found = [*halves, floats(H, N), floats(H, N)]
+    _call("diagonal_system", (H, len(B), N // 2), (log_dt, Lambda_log_re, Lambda_im, B, C), found)
+    return DiscreteDiagonal(*found)
+
+
+def _call(name: str, sizes: tuple[int, ...], parameters, found) -> None:
+    """A function of the library, with threads for it."""
+    parameters = [x.contiguous() for x in parameters]  # kept until it returns
+    getattr(library("systems"), name)(*map(for_c, (*sizes, *parameters, *found, threads_for(sizes[0]))))

@@ -1,0 +1,126 @@
+"""The discrete systems of S4 and S4D in C against their twins, when they run, and when they do not."""
+
+import pytest
+import torch
+from in_c import Frames, called_names, difference, needs
+
+from ssm_lm.modeling import native_systems
+from ssm_lm.modeling.diagonal_discretization import diagonal_system
+from ssm_lm.modeling.dplr_discretization import bilinear_dplr
+from ssm_lm.modeling.real_form import powers
+from ssm_lm.modeling.ssm import S4, S4D
+
+pytestmark = needs("systems")
+
+
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch):
+    monkeypatch.setattr(native_systems, "SMALLEST", 0)
+
+
+def parameters(H, S, N, rank=None, dt=(1e-4, 1.0)):
+    """Steps over four decades; rates that make |dt Lambda| anything from 1e-9 to many turns."""
+    torch.manual_seed(0)
+    log_dt = torch.empty(H).uniform_(*dt).log()
+    log_re, im = 8 * torch.randn(S, N // 2) - 6, 300 * torch.randn(S, N // 2) ** 3
+    P = () if rank is None else (torch.randn(rank, S, N),)
+    return log_dt, log_re.clamp(max=3), im, *P, torch.randn(S, N), torch.randn(H, N)
+
+
+SIZES = [(1, 1, 2), (3, 3, 64), (6, 2, 10), (5, 1, 34)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize(("H", "S", "N"), SIZES)
+def test_dplr(H, S, N, rank):
+    """Against the twin in float64."""
+    given = parameters(H, S, N, rank)
+    ours, theirs = native_systems.native_dplr_system(*given), bilinear_dplr(*(x.double() for x in given))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == torch.float32
+        assert difference(one, other) < 1e-7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("H", "S", "N"), SIZES)
+def test_diagonal(H, S, N):
+    """Against the twin, which is in float64, and of each number by itself: poles near zero lose no digits."""
+    given = parameters(H, S, N)
+    ours = native_systems.native_diagonal_system(*given)
+    log_re, log_im, *CB = diagonal_system(*(x.double() for x in given))
+    torch.testing.assert_close(ours.log_re, log_re, rtol=1e-14, atol=0)
+    torch.testing.assert_close(ours.log_im, log_im, rtol=1e-14, atol=0)
+    size = torch.hypot(*CB)
+    for one, other in zip((ours.CB_re, ours.CB_im), CB, strict=True):
+        assert ((one - other).abs() <= 1e-7 * size).all()
+    Lambda_bar = torch.cat(powers(log_re, log_im, torch.ones(())), -1)
+    torch.testing.assert_close(ours.Lambda_bar.double(), Lambda_bar, rtol=1e-7, atol=1e-7)
+    assert torch.equal(ours.row, 2 * torch.cat([ours.CB_re, -ours.CB_im], -1))
+
+
+def both():
+    return (
+        (native_systems.native_dplr_system, parameters(6, 3, 10, 2), 5),
+        (native_systems.native_diagonal_system, parameters(6, 3, 10), 6),
+    )
+
+
+def test_the_same_bits():
+    """Twice, by any number of threads, and of a channel among others."""
+    threads = torch.get_num_threads()
+    try:
+        for make, given, _ in both():
+            results = []
+            for number, chosen in ((1, slice(0, 6)), (2, slice(0, 6)), (7, slice(0, 6)), (2, slice(3, 6))):
+                torch.set_num_threads(number)
+                log_dt, *shared, C = given
+                results.append([x[-1] for x in make(log_dt[chosen], *shared, C[chosen])])
+            for other in results[1:]:
+                assert all(map(torch.equal, results[0], other))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_memory(monkeypatch):
+    """Nothing is written beside what was asked for, and nothing is read that was not written; parameters may lie
+    anyhow."""
+    frames = Frames()
+    expected = [make(*given) for make, given, _ in both()]
+    monkeypatch.setattr(native_systems, "floats", frames.memory())
+    monkeypatch.setattr(native_systems, "doubles", frames.memory(torch.float64))
+    for (make, given, _), wanted in zip(both(), expected, strict=True):
+        found = make(*(x.mT.contiguous().mT if x.dim() > 1 else x for x in given))
+        assert all(map(torch.equal, wanted, found))
+    frames.check(sum(count for *_, count in both()))
+
+
+@pytest.mark.parametrize(("kind", "options"), [(S4, {}), (S4, {"init": "legt"}), (S4D, {})], ids=str)
+def test_when_it_runs(kind, options, monkeypatch):
+    """Without gradients, in float32, for a known rule; what it gives is what the layer has without it."""
+    names = called_names(monkeypatch, native_systems)
+    layer = kind(8, 16, **options)
+    expected = layer.discretize()
+    assert not names
+    with torch.no_grad():
+        found = layer.discretize()
+        assert len(names) == 1
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        layer._system(False)
+        assert len(names) == 2
+        layer.double().discretize()
+        layer.float().kernels = "torch"
+        layer.discretize()
+        layer.kernels = "auto"
+        monkeypatch.setattr(native_systems, "SMALLEST", 8 * 16 + 1)
+        layer.discretize()
+    assert len(names) == 2
+
+
+def test_a_bilinear_diagonal_is_left_alone(monkeypatch):
+    names = called_names(monkeypatch, native_systems)
+    with torch.no_grad():
+        S4D(8, 16, discretization="bilinear").discretize()
+    assert not names
