@@ -24,7 +24,7 @@ static inline float at(const void *p, I i, I half) {
     return half ? widen(((const uint16_t *)p)[i]) : ((const float *)p)[i];
 }
 
-/* y = W x + bias: x (B, in), W (out, in), y (B, out). Bound by the reading of W; four rows of x share it. */
+/* y = W x + bias: x (B, in), W (out, in), y (B, out). Of few rows bound by the reading of W; four of them share it. */
 #define LINEAR(NAME, TYPE, LOAD)                                                                    \
     static void NAME(I B, I out, I in, const float *x, const TYPE *W, const void *bias, I half,     \
                      float *y) {                                                                    \
@@ -57,9 +57,21 @@ static inline float at(const void *p, I i, I half) {
 LINEAR(linear_float, float, SAME)
 LINEAR(linear_half, uint16_t, widen)
 
+#define BLOCK 64 /* rows of x that stay near while a row of W meets them */
 static void linear(I B, I out, I in, const float *x, const void *W, const void *bias, I half, float *y) {
-    if (half) linear_half(B, out, in, x, W, bias, half, y);
-    else linear_float(B, out, in, x, W, bias, half, y);
+    for (I b = 0; b < B; b += BLOCK) {
+        const I rows = B - b < BLOCK ? B - b : BLOCK;
+        if (half) linear_half(rows, out, in, x + b * in, W, bias, half, y + b * out);
+        else linear_float(rows, out, in, x + b * in, W, bias, half, y + b * out);
+    }
+}
+/* Whether the processor multiplies bfloat16, as PyTorch's products do then */
+I multiplies_half(void) {
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16)
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 static void norm_row(I H, const float *x, const void *weight, const void *bias, I half, float eps, I layer, float *y) {

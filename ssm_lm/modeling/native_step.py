@@ -9,6 +9,7 @@ the types below with their own weights. Everything else takes the plain step, wh
 long as modules, weights and states are those that it was written for: see `Program.is_current`.
 """
 
+import math
 import weakref
 from collections import Counter, defaultdict
 from functools import partial
@@ -34,7 +35,7 @@ from .single_steps import discrete_from, versions_of
 
 ACTIVATION_NUMBERS = {"identity": 0, "gelu": 1, "silu": 2}
 FROM_IDS = "ids"  # the key, beside numbers of tokens, of a program that is none of S4Model but of all; native_tokens.py
-FEW_ROWS = 8  # above it PyTorch's matrix product is faster than rows that share the reading of a weight
+FEW_ROWS = 24  # above it PyTorch's matrix product is faster than rows that share the reading of a weight
 PROMPT_ROWS = 512  # tokens of all rows together, above which a scan is about as fast for one kind and faster for others
 
 
@@ -54,7 +55,15 @@ def run(model: nn.Module, inputs: torch.Tensor, cache) -> torch.Tensor | None:
     programs = programs_of(model)
     if inputs.shape[1] <= FEW_TOKENS:
         return programs.find(inputs.shape[1], Program, model, inputs, cache)(inputs, cache)
-    return programs.write(Program, model, inputs, cache)(inputs, cache)  # as good as never one of its length again
+    parts = inputs.split(max(1, PROMPT_ROWS // len(inputs)), 1)
+    program, outputs = programs.write(Program, model, parts[0], cache), []
+    for part in parts:
+        if part.shape != parts[0].shape:
+            program = programs.write(Program, model, part, cache)
+        outputs.append(program(part, cache))
+        if outputs[0] is None:
+            return None
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
 def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache) -> torch.Tensor | None:
@@ -85,9 +94,18 @@ def _is_for_the_library(kernels: str, x: torch.Tensor) -> bool:
         return False
     if x.dim() != 3 or not x.shape[:2].numel():
         return False
-    if x.shape[1] > FEW_TOKENS and x.shape[:2].numel() > PROMPT_ROWS:
+    if type(x) is not torch.Tensor or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
-    return type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    if x.shape[1] <= FEW_TOKENS or x.shape[:2].numel() <= PROMPT_ROWS:
+        return True
+    return x.shape[:2].numel() <= most_rows(x.dtype == torch.bfloat16)
+
+
+def most_rows(half: bool) -> float:
+    """Up to how many rows the library's product is faster than PyTorch's, which takes three times as long in bfloat16
+    where it multiplies in float32. half: the weights are bfloat16.
+    """
+    return math.inf if half and not library().multiplies_half() else FEW_ROWS
 
 
 def is_time_for_the_library(kernels: str) -> bool:
@@ -256,7 +274,7 @@ class Program:
     def logits(self, head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """See `logits` above. What the head is, is looked at as often as what the model is."""
         rows, width = hidden_states.shape[:2].numel(), hidden_states.shape[2]
-        if rows > FEW_ROWS:
+        if rows > min(PROMPT_ROWS, most_rows(hidden_states.dtype == torch.bfloat16)):
             return None
         key = head, self.looked, hidden_states.dtype
         if self.head is None or self.looked is None or self.head[:3] != key:
@@ -313,9 +331,9 @@ class Program:
 
     def product(self, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + bias, W (out, in)."""
-        y = self.room(len(W))
-        if self.rows <= FEW_ROWS:
-            self.call("linear", self.rows, *W.shape, x, W, bias, _is_half(W, bias), y)
+        y, half = self.room(len(W)), _is_half(W, bias)
+        if self.rows <= most_rows(half):
+            self.call("linear", self.rows, *W.shape, x, W, bias, half, y)
         else:
             self.listed.append(partial(_many_rows, x, W, bias, y))
         return y

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.modules import module
 
 from .native_step import (
-    FEW_ROWS,
     FROM_IDS,
     Program,
     Unsupported,
     is_time_for_the_library,
+    most_rows,
     programs_of,
     weight_of_head,
 )
@@ -36,7 +36,7 @@ class TokenProgram(Program):
         self.entries, half = len(table), table.dtype == torch.bfloat16
         self.call("embed", *self.h.shape, self.tokens, table, half, self.h)
         super().write(model.model, cache)
-        rounds = half and self.rows <= FEW_ROWS  # more than that are rounded by PyTorch's product
+        rounds = half and self.rows <= most_rows(half)  # more than that are rounded by PyTorch's product
         if rounds:
             self.call("round_half", self.out.numel(), self.out)
         self.found = self.product(self.out, head)

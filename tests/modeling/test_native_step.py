@@ -65,7 +65,7 @@ def plain(model, *arguments):
         return decode(model, *arguments)
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (6, 1), (2, 3), (11, 1)])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (11, 1), (2, 3), (native_step.FEW_ROWS + 2, 1)])
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_plain_step(name, rows, tokens, steps):
     """Rows one by one, four at a time and a rest, and by PyTorch's product: logits, states, and the length."""
@@ -116,6 +116,26 @@ def test_prompts_that_are_scanned(steps):
     assert len(steps) == 3
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+@pytest.mark.parametrize("name", ["s4", "gated"])
+def test_a_long_prompt_in_bfloat16(name, emulated, monkeypatch, steps):
+    """In parts, where PyTorch's products would take longer, else as one scan; as near to float32 as the plain way."""
+    few = native_step.FEW_ROWS
+    monkeypatch.setattr(native_step, "most_rows", lambda half: 1000 if half and emulated else few)
+    monkeypatch.setattr(native_step, "PROMPT_ROWS", 80)
+    model, ids = tiny_model(**MODELS[name]).bfloat16(), prompt(130, 2)
+    exact = tiny_model(**MODELS[name])
+    exact.load_state_dict(model.state_dict())
+    expected = plain(exact, ids, None, 128)
+    logits, states, cache = decode(model, ids, None, 128)
+    assert len(steps) == 2 + 4 * emulated  # 40 tokens of both rows, three times, and 8
+    assert cache.get_seq_length() == 130
+    bound = (plain(model, ids, None, 128)[0] - expected[0]).abs().max()
+    assert (logits - expected[0]).abs().max() <= max(bound, 0.02 * expected[0].abs().max())
+    for ours, theirs in zip(states, expected[1], strict=True):
+        assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max().clamp(min=1)
+
+
 @torch.no_grad()
 def test_an_empty_cache_stays_empty_where_the_library_does_not_serve():
     """What was written out of the model until then has left no zeros in it."""
@@ -132,10 +152,10 @@ def test_a_token_is_one_call_of_the_library(monkeypatch):
     """But for what Python does between: products of many rows."""
     model, lengths, bind = tiny_model(**MODELS["ssd"]), [], native_step.bind
     monkeypatch.setattr(native_step, "bind", lambda calls, threads: lengths.append(len(calls)) or bind(calls, threads))
-    begin(model, prompt(1, 8))
+    begin(model, prompt(1, native_step.FEW_ROWS))
     assert len(lengths) == 1
     assert lengths[0] > 10
-    begin(model, prompt(1, 9))
+    begin(model, prompt(1, native_step.FEW_ROWS + 1))
     assert len(lengths) > 2
 
 
