@@ -172,8 +172,8 @@ class S4Model(S4PreTrainedModel):
         if past_key_values is not None:
             check_holds_states(past_key_values, len(self.layers))
         attention_mask = padding_mask(self.config, inputs_embeds, attention_mask)
-        if attention_mask is None and documents is None and past_key_values is not None:
-            hidden_states = native_step(self, inputs_embeds, past_key_values)
+        if documents is None and past_key_values is not None:
+            hidden_states = native_step(self, inputs_embeds, past_key_values, attention_mask)
             if hidden_states is not None:
                 return BaseModelOutputWithPast(hidden_states, past_key_values if use_cache else None)
         hidden_states = self.embedding_dropout(inputs_embeds)

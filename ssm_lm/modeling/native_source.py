@@ -315,6 +315,12 @@ static void add_gated(I mode, I B, I H, const float *p, const float *y, float *h
     }
 }
 
+/* mixers.masked: x (B, H) *= by (B) */
+static void mask(I B, I H, float *x, const float *by) {
+    #pragma omp for schedule(static)
+    for (I b = 0; b < B; b++) for (I i = 0; i < H; i++) x[b * H + i] *= by[b];
+}
+
 /* What Python can put into the list of a step: each of these takes its arguments from a row of A. */
 
 typedef union { I i; float f; void *p; } A;
@@ -343,6 +349,7 @@ void call_multiply(const A *a) {
     multiply(a[0].i, a[1].i, a[2].i, a[3].p, a[4].i, a[5].p, a[6].i, a[7].p, a[8].i);
 }
 void call_add_skip(const A *a) { add_skip(a[0].i, a[1].i, a[2].p, a[3].p, a[4].p); }
+void call_mask(const A *a) { mask(a[0].i, a[1].i, a[2].p, a[3].p); }
 void call_activate(const A *a) { activate(a[0].i, a[1].i, a[2].p, a[3].p); }
 void call_add_gated(const A *a) { add_gated(a[0].i, a[1].i, a[2].i, a[3].p, a[4].p, a[5].p); }
 

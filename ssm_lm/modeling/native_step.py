@@ -4,9 +4,9 @@ The plain step makes thousands of small calls a token, each of them dearer than 
 been written out, once a cache and number of tokens, as calls with their arguments bound; a token, or a few that were
 drafted, are one run over the list. So is a short prompt: the operators of a scan take longer than all of its steps.
 
-It is used where it is the same computation: no gradients, no hooks, no padding or documents in the tokens, modules of
-the types below with their own weights. Everything else takes the plain step, which is its twin. It is right for as
-long as modules, weights and states are those that it was written for: see `Program.is_current`.
+It is used where it is the same computation: no gradients, no hooks, no documents in the tokens, modules of the types
+below with their own weights. Everything else takes the plain step, which is its twin. It is right for as long as
+modules, weights and states are those that it was written for: see `Program.is_current`.
 """
 
 import math
@@ -43,25 +43,26 @@ class Unsupported(Exception):
     """A model that is not written out, with the reason."""
 
 
-def run(model: nn.Module, inputs: torch.Tensor, cache) -> torch.Tensor | None:
+def run(model: nn.Module, inputs: torch.Tensor, cache, mask: torch.Tensor | None = None) -> torch.Tensor | None:
     """T tokens of every row: the last hidden states (B, T, H), and `cache` after them; None: take the plain step.
 
-    model: an S4Model; inputs: embeddings (B, T, H).
+    model: an S4Model; inputs: embeddings (B, T, H). mask: (B, T or more), 0 where a token is padding.
     """
     if not _is_for_the_library(model.config.kernels, inputs):
         return None
     if not all(isinstance(layer, S4CacheLayer) for layer in cache.layers):  # something that stands for one in a graph
         return None
     programs = programs_of(model)
-    if inputs.shape[1] <= FEW_TOKENS:
+    if inputs.shape[1] <= FEW_TOKENS and mask is None:
         return programs.find(inputs.shape[1], Program, model, inputs, cache)(inputs, cache)
-    parts = inputs.split(max(1, PROMPT_ROWS // len(inputs)), 1)
-    program, outputs = programs.write(Program, model, parts[0], cache), []
-    for part in parts:
-        if part.shape != parts[0].shape:
-            program = programs.write(Program, model, part, cache)
+    size, outputs, program = max(1, PROMPT_ROWS // len(inputs)), [], None
+    parts = inputs.split(size, 1)
+    masks = [None] * len(parts) if mask is None else mask[:, -inputs.shape[1] :].split(size, 1)
+    for part, of_part in zip(parts, masks, strict=True):
+        if mask is not None or program is None or program.shape != part.shape[:2]:
+            program = programs.write(Program, model, part, cache, of_part)
         outputs.append(program(part, cache))
-        if outputs[0] is None:
+        if outputs[-1] is None:
             return None
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
@@ -145,11 +146,13 @@ class Programs:
             program = of_cache[key] = self.write(kind, model, inputs, cache)
         return program
 
-    def write(self, kind: type["Program"], model: nn.Module, inputs: torch.Tensor, cache) -> "Program | NoProgram":
+    def write(
+        self, kind: type["Program"], model: nn.Module, inputs: torch.Tensor, cache, mask: torch.Tensor | None = None
+    ) -> "Program | NoProgram":
         """A `kind`, which is not kept. A cache without states gets zeros, unless it turns out that there is none."""
         empty = [layer for layer in cache.layers if not layer.is_initialized]
         try:
-            return kind(model, inputs, cache, self.look())
+            return kind(model, inputs, cache, self.look(), mask)
         except Unsupported as error:
             for layer in empty:
                 layer.forget_states()
@@ -196,15 +199,16 @@ class NoProgram:
 class Program:
     """T steps of a model on one cache, for a batch of B rows.
 
-    h (B T, H): the residual stream, float32. listed: what runs, in order, names and arguments of the library's
-    functions or what Python calls; runs: the same, as many of the library's at once as follow one another. discretized:
-    the parameters of the state spaces, from which coefficients were made; versions: how often they had been written to.
-    states: where each state lies, what drives it and through which module, for a cache that records its past. memos:
-    the layers', which a compiled step reads from after a prompt that was stepped here, and which a reset empties.
+    h (B T, H): the residual stream, float32. mask: None, or for every row of it whether it drives the states, 0 or 1.
+    listed: what runs, in order, names and arguments of the library's functions or what Python calls; runs: the same, as
+    many of the library's at once as follow one another. discretized: the parameters of the state spaces, from which
+    coefficients were made; versions: how often they had been written to. states: where each state lies, what drives it
+    and through which module, for a cache that records its past. memos: the layers', which a compiled step reads from
+    after a prompt that was stepped here, and which a reset empties.
     Everything that a call points to is kept here, so that no address outlives its memory.
     """
 
-    def __init__(self, model: nn.Module, inputs: torch.Tensor, cache, look: tuple | None):
+    def __init__(self, model: nn.Module, inputs: torch.Tensor, cache, look: tuple | None, mask=None):
         if model.training:
             raise Unsupported("dropout")
         self.shape, self.dtype, self.threads = inputs.shape[:2], inputs.dtype, torch.get_num_threads()
@@ -212,6 +216,7 @@ class Program:
         self.listed, self.kept, self.discretized, self.states = [], [], [], []
         self.seen, self.looked, self.head = _Seen(model), look, None
         self.rooms = _Rooms(self.rows, shared=self.shape[1] > FEW_TOKENS)
+        self.mask = None if mask is None else self.rooms.own(1).copy_(mask.reshape(-1, 1))
         self.h = self.rooms.own(model.config.hidden_size)
         self.write(model, cache)
         self.memos = [layer.memos for layer in cache.layers]
@@ -408,6 +413,11 @@ class Program:
         lies = (Columns(inputs), x.stride(0), tail, weight, bias, _is_half(weight, bias), y, y.stride(0))
         self.call("convolve", ACTIVATION_NUMBERS[activation], *sizes, *lies)
 
+    def masked(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mask is not None:
+            self.call("mask", *x.shape, x, self.mask)
+        return x
+
     def multiply(self, a: torch.Tensor, b: torch.Tensor, activation: str = "identity") -> torch.Tensor:
         """f(a) b, of columns of buffers."""
         y = self.room(a.shape[1])
@@ -516,7 +526,7 @@ def has_hooks(attributes: dict) -> bool:
 
 
 def _write_s4_mixer(program: Program, mixer: S4Mixer, x: torch.Tensor, layer) -> None:
-    y = program.activate(mixer.activation, program.state_space(mixer, x, layer))
+    y = program.activate(mixer.activation, program.state_space(mixer, program.masked(x), layer))
     program.add(program.linear(mixer.out_proj, y), {"none": 0, "glu": 1, "half": 2}[mixer.glu], y)
 
 
@@ -533,20 +543,20 @@ def _write_h3(program: Program, mixer: H3Mixer, x: torch.Tensor, layer) -> None:
     if mixer.head_dim > 1:
         raise Unsupported("outer products of h3's heads")
     qkv = program.room(mixer.conv.channels)
-    program.convolve(mixer, program.linear(mixer.in_proj, x), qkv, layer)
+    program.convolve(mixer, program.linear(mixer.in_proj, program.masked(x)), qkv, layer)
     q, k, v = qkv.chunk(3, -1)
-    y = program.state_space(mixer, program.multiply(k, v), layer)
+    y = program.state_space(mixer, program.masked(program.multiply(k, v)), layer)
     program.add(program.linear(mixer.out_proj, program.multiply(q, y)))
 
 
 def _write_gated(program: Program, mixer: GatedMixer, x: torch.Tensor, layer) -> None:
-    both = program.linear(mixer.in_proj, x)
+    both = program.linear(mixer.in_proj, program.masked(x))
     channels, width = mixer.conv.channels, mixer.ssm.input_size
     u, gate = program.room(width), both[:, width:]
     program.convolve(mixer, both, u, layer, "silu")
     if channels < width:
         program.listed.append(partial(u[:, channels:].copy_, both[:, channels:width]))
-    y = program.multiply(gate, program.state_space(mixer, u, layer), "silu")
+    y = program.multiply(gate, program.state_space(mixer, program.masked(u), layer), "silu")
     program.add(program.linear(mixer.out_proj, program.norm(mixer.norm, y)))
 
 

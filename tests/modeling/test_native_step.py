@@ -103,6 +103,33 @@ def test_a_prompt(name, length, steps):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("length", [9, 90])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_padded_prompt(name, length, steps):
+    """Padding on the left, in the middle and on the right drives nothing, in one forward and in parts."""
+    model, ids, mask = tiny_model(**MODELS[name]), prompt(length, 3), torch.ones(3, length + 1, dtype=torch.long)
+    mask[0, :5], mask[1, 3:6], mask[2, length - 2 : length] = 0, 0, 0
+    results = []
+    for kernels, at_a_time in (("torch", length), ("auto", length), ("auto", 4)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SSM_LM_KERNELS", kernels)
+            cache, found = DynamicCache(config=model.config), []
+            cache.activate_past_recording()
+            for begin in range(0, length, at_a_time):
+                end = min(begin + at_a_time, length)
+                logits = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+                found.append(logits)
+            found = [torch.cat(found, 1) * mask[:, :length, None]]
+            found += [state.clone() for layer in cache.layers for state in layer.states]
+            cache.crop(-2)
+            results.append(found + [state for layer in cache.layers for state in layer.states])
+        assert len(steps) == {"torch": 0, "auto": 1 + (at_a_time == 4) * -(-length // 4)}[kernels]
+    for found in results[1:]:
+        for one, other in zip(found, results[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_prompts_that_are_scanned(steps):
     """Many tokens, and those of whoever has asked for a scan."""
     many, model = native_step.PROMPT_ROWS // 4 + 1, tiny_model()
@@ -359,7 +386,7 @@ def test_a_token_is_prepared_as_transformers_would(options, monkeypatch, steps):
     monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", counted)
     monkeypatch.setattr(S4ForCausalLM, "prepare_inputs_for_generation", compare)
     model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2, **options)
-    assert len(steps) == (7 if "attention_mask" in options else 8)
+    assert len(steps) == 8
     assert len(short) == 6  # the first of a cache is not written out yet
 
 
