@@ -35,7 +35,7 @@ from .single_steps import discrete_from, versions_of
 
 ACTIVATION_NUMBERS = {"identity": 0, "gelu": 1, "silu": 2}
 FROM_IDS = "ids"  # the key, beside numbers of tokens, of a program that is none of S4Model but of all; native_tokens.py
-FEW_ROWS = 24  # above it PyTorch's matrix product is faster than rows that share the reading of a weight
+FEW_ROWS = 32  # above it PyTorch's matrix product is faster than rows that share the reading of a weight
 PROMPT_ROWS = 512  # tokens of all rows together, above which a scan is about as fast for one kind and faster for others
 
 
