@@ -17,7 +17,7 @@ MODES = ("auto", "chunk", "fft", "recurrent", "associative")
 
 # Tokens on a cache that go through the layer one by one. That is exact to the bit with decoding, so that tokens that
 # were drafted are judged as they would have been chosen; and for few tokens it takes less time than the scan, whose
-# operators cost as much as hundreds of steps (in C, native_step.py, more prompts are worth it). Training and compiled
+# operators cost as much as hundreds of steps. In C (native_step.py) so it does for some hundred. Training and compiled
 # graphs scan.
 FEW_TOKENS = 32
 

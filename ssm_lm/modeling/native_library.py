@@ -55,6 +55,16 @@ def why_not(name: str = "step") -> str | None:
     return _load(name)[1]
 
 
+_forked: list[bool] = []  # in a child of a fork, where the parent's threads are not
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
+def number_of_threads() -> int:
+    """As many as PyTorch's; one in a child of a fork."""
+    return 1 if _forked else torch.get_num_threads()
+
+
 def floats(*shape: int) -> torch.Tensor:
     """Memory for a library's numbers, whatever dtype and device the caller has made PyTorch's defaults."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")

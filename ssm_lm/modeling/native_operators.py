@@ -9,7 +9,6 @@ Shapes: H channels, N order of the real system, T chunk length.
 """
 
 import ctypes
-import os
 from collections.abc import Sequence
 
 import torch
@@ -19,15 +18,11 @@ from .chunked import ChunkOperators, operator_shapes
 from .discrete import DiscreteDPLR
 from .first_order import first_order
 from .kernels_s4 import in_force
-from .native_library import floats, for_c, library
+from .native_library import floats, for_c, library, number_of_threads
 
 MOST_RANK = 4  # of the source
 # numbers of A_bar in all channels, 64 of 64 states, from which a run of a hundred steps gains what a compiler takes
 SMALLEST = 1 << 18
-
-_forked: list[bool] = []  # in a child of a fork, where the parent's threads are not
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _forked.append(True))
 
 
 def may_run(read: Sequence[torch.Tensor], setting: str) -> bool:
@@ -41,8 +36,8 @@ def may_run(read: Sequence[torch.Tensor], setting: str) -> bool:
 
 
 def threads_for(channels: int) -> int:
-    """How many share them: as many as PyTorch's; one in a child of a fork."""
-    return 1 if _forked else min(torch.get_num_threads(), channels)
+    """How many share them: see `number_of_threads`."""
+    return min(number_of_threads(), channels)
 
 
 def side_by_side(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:

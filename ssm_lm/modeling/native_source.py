@@ -65,9 +65,12 @@ static void linear(I B, I out, I in, const float *x, const void *W, const void *
         else linear_float(rows, out, in, x + b * in, W, bias, half, y + b * out);
     }
 }
-/* Whether the processor multiplies bfloat16, as PyTorch's products do then */
+/* Whether PyTorch's products of bfloat16 may be faster: the processor multiplies it; or this was built for no processor
+   in particular, or for one thread */
 I multiplies_half(void) {
 #if defined(__AVX512BF16__) || defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16)
+    return 1;
+#elif !defined(_OPENMP) || (defined(__x86_64__) && !defined(__AVX2__))
     return 1;
 #else
     return 0;

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
 from .activations import FUSED_ACTIVATIONS
@@ -29,7 +30,7 @@ from .feed_forwards import S4FeedForward, SwiGLU
 from .kernels_s4 import in_force
 from .losses import LanguageModelHead
 from .mixers import GatedMixer, GatedProjection, H3Mixer, S4Mixer
-from .native_library import address, bind, floats, for_c, library
+from .native_library import address, bind, floats, for_c, library, number_of_threads
 from .norms_and_dropout import LayerNorm, RMSNorm
 from .single_steps import discrete_from, versions_of
 
@@ -46,25 +47,34 @@ class Unsupported(Exception):
 def run(model: nn.Module, inputs: torch.Tensor, cache, mask: torch.Tensor | None = None) -> torch.Tensor | None:
     """T tokens of every row: the last hidden states (B, T, H), and `cache` after them; None: take the plain step.
 
-    model: an S4Model; inputs: embeddings (B, T, H). mask: (B, T or more), 0 where a token is padding.
+    model: an S4Model; inputs: embeddings (B, T, H). mask: (B, T), by which it is multiplied what drives a state.
     """
-    if not _is_for_the_library(model.config.kernels, inputs):
+    if not _is_for_the_library(model.config.kernels, inputs) or inputs.shape[2] != model.config.hidden_size:
         return None
     if not all(isinstance(layer, S4CacheLayer) for layer in cache.layers):  # something that stands for one in a graph
         return None
-    programs = programs_of(model)
-    if inputs.shape[1] <= FEW_TOKENS and mask is None:
-        return programs.find(inputs.shape[1], Program, model, inputs, cache)(inputs, cache)
-    size, outputs, program = max(1, PROMPT_ROWS // len(inputs)), [], None
-    parts = inputs.split(size, 1)
-    masks = [None] * len(parts) if mask is None else mask[:, -inputs.shape[1] :].split(size, 1)
-    for part, of_part in zip(parts, masks, strict=True):
-        if mask is not None or program is None or program.shape != part.shape[:2]:
-            program = programs.write(Program, model, part, cache, of_part)
-        outputs.append(program(part, cache))
-        if outputs[-1] is None:
-            return None
+    rows, T = inputs.shape[:2]
+    if mask is None and (T == 1 or rows * T <= FEW_ROWS):
+        return programs_of(model).find(T, Program, model, inputs, cache)(inputs, cache)
+    if (mask is not None and mask.shape != (rows, T)) or (T > FEW_TOKENS and not _steps_are_asked_for(model)):
+        return None
+    # as good as never one of its length again
+    parts = inputs.split(max(1, PROMPT_ROWS // rows), 1)
+    programs = {}
+    for part in (parts[0], parts[-1]):
+        if part.shape not in programs:
+            programs[part.shape] = program = programs_of(model).write(Program, model, part, cache, mask is not None)
+            if isinstance(program, NoProgram):
+                return None
+    masks = [None] * len(parts) if mask is None else mask.split(parts[0].shape[1], 1)
+    outputs = [programs[part.shape](part, cache, by) for part, by in zip(parts, masks, strict=True)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _steps_are_asked_for(model: nn.Module) -> bool:
+    """Or nothing in particular: by the mode of each mixer."""
+    inner = (sublayer.inner for block in model.layers for sublayer in block.sublayers)
+    return all(getattr(module, "mode", "auto") in ("auto", "recurrent") for module in inner)
 
 
 def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache) -> torch.Tensor | None:
@@ -75,7 +85,7 @@ def logits(model: nn.Module, head: nn.Module, hidden_states: torch.Tensor, cache
     if cache is None or not _is_for_the_library(model.config.kernels, hidden_states):
         return None
     program = program_of(model, cache, hidden_states.shape[1])
-    return None if program is None else program.logits(head, hidden_states)
+    return None if program is None else program.logits(head, hidden_states, programs_of(model).look())
 
 
 def program_of(model: nn.Module, cache, tokens: int) -> "Program | None":
@@ -89,7 +99,8 @@ def program_of(model: nn.Module, cache, tokens: int) -> "Program | None":
 
 
 def _is_for_the_library(kernels: str, x: torch.Tensor) -> bool:
-    """x (B, T, ...), of few tokens or a short prompt; kernels: the config's key."""
+    """x (B, T, ...), of few tokens, a short prompt, or one whose products PyTorch is slow at; kernels: the config's
+    key."""
     # first, for a graph that asked for the length would be one of its length
     if not is_time_for_the_library(kernels):
         return False
@@ -99,7 +110,7 @@ def _is_for_the_library(kernels: str, x: torch.Tensor) -> bool:
         return False
     if x.shape[1] <= FEW_TOKENS or x.shape[:2].numel() <= PROMPT_ROWS:
         return True
-    return x.shape[:2].numel() <= most_rows(x.dtype == torch.bfloat16)
+    return x.dtype == torch.bfloat16 and most_rows(True) == math.inf
 
 
 def most_rows(half: bool) -> float:
@@ -110,10 +121,23 @@ def most_rows(half: bool) -> float:
 
 
 def is_time_for_the_library(kernels: str) -> bool:
-    """Whether the library may stand for PyTorch now, whatever the tensors; kernels: the config's key."""
+    """Whether the library may stand for PyTorch now, whatever the tensors; kernels: the config's key.
+
+    Not where something looks on: a graph that is being made, gradients forward or backward, transforms of torch.func,
+    modes that count or replace operations, hooks on all modules.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
         return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() or all_have_hooks():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
     return not torch.is_autocast_enabled("cpu") and in_force(kernels) == "auto" and library() is not None
+
+
+def all_have_hooks() -> bool:
+    """Whether there is a hook for every module of the process, which would wait for this one's."""
+    return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
 
 
 class Columns(NamedTuple):
@@ -139,7 +163,7 @@ class Programs:
         return self.by_cache.setdefault(cache.layers[0], {})
 
     def find(self, key, kind: type["Program"], model: nn.Module, inputs: torch.Tensor, cache) -> "Program | NoProgram":
-        """What stands under `key` of a cache, written anew as a `kind` where it is no longer current."""
+        """What stands under `key` of a cache, written anew as a `kind` and kept where it is no longer current."""
         of_cache = self.of(cache)
         program = of_cache.get(key)
         if program is None or not program.is_current(model, inputs, cache, self.look()):
@@ -147,12 +171,12 @@ class Programs:
         return program
 
     def write(
-        self, kind: type["Program"], model: nn.Module, inputs: torch.Tensor, cache, mask: torch.Tensor | None = None
+        self, kind: type["Program"], model: nn.Module, inputs: torch.Tensor, cache, masked: bool = False
     ) -> "Program | NoProgram":
-        """A `kind`, which is not kept. A cache without states gets zeros, unless it turns out that there is none."""
+        """A new `kind`. A cache without states gets zeros, and loses them where the model is not written out."""
         empty = [layer for layer in cache.layers if not layer.is_initialized]
         try:
-            return kind(model, inputs, cache, self.look(), mask)
+            return kind(model, inputs, cache, self.look(), masked)
         except Unsupported as error:
             for layer in empty:
                 layer.forget_states()
@@ -208,15 +232,15 @@ class Program:
     Everything that a call points to is kept here, so that no address outlives its memory.
     """
 
-    def __init__(self, model: nn.Module, inputs: torch.Tensor, cache, look: tuple | None, mask=None):
+    def __init__(self, model: nn.Module, inputs: torch.Tensor, cache, look: tuple | None, masked: bool = False):
         if model.training:
             raise Unsupported("dropout")
-        self.shape, self.dtype, self.threads = inputs.shape[:2], inputs.dtype, torch.get_num_threads()
+        self.shape, self.dtype, self.threads = inputs.shape[:2], inputs.dtype, number_of_threads()
         self.rows = self.shape.numel()
         self.listed, self.kept, self.discretized, self.states = [], [], [], []
         self.seen, self.looked, self.head = _Seen(model), look, None
-        self.rooms = _Rooms(self.rows, shared=self.shape[1] > FEW_TOKENS)
-        self.mask = None if mask is None else self.rooms.own(1).copy_(mask.reshape(-1, 1))
+        self.rooms = _Rooms(self.rows, shared=self.shape[1] > 1 and self.rows > FEW_ROWS)
+        self.mask = self.rooms.own(1) if masked else None
         self.h = self.rooms.own(model.config.hidden_size)
         self.write(model, cache)
         self.memos = [layer.memos for layer in cache.layers]
@@ -242,7 +266,7 @@ class Program:
         if not (
             inputs.dtype == self.dtype
             and inputs.shape[:2] == self.shape
-            and torch.get_num_threads() == self.threads
+            and number_of_threads() == self.threads
             and not model.training
             and all(cache.layers[i].states[j].data_ptr() == address for i, j, address, *_ in self.states)
             and versions_of(self.discretized) == self.versions
@@ -255,8 +279,10 @@ class Program:
             self.looked = look
         return True
 
-    def __call__(self, inputs: torch.Tensor, cache) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, cache, mask: torch.Tensor | None = None) -> torch.Tensor:
         self.h.copy_(inputs.flatten(0, 1))
+        if mask is not None:
+            self.mask.copy_(mask.reshape(-1, 1))
         self.advance(cache)
         return self.out.view(*self.shape, -1).to(self.dtype, copy=True)
 
@@ -276,19 +302,19 @@ class Program:
             for layer in cache.layers:
                 layer.after_update(0, self.shape[1])
 
-    def logits(self, head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """See `logits` above. What the head is, is looked at as often as what the model is."""
+    def logits(self, head: nn.Module, hidden_states: torch.Tensor, look: tuple | None) -> torch.Tensor | None:
+        """See `logits` above. What the head is, is looked at as often as what the model is; look: see Programs."""
         rows, width = hidden_states.shape[:2].numel(), hidden_states.shape[2]
         if rows > min(PROMPT_ROWS, most_rows(hidden_states.dtype == torch.bfloat16)):
             return None
-        key = head, self.looked, hidden_states.dtype
-        if self.head is None or self.looked is None or self.head[:3] != key:
+        key = head, look, hidden_states.dtype
+        if self.head is None or look is None or self.head[:3] != key:
             self.head = *key, weight_of_head(head, width, hidden_states.dtype)
         weight = self.head[3]
         if weight is None:
             return None
         x, y = hidden_states.to(torch.float32).contiguous(), floats(*hidden_states.shape[:2], len(weight))
-        arguments = rows, *weight.shape, x, weight, None, _is_half(weight), y, torch.get_num_threads()
+        arguments = rows, *weight.shape, x, weight, None, _is_half(weight), y, number_of_threads()
         library().product(*map(for_c, arguments))
         return y.to(weight.dtype)
 
@@ -353,11 +379,12 @@ class Program:
 
     def state(self, mixer: nn.Module, index: int, module: nn.Module, x: torch.Tensor, layer) -> torch.Tensor:
         """A state of a mixer in the cache, which `x` drives through `module`, and which is to advance in place."""
+        zero = module.zero_state(self.shape[0])
         if index == len(layer.states):
-            layer.lazy_initialization(module.zero_state(self.shape[0]))
+            layer.lazy_initialization(zero)
         state = layer.states[index]
-        if state.dtype != torch.float32 or len(state) != self.shape[0]:
-            raise Unsupported(f"states of {state.dtype}")
+        if state.dtype != torch.float32 or state.shape != zero.shape:
+            raise Unsupported(f"states {tuple(state.shape)} of {state.dtype}")
         if self.rooms.shared and layer.record_past:  # it is needed when all has run
             x, driven = self.rooms.own(x.shape[1]), x
             self.listed.append(partial(x.copy_, driven))
@@ -368,8 +395,6 @@ class Program:
     def state_space(self, mixer: nn.Module, x: torch.Tensor, layer) -> torch.Tensor:
         """The steps of a mixer's state space, D x included."""
         ssm = mixer.ssm
-        if self.shape[1] > FEW_TOKENS and mixer.mode not in ("auto", "recurrent"):
-            raise Unsupported(f"mode {mixer.mode}")
         state = self.state(mixer, mixer.state_index, ssm, x, layer)
         discrete = discrete_from(ssm, layer.get_memo(mixer.state_index))
         self.discretized += ssm.parameters()

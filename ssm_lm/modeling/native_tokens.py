@@ -7,7 +7,6 @@ a handful of calls are a tenth of a small model's token.
 
 import torch
 from torch import nn
-from torch.nn.modules import module
 
 from .native_step import (
     FROM_IDS,
@@ -75,7 +74,7 @@ class TokenSteps:
         """The program of the cache as it stands, None where the model's forward is to be called."""
         model, cache = self.model, self.cache
         self.look = self.programs.look()
-        if not is_time_for_the_library(model.config.kernels) or all_have_hooks():
+        if not is_time_for_the_library(model.config.kernels):
             return None
         program = self.programs.find(FROM_IDS, TokenProgram, model, tokens, cache)
         return program if type(program) is TokenProgram and self._are_below(program.entries, tokens) else None
@@ -86,8 +85,3 @@ class TokenSteps:
         """
         known = tokens if self.fill is None else torch.cat([tokens.flatten(), self.fill.flatten().to(tokens)])
         return bool(((0 <= known) & (known < entries)).all())
-
-
-def all_have_hooks() -> bool:
-    """Whether there is a hook for every module of the process, which would wait for this one's."""
-    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)

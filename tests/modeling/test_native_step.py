@@ -2,13 +2,18 @@
 
 import copy
 import gc
+import math
+import subprocess
+import sys
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from in_c import needs
 from tiny import ENDLESS, prompt, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, GenerationMixin, StaticCache
 
 from ssm_lm import S4ForCausalLM
@@ -96,7 +101,7 @@ def test_a_prompt(name, length, steps):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         for ours, theirs in zip(states, expected_states, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        assert length not in model.model._programs.of(cache) or length == 20
+        assert length not in model.model._programs.of(cache)
     recorded.crop(-(length + 1))
     expected = [state for layer in begin(model, ids[:, :2]).layers for state in layer.states]
     for ours, theirs in zip([state for layer in recorded.layers for state in layer.states], expected, strict=True):
@@ -130,6 +135,74 @@ def test_a_padded_prompt(name, length, steps):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_whoever_looks_on_sees_the_plain_step(steps):
+    """Hooks on all modules, transforms of torch.func, tangents, modes that count."""
+    model, ids, heard = tiny_model(), prompt(9, 3), []
+    expected = plain(model, ids, None, 4)[0]
+    embeddings = model.get_input_embeddings()(ids)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(type(module).__name__))
+    model(ids)
+    hook.remove()
+    assert "Linear" in heard
+    found = torch.func.vmap(lambda row: model(row[None]).logits[0])(ids)
+    torch.testing.assert_close(found[:, 4:], expected, rtol=1e-4, atol=1e-4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(embeddings, torch.randn_like(embeddings))
+        logits = model(inputs_embeds=dual).logits
+        assert torch.autograd.forward_ad.unpack_dual(logits).tangent is not None
+    with FlopCounterMode(display=False) as counter:
+        model(ids)
+    assert counter.get_total_flops() > 2 * 9 * 3 * 16 * 64 * 2
+    assert not steps
+    model(ids)
+    assert len(steps) == 1
+
+
+@torch.no_grad()
+def test_bad_input_is_the_plain_steps_to_judge(steps):
+    """And masks that are to be broadcast: it says what is wrong, and nothing is read that is not there."""
+    model, ids = tiny_model(), prompt(9, 3)
+    for mask in (torch.tensor([[0] + [1] * 8]), torch.tensor([[0], [1], [1]])):
+        whole = model(ids, attention_mask=mask.expand(3, 9)).logits
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, whole, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="16"):
+        model(inputs_embeds=torch.randn(1, 5, 1))
+    of_another = begin(tiny_model(state_size=16), ids)
+    with pytest.raises(ValueError, match="state"):
+        model(ids, past_key_values=of_another)
+    assert len(steps) == 3  # two masks of all rows, and the other model's
+
+
+@torch.no_grad()
+def test_a_head_that_is_changed_between_two_forwards():
+    """Also where what ran last for so many tokens ran in a generate(), and the second forward is a scan."""
+    model = tiny_model(**ENDLESS)
+    found = model.generate(prompt(5), num_beams=2, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    ids = prompt(native_step.PROMPT_ROWS, 2)
+    assert not model(ids, past_key_values=found.past_key_values, logits_to_keep=1).logits.any()
+
+
+def test_a_child_of_a_fork_steps_on_one_thread():
+    script = """
+import os, torch
+from tiny import ENDLESS, prompt, tiny_model
+torch.set_num_threads(2)
+model = tiny_model(**ENDLESS)
+expected = model.generate(prompt(5), max_new_tokens=4, do_sample=False)
+child = os.fork()
+if not child:
+    same = torch.equal(model.generate(prompt(5), max_new_tokens=4, do_sample=False), expected)
+    os._exit(0 if same else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    folder = Path(__file__).parent
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_prompts_that_are_scanned(steps):
     """Many tokens, and those of whoever has asked for a scan."""
     many, model = native_step.PROMPT_ROWS // 4 + 1, tiny_model()
@@ -141,6 +214,11 @@ def test_prompts_that_are_scanned(steps):
     begin(tiny_model(mode="chunk"), prompt(30))  # as few tokens as may have been drafted
     begin(tiny_model(mode="recurrent"), prompt(40))
     assert len(steps) == 3
+    begin(tiny_model(mode="fft").bfloat16(), prompt(native_step.PROMPT_ROWS // 32 + 1, 64))
+    assert len(steps) > 3
+    steps.clear()
+    begin(tiny_model(mode="fft").bfloat16(), prompt(40, 64))  # whose parts would be of few tokens
+    assert not steps
 
 
 @pytest.mark.parametrize("emulated", [True, False])
@@ -148,7 +226,7 @@ def test_prompts_that_are_scanned(steps):
 def test_a_long_prompt_in_bfloat16(name, emulated, monkeypatch, steps):
     """In parts, where PyTorch's products would take longer, else as one scan; as near to float32 as the plain way."""
     few = native_step.FEW_ROWS
-    monkeypatch.setattr(native_step, "most_rows", lambda half: 1000 if half and emulated else few)
+    monkeypatch.setattr(native_step, "most_rows", lambda half: math.inf if half and emulated else few)
     monkeypatch.setattr(native_step, "PROMPT_ROWS", 80)
     model, ids = tiny_model(**MODELS[name]).bfloat16(), prompt(130, 2)
     exact = tiny_model(**MODELS[name])

@@ -32,6 +32,8 @@ MODELING = (
     "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "transformers.models.auto.modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "torch._C._are_functorch_transforms_active",
+    "torch._C._len_torch_dispatch_stack",
+    "torch.autograd.forward_ad._current_level",
     "torch._dynamo",
     "torch._higher_order_ops",
     "torch._higher_order_ops.scan",
