@@ -172,7 +172,8 @@ class S4Model(S4PreTrainedModel):
         if past_key_values is not None:
             check_holds_states(past_key_values, len(self.layers))
         attention_mask = padding_mask(self.config, inputs_embeds, attention_mask)
-        if documents is None and past_key_values is not None:
+        recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if documents is None and past_key_values is not None and not recorded:
             hidden_states = native_step(self, inputs_embeds, past_key_values, attention_mask)
             if hidden_states is not None:
                 return BaseModelOutputWithPast(hidden_states, past_key_values if use_cache else None)

@@ -35,6 +35,7 @@ from .norms_and_dropout import LayerNorm, RMSNorm
 from .single_steps import discrete_from, versions_of
 
 ACTIVATION_NUMBERS = {"identity": 0, "gelu": 1, "silu": 2}
+RECORDER = "transformers.utils.output_capturing"  # where the hooks come from that record hidden states
 FROM_IDS = "ids"  # the key, beside numbers of tokens, of a program that is none of S4Model but of all; native_tokens.py
 FEW_ROWS = 32  # above it PyTorch's matrix product is faster than rows that share the reading of a weight
 PROMPT_ROWS = 512  # tokens of all rows together, above which a scan is about as fast for one kind and faster for others
@@ -543,8 +544,13 @@ def _outer(model: nn.Module) -> list[nn.Module]:
 
 
 def has_hooks(attributes: dict) -> bool:
-    """Whether a module of these attributes does other things than its class."""
-    return bool(attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes)
+    """Whether a module of these attributes does other things than its class. Hooks of transformers that record hidden
+    states stay on a model that was once asked for them; where nobody asks they do nothing.
+    """
+    hooks = attributes["_forward_hooks"]
+    if hooks and any(getattr(hook, "__module__", None) != RECORDER for hook in hooks.values()):
+        return True
+    return bool(attributes["_forward_pre_hooks"] or "forward" in attributes)
 
 
 # ---- the sublayers, each as in its own file

@@ -160,6 +160,27 @@ def test_whoever_looks_on_sees_the_plain_step(steps):
 
 
 @torch.no_grad()
+def test_hidden_states_are_recorded_where_they_are_asked_for(steps):
+    """And the hooks that transformers leaves behind for it are no reason to go the long way ever after."""
+    model, ids = tiny_model(), prompt(9)
+    expected = model(ids).logits
+    for ask in ({"output_hidden_states": True}, {}):
+        model.config.output_hidden_states = not ask
+        steps.clear()
+        out = model(ids, **ask)
+        assert len(out.hidden_states) == 3
+        assert not steps
+        torch.testing.assert_close(out.logits, expected, rtol=1e-4, atol=1e-4)
+        model.config.output_hidden_states = False
+        assert torch.equal(model(ids).logits, expected)
+        assert len(steps) == 1
+    heard = []
+    model.model.layers[0].register_forward_hook(lambda *_: heard.append(1))
+    model(ids)
+    assert heard
+
+
+@torch.no_grad()
 def test_bad_input_is_the_plain_steps_to_judge(steps):
     """And masks that are to be broadcast: it says what is wrong, and nothing is read that is not there."""
     model, ids = tiny_model(), prompt(9, 3)

@@ -96,7 +96,7 @@ def test_logits_to_keep():
 @pytest.mark.parametrize("cls", [S4Model, S4ForCausalLM, S4ForSequenceClassification])
 @torch.no_grad()
 def test_outputs(cls):
-    model, ids = build(cls), prompt()
+    model, ids = build(cls, kernels="torch"), prompt()  # what records goes the long way, which rounds otherwise
     out = model(ids, output_hidden_states=True)
     assert len(out.hidden_states) == 3
     backbone = model if cls is S4Model else model.model
