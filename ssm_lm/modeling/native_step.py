@@ -380,6 +380,8 @@ class Program:
 
     def state(self, mixer: nn.Module, index: int, module: nn.Module, x: torch.Tensor, layer) -> torch.Tensor:
         """A state of a mixer in the cache, which `x` drives through `module`, and which is to advance in place."""
+        if in_force(getattr(module, "kernels", "auto")) != "auto":
+            raise Unsupported("a module whose kernels were chosen for it alone")
         zero = module.zero_state(self.shape[0])
         if index == len(layer.states):
             layer.lazy_initialization(zero)

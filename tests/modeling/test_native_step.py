@@ -387,6 +387,10 @@ def test_what_takes_the_plain_step(steps):
     assert same()
     model.config.kernels = "auto"
 
+    model.model.layers[1].sublayers[0].inner.ssm.kernels = "torch"
+    assert same()
+    model.model.layers[1].sublayers[0].inner.ssm.kernels = "auto"
+
     model.double()
     torch.testing.assert_close(decode(model, ids)[0], expected.double(), rtol=1e-4, atol=1e-4)
     assert not steps
