@@ -31,6 +31,7 @@ from .kernels_s4 import in_force
 from .losses import LanguageModelHead
 from .mixers import GatedMixer, GatedProjection, H3Mixer, S4Mixer
 from .native_library import address, bind, floats, for_c, library, number_of_threads
+from .native_operators import may_run
 from .norms_and_dropout import LayerNorm, RMSNorm
 from .single_steps import discrete_from, versions_of
 
@@ -55,10 +56,10 @@ def run(model: nn.Module, inputs: torch.Tensor, cache, mask: torch.Tensor | None
     if not all(isinstance(layer, S4CacheLayer) for layer in cache.layers):  # something that stands for one in a graph
         return None
     rows, T = inputs.shape[:2]
+    if (mask is not None and mask.shape != (rows, T)) or not _goes_by_steps(model, inputs):
+        return None
     if mask is None and (T == 1 or rows * T <= FEW_ROWS):
         return programs_of(model).find(T, Program, model, inputs, cache)(inputs, cache)
-    if (mask is not None and mask.shape != (rows, T)) or (T > FEW_TOKENS and not _steps_are_asked_for(model)):
-        return None
     # as good as never one of its length again
     parts = inputs.split(max(1, PROMPT_ROWS // rows), 1)
     programs = {}
@@ -72,8 +73,13 @@ def run(model: nn.Module, inputs: torch.Tensor, cache, mask: torch.Tensor | None
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
-def _steps_are_asked_for(model: nn.Module) -> bool:
-    """Or nothing in particular: by the mode of each mixer."""
+def _goes_by_steps(model: nn.Module, inputs: torch.Tensor) -> bool:
+    """Few tokens, a short prompt, or one whose products PyTorch is slow at, where no mixer was told another mode."""
+    if inputs.shape[1] <= FEW_TOKENS:
+        return True
+    is_long = inputs.shape[:2].numel() > PROMPT_ROWS
+    if is_long and not (inputs.dtype == torch.bfloat16 and most_rows(True) == math.inf):
+        return False
     inner = (sublayer.inner for block in model.layers for sublayer in block.sublayers)
     return all(getattr(module, "mode", "auto") in ("auto", "recurrent") for module in inner)
 
@@ -100,18 +106,13 @@ def program_of(model: nn.Module, cache, tokens: int) -> "Program | None":
 
 
 def _is_for_the_library(kernels: str, x: torch.Tensor) -> bool:
-    """x (B, T, ...), of few tokens, a short prompt, or one whose products PyTorch is slow at; kernels: the config's
-    key."""
+    """Whether the library may read x (B, T, ...); kernels: the config's key."""
     # first, for a graph that asked for the length would be one of its length
     if not is_time_for_the_library(kernels):
         return False
     if x.dim() != 3 or not x.shape[:2].numel():
         return False
-    if type(x) is not torch.Tensor or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if x.shape[1] <= FEW_TOKENS or x.shape[:2].numel() <= PROMPT_ROWS:
-        return True
-    return x.dtype == torch.bfloat16 and most_rows(True) == math.inf
+    return type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def most_rows(half: bool) -> float:
@@ -124,16 +125,14 @@ def most_rows(half: bool) -> float:
 def is_time_for_the_library(kernels: str) -> bool:
     """Whether the library may stand for PyTorch now, whatever the tensors; kernels: the config's key.
 
-    Not where something looks on: a graph that is being made, gradients forward or backward, transforms of torch.func,
-    modes that count or replace operations, hooks on all modules.
+    Beside what `may_run` asks, not where something looks on: gradients forward or backward, modes that count or replace
+    operations, hooks on all modules.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+    if not may_run((), kernels) or torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
         return False
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() or all_have_hooks():
+    if torch._C._len_torch_dispatch_stack() or all_have_hooks():
         return False
-    if torch.autograd.forward_ad._current_level >= 0:
-        return False
-    return not torch.is_autocast_enabled("cpu") and in_force(kernels) == "auto" and library() is not None
+    return not torch.is_autocast_enabled("cpu") and library() is not None
 
 
 def all_have_hooks() -> bool:
@@ -382,11 +381,10 @@ class Program:
         """A state of a mixer in the cache, which `x` drives through `module`, and which is to advance in place."""
         if in_force(getattr(module, "kernels", "auto")) != "auto":
             raise Unsupported("a module whose kernels were chosen for it alone")
-        zero = module.zero_state(self.shape[0])
         if index == len(layer.states):
-            layer.lazy_initialization(zero)
+            layer.lazy_initialization(module.zero_state(self.shape[0]))
         state = layer.states[index]
-        if state.dtype != torch.float32 or state.shape != zero.shape:
+        if state.dtype != torch.float32 or state.shape != (self.shape[0], *module.zero_state(0).shape[1:]):
             raise Unsupported(f"states {tuple(state.shape)} of {state.dtype}")
         if self.rooms.shared and layer.record_past:  # it is needed when all has run
             x, driven = self.rooms.own(x.shape[1]), x

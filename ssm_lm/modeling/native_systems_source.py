@@ -9,8 +9,6 @@ SOURCE = r"""
 
 typedef int64_t I;
 
-/* bilinear_dplr, rank 1 or 2. w = 1 / (1 - dt Lambda / 2), which is made twice: for the sums over the states, and for
-   what they are needed for */
 typedef struct { double re, im; } Complex;
 
 static inline Complex product(Complex a, Complex b) {
@@ -20,11 +18,13 @@ static inline Complex conjugate(Complex a) { return (Complex){a.re, -a.im}; }
 static inline Complex number(const float *real_form, I half, I m) {
     return (Complex){real_form[m], real_form[half + m]};
 }
+/* 1 / (1 - dt Lambda / 2) */
 static inline Complex inverse_of(double dt, const float *log_re, const float *im, I m) {
     const double a = 1 + dt * exp(log_re[m]) / 2, b = dt * im[m] / 2, scale = 1 / (a * a + b * b);
     return (Complex){a * scale, b * scale};
 }
 
+/* bilinear_dplr, rank 1 or 2. w is made twice: for the sums over the states, and for what they are needed for */
 void dplr_system(I H, I S, I half, I rank, const float *log_dt, const float *log_re, const float *im, const float *P,
                  const float *B, const float *C, float *E, float *F, float *G, float *B_bar, float *C_row, I threads) {
     const I N = 2 * half;

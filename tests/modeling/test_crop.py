@@ -116,10 +116,14 @@ def test_rounds_of_drafts():
 
 
 @pytest.mark.parametrize(
-    "parts", [[1000], [700, 300], [5, 990, 5], [100] * 5, [1] * 300], ids=lambda parts: f"{len(parts)}x{parts[0]}"
+    ("parts", "prompt_rows"),
+    [([1000], 0), ([700, 300], 0), ([5, 990, 5], 0), ([250] * 4, 0), ([100] * 5, 512), ([1] * 300, 0)],
+    ids=lambda x: f"{len(x)}x{x[0]}" if isinstance(x, list) else ("steps" if x else "scan"),
 )
 @torch.no_grad()
-def test_the_record_is_bounded(parts):
+def test_the_record_is_bounded(parts, prompt_rows, monkeypatch):
+    """prompt_rows: up to how many tokens the steps in C read, whose float32 drifts from the scan in a thousand."""
+    monkeypatch.setattr(native_step, "PROMPT_ROWS", prompt_rows)
     model, ids = build("s4d"), tokens(1000)
     ids = ids[:, : sum(parts)]
     cache, position = recording(model), 0

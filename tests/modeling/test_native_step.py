@@ -50,6 +50,10 @@ def steps(monkeypatch):
     return count
 
 
+def states_of(cache):
+    return [state for layer in cache.layers for state in layer.states]
+
+
 @torch.no_grad()
 def begin(model, ids):
     return model(ids, use_cache=True).past_key_values
@@ -61,7 +65,7 @@ def decode(model, ids, cache=None, first=3, at_a_time=1):
     cache = model(ids[:, :first], past_key_values=cache, use_cache=True).past_key_values
     parts = [ids[:, t : t + at_a_time] for t in range(first, ids.shape[1], at_a_time)]
     logits = [model(part, past_key_values=cache).logits for part in parts]
-    return torch.cat(logits, 1), [state for layer in cache.layers for state in layer.states], cache
+    return torch.cat(logits, 1), states_of(cache), cache
 
 
 def plain(model, *arguments):
@@ -103,8 +107,7 @@ def test_a_prompt(name, length, steps):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert length not in model.model._programs.of(cache)
     recorded.crop(-(length + 1))
-    expected = [state for layer in begin(model, ids[:, :2]).layers for state in layer.states]
-    for ours, theirs in zip([state for layer in recorded.layers for state in layer.states], expected, strict=True):
+    for ours, theirs in zip(states_of(recorded), states_of(begin(model, ids[:, :2])), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -121,14 +124,13 @@ def test_a_padded_prompt(name, length, steps):
             patch.setenv("SSM_LM_KERNELS", kernels)
             cache, found = DynamicCache(config=model.config), []
             cache.activate_past_recording()
-            for begin in range(0, length, at_a_time):
-                end = min(begin + at_a_time, length)
-                logits = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+            for start in range(0, length, at_a_time):
+                end = min(start + at_a_time, length)
+                logits = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
                 found.append(logits)
-            found = [torch.cat(found, 1) * mask[:, :length, None]]
-            found += [state.clone() for layer in cache.layers for state in layer.states]
+            found = [torch.cat(found, 1) * mask[:, :length, None], *(state.clone() for state in states_of(cache))]
             cache.crop(-2)
-            results.append(found + [state for layer in cache.layers for state in layer.states])
+            results.append(found + states_of(cache))
         assert len(steps) == {"torch": 0, "auto": 1 + (at_a_time == 4) * -(-length // 4)}[kernels]
     for found in results[1:]:
         for one, other in zip(found, results[0], strict=True):
@@ -278,10 +280,10 @@ def test_a_token_is_one_call_of_the_library(monkeypatch):
     """But for what Python does between: products of many rows."""
     model, lengths, bind = tiny_model(**MODELS["ssd"]), [], native_step.bind
     monkeypatch.setattr(native_step, "bind", lambda calls, threads: lengths.append(len(calls)) or bind(calls, threads))
-    begin(model, prompt(1, native_step.FEW_ROWS))
+    decode(model, prompt(12, native_step.FEW_ROWS), None, 1)
     assert len(lengths) == 1
     assert lengths[0] > 10
-    begin(model, prompt(1, native_step.FEW_ROWS + 1))
+    decode(model, prompt(12, native_step.FEW_ROWS + 1), None, 1)
     assert len(lengths) > 2
 
 
