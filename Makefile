@@ -1,6 +1,9 @@
 # make quickstart: the whole way from text to a generating model, on this machine, in minutes
 # make test:       every test that needs no GPU and no cluster, but for the long ones
-# make long-test:  claims of accuracy, memory and endurance, three tests at a time; then those of speed, one at a time
+# make long-test:  claims of accuracy, memory and endurance, three tests at a time; then those of speed, one at a time;
+#                  of kernels, whole models alone
+# make kernel-test: the proofs of the kernels, those of the long tests that depend on few files, and test-triton with the
+#                  newest; where none of these files has changed since they passed (tests/kernels/proof.py), it says so
 # make test-triton TRITON=3.9.0: the kernels interpreted, and all compiled, with another Triton than the one that is
 #                  pinned; KERNEL_TESTS=tests/kernels for all of their tests, SELECT="not sm_80" for a part of them
 # make gpu:        all that a GPU must show, in at most eight minutes: one JSON and pictures in build/gpu. It takes the
@@ -30,7 +33,7 @@ SELECT ?=
 KERNEL_TESTS ?= tests/kernels/test_kernels_interpreted.py::test_interpreted tests/kernels/test_kernel_launches.py \
 	tests/kernels/test_kernel_resources.py
 
-.PHONY: quickstart test long-test test-triton gpu docs matrix fast-test lint format venv clean
+.PHONY: quickstart test long-test kernel-test kernel-proof test-triton gpu docs matrix fast-test lint format venv clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ssm-lm prepare --dataset builtin --tokenizer bpe:4096 --output data/builtin
@@ -50,8 +53,19 @@ test: venv
 
 # pytest ends with 5 where none of $(TESTS) is of a kind
 long-test: venv
-	$(BIN)/python -m pytest -n $(LONG_WORKERS) --dist worksteal -m "long and not alone" $(TESTS) || test $$? = 5
+	$(BIN)/python -m pytest -n $(LONG_WORKERS) --dist worksteal -m "long and not alone and not proof" $(TESTS) || test $$? = 5
 	$(BIN)/python -m pytest -m "long and alone" $(TESTS) || test $$? = 5
+
+PROVEN = tests/kernels/proven.sha256
+kernel-test: venv
+	@if $(BIN)/python tests/kernels/proof.py | cmp --silent - $(PROVEN); then \
+	echo "the kernels are as they were proven: $(PROVEN); rm it to prove them again"; else $(MAKE) kernel-proof; fi
+
+# of the report's rows with the newest Triton those for Hopper and Blackwell, where compilers change most
+kernel-proof: venv
+	$(BIN)/python -m pytest -n $(LONG_WORKERS) --dist worksteal -m proof tests/kernels
+	$(MAKE) test-triton SELECT="not (test_every_kernel and (sm_80 or gfx942))"
+	$(BIN)/python tests/kernels/proof.py > $(PROVEN)
 
 test-triton: venv
 	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton-$(TRITON) triton==$(TRITON)

@@ -327,6 +327,7 @@ def test_cauchy(launched, n_ssm):
 
 
 @pytest.mark.long
+@pytest.mark.proof
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", MODULES)
 def test_self_checks(launched, name, target):
@@ -351,6 +352,7 @@ SMALLEST = [
 
 
 @pytest.mark.long
+@pytest.mark.proof
 @pytest.mark.parametrize(("name", "target"), SMALLEST)
 def test_smallest_sizes(launched, name, target):
     """Every size that can be 1 is, and so a constant: B, H, L, N/2, n_ssm, chunks, the padding."""

@@ -31,15 +31,16 @@ CASES = {(case["name"], target): case for case, target in LISTED}
 
 def in_tiers() -> list:
     """Every case once: a kernel of every module for sm_90, and of those with tensor cores one for gfx942, are fast, the
-    others for sm_90 slow. What is left, variants among it, takes minutes: long, and compiled by the newest Triton too.
+    others for sm_90 slow. What is left, variants among it, takes minutes: a proof, and compiled by the newest Triton too.
     """
     chosen = {}
     for (name, target), case in sorted(CASES.items(), key=lambda item: not item[1]["tensor_cores"]):
         if target == "sm_90" or (target == "gfx942" and case["tensor_cores"]):
             chosen.setdefault((case["module"], target), (name, target))
     fast = set(chosen.values())
+    proof = (pytest.mark.long, pytest.mark.proof)
     tiers = {
-        case: () if case in fast else pytest.mark.slow if case[1] == "sm_90" and not variant else pytest.mark.long
+        case: () if case in fast else pytest.mark.slow if case[1] == "sm_90" and not variant else proof
         for case, variant in ((case, listed.get("variant")) for case, listed in CASES.items())
     }
     return [pytest.param(*case, marks=tiers[case]) for case in sorted(CASES)]

@@ -11,7 +11,12 @@ import pytest
 
 FOLDER = Path(__file__).with_name("interpreted")
 FILES = sorted(file.name for file in FOLDER.glob("test_*.py"))
-SLOW_FILES = [name for name in FILES if "mark.slow" in (FOLDER / name).read_text()]
+# of kernels alone, or of models and all that they are made of: proof.py
+SLOW_FILES = [
+    pytest.param(name, marks=() if name == "test_models_in_kernels.py" else pytest.mark.proof)
+    for name in FILES
+    if "mark.slow" in (FOLDER / name).read_text()
+]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 

@@ -23,11 +23,12 @@ def beyond_tilelens() -> bool:
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.proof,
     pytest.mark.skipif(
         any(importlib.util.find_spec(name) is None for name in ("triton", "tilelens")), reason="TileLens is missing"
     ),
 ]
-if not pytestmark[1].args[0] and beyond_tilelens():
+if not pytestmark[2].args[0] and beyond_tilelens():
     pytestmark.append(pytest.mark.skip(reason="TileLens 3.1 does not know Triton 3.9"))
 
 
