@@ -2,8 +2,8 @@
 
 Interpreting and sanitizing every kernel at many sizes, and compiling for every card, takes a third of all the tests'
 time, and depends on few files: the kernels with what they import (their twins among it), these tests, and the versions
-that are pinned. proven.sha256 holds the checksums of those with which all passed. Whole models in kernels depend on more
-and are played each time, as are the fast tests of each kernel.
+that are pinned. proven.sha256 holds the checksums of those with which all passed. Whole models in kernels depend on
+more, and are played each time, as are the fast tests of each kernel.
 
     python tests/kernels/proof.py > tests/kernels/proven.sha256
 """

@@ -31,7 +31,7 @@ CASES = {(case["name"], target): case for case, target in LISTED}
 
 def in_tiers() -> list:
     """Every case once: a kernel of every module for sm_90, and of those with tensor cores one for gfx942, are fast, the
-    others for sm_90 slow. What is left, variants among it, takes minutes: a proof, and compiled by the newest Triton too.
+    others for sm_90 slow. What is left, variants among it, takes minutes: proofs, and compiled by the newest Triton.
     """
     chosen = {}
     for (name, target), case in sorted(CASES.items(), key=lambda item: not item[1]["tensor_cores"]):
