@@ -361,6 +361,48 @@ void run(I n, const Call *calls, I threads) {
     for (I k = 0; k < n; k++) calls[k].function(calls[k].arguments);
 }
 
+/* torch.argmax of V numbers: the first of the largest, or the first that is no number */
+static I largest(I V, const float *x) {
+    float most = -INFINITY;
+    int strange = 0;
+    #pragma omp simd reduction(max : most) reduction(| : strange)
+    for (I i = 0; i < V; i++) {
+        most = x[i] > most ? x[i] : most;
+        strange |= x[i] != x[i];
+    }
+    for (I i = 0; i < V; i++) if (strange ? x[i] != x[i] : x[i] == most) return i;
+    return 0;
+}
+
+/* Greedy search until there are `limit` tokens, of which there are at[0], or until all rows have ended, which
+   at[1] = 0 says: the calls, from ids (B) to logits (B, V), and of each row the likeliest token, into ids and
+   chosen (2, room, B), once for who listens. A token in ends ends a row, which then gets `fill`; none is among the
+   first `least` tokens. unfinished (B): 1, or 0 for a row that has ended. */
+void search(I n, const Call *calls, I threads, I limit, I *at, I B, I V, float *logits, I *ids, I room, I *chosen,
+            I n_ends, const I *ends, I least, I fill, I *unfinished) {
+    #pragma omp parallel num_threads(threads)
+    while (at[0] < limit && at[1]) {
+        for (I k = 0; k < n; k++) calls[k].function(calls[k].arguments);
+        #pragma omp for schedule(static)
+        for (I b = 0; b < B; b++) {
+            float *row = logits + b * V;
+            for (I e = 0; e < n_ends && at[0] < least; e++) {
+                if (0 <= ends[e] && ends[e] < V) row[ends[e]] = -INFINITY;
+            }
+            const I token = unfinished[b] ? largest(V, row) : fill;
+            for (I e = 0; e < n_ends; e++) unfinished[b] &= token != ends[e];
+            ids[b] = chosen[at[0] * B + b] = chosen[(room + at[0]) * B + b] = token;
+        }
+        #pragma omp single
+        {
+            I left = 0;
+            for (I b = 0; b < B; b++) left |= unfinished[b];
+            at[0]++;
+            at[1] = left;
+        }
+    }
+}
+
 /* linear with nothing before or after it */
 void product(I B, I out, I in, const float *x, const void *W, const void *bias, I half, float *y, I threads) {
     #pragma omp parallel num_threads(threads)

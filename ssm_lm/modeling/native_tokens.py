@@ -2,12 +2,18 @@
 decoding_sampling.py, whose tokens follow one another and whose surroundings are known.
 
 What Python does between two tokens it does with nothing near, for the weights have just gone through the processor:
-a handful of calls are a tenth of a small model's token.
+a handful of calls are a tenth of a small model's token. Where nobody looks at them in between, greedy search takes
+several tokens in one run.
 """
+
+import ctypes
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from .native_library import for_c, library
 from .native_step import (
     FROM_IDS,
     Program,
@@ -17,6 +23,20 @@ from .native_step import (
     programs_of,
     weight_of_head,
 )
+
+AT_ONCE = 8  # tokens of greedy search in one run of the library, which hears no interrupt
+STRETCH = 64  # for how many of them at most memory is made and the text put together
+
+
+class Search(NamedTuple):
+    """Greedy search. most: tokens of the whole text; ends (n): what ends a row, and is not chosen before the text has
+    `least`; fill: the token of rows that have ended.
+    """
+
+    most: int
+    ends: torch.Tensor
+    least: int
+    fill: int
 
 
 class TokenProgram(Program):
@@ -42,6 +62,29 @@ class TokenProgram(Program):
         if rounds:
             self.call("round_half", self.found.numel(), self.found)
 
+    def search(self, cache, rules: Search, length: int, room: int, unfinished, streamer, look) -> torch.Tensor | None:
+        """Up to `room` tokens after the ids in `tokens`, the last of a text of that length: see TokenSteps.search.
+        look(): whether the program still stands for the model, which it did.
+        """
+        if len(self.runs) > 1 or any(layer.record_past for layer in cache.layers):
+            return None
+        chosen = torch.empty(2, room, self.rows, dtype=torch.int64, device="cpu")
+        heard = chosen[1].unbind()  # who listens may write to them
+        limit, at = ctypes.c_int64(), (ctypes.c_int64 * 2)(0, 1)
+        ends = len(rules.ends), rules.ends, rules.least - length, rules.fill, unfinished
+        places = *self.found.shape, self.found, self.tokens, room, chosen
+        run = partial(library().search, *self.runs[0].args, limit, at, *map(for_c, (*places, *ends)))
+        try:
+            while at[0] < room and at[1] and (at[0] == 0 or look()):
+                limit.value = min(room, at[0] + AT_ONCE) if streamer is None else at[0] + 1
+                run()
+                if streamer is not None:
+                    streamer.put(heard[at[0] - 1])
+        finally:
+            for layer in cache.layers:
+                layer.after_update(0, at[0])
+        return chosen[0, : at[0]].T
+
     def is_current(self, model: nn.Module, tokens: torch.Tensor, cache, look: tuple | None) -> bool:
         other = model.model.training or getattr(model.model.embed_tokens, "max_norm", None) is not None
         return not other and super().is_current(model, tokens, cache, look)
@@ -50,25 +93,45 @@ class TokenProgram(Program):
 class TokenSteps:
     """Steps of an S4ForCausalLM on a cache, one token of every row each, in the library or by the model's forward.
 
-    watched: whether somebody else's code runs between them, after which everything is looked at again.
-    fill: the token of rows that have ended; or None.
+    trust: how many tokens may follow one another before everything is looked at again. fill: the token of rows that
+    have ended; or None.
     """
 
-    def __init__(self, model: nn.Module, cache, watched: bool, fill: torch.Tensor | None):
-        self.model, self.cache, self.watched, self.fill = model, cache, watched, fill
-        self.programs, self.program, self.look = programs_of(model.model), None, None
+    def __init__(self, model: nn.Module, cache, trust: float, fill: torch.Tensor | None):
+        self.model, self.cache, self.trust, self.fill = model, cache, trust, fill
+        self.programs, self.program, self.look, self.left = programs_of(model.model), None, None, 0
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (B, 1). The logits (B, V) of what follows them, which are there until the next call."""
-        if self.watched or self.look is None or self.look != self.programs.look():
-            self.program = self._find(tokens)
-        if self.program is None:
+        is_ready = self._is_ready(tokens)
+        self.left -= 1
+        if not is_ready:
             ids = tokens.contiguous()
             step = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             return step.logits[:, -1]
-        self.program.tokens.copy_(tokens)
         self.program.advance(self.cache)
         return self.program.found
+
+    def search(self, ids: torch.Tensor, rules: Search, unfinished: torch.Tensor, streamer) -> torch.Tensor | None:
+        """Some tokens (B, T) that greedy search has after a text ids (B, L), which the streamer has heard of; None: ask
+        for the logits. unfinished (B): 1 for the rows that go on, which is written to.
+        """
+        if not self._is_ready(ids[:, -1:]):
+            return None
+        length = ids.shape[1]
+        room = min(STRETCH, self.left, rules.most - length)
+        look = lambda: self.look == self.programs.look()  # noqa: E731
+        tokens = self.program.search(self.cache, rules, length, room, unfinished, streamer, look)
+        self.left -= 0 if tokens is None else tokens.shape[1]
+        return tokens
+
+    def _is_ready(self, tokens: torch.Tensor) -> bool:
+        """Whether there is a program, which then has the tokens (B, 1)."""
+        if not self.left or self.look is None or self.look != self.programs.look():
+            self.program, self.left = self._find(tokens), self.trust
+        if self.program is not None:
+            self.program.tokens.copy_(tokens)
+        return self.program is not None
 
     def _find(self, tokens: torch.Tensor) -> TokenProgram | None:
         """The program of the cache as it stands, None where the model's forward is to be called."""

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from in_c import needs
 from tiny import ENDLESS, prompt, tiny_model
-from transformers import DynamicCache
+from transformers import DynamicCache, TextStreamer
 
 from ssm_lm import S4ForCausalLM
-from ssm_lm.modeling import modeling_s4, native_step, native_tokens
+from ssm_lm.modeling import decoding_sampling, modeling_s4, native_step, native_tokens
 
 pytestmark = needs("step")  # most of these count its tokens
 
@@ -50,21 +50,30 @@ class Heard:
 @pytest.fixture
 def stepped(monkeypatch):
     """Counts the tokens after the prompt, and whether they went from id to logits in the library."""
-    count, advance = [], native_step.Program.advance
+    count, advance, search = [], native_step.Program.advance, native_tokens.TokenProgram.search
 
     def counted(self, cache):
         if self.shape[1] == 1:
             count.append(hasattr(self, "tokens"))
         advance(self, cache)
 
+    def searched(self, *given):
+        found = search(self, *given)
+        count.extend([] if found is None else [True] * found.shape[1])
+        return found
+
     monkeypatch.setattr(native_step.Program, "advance", counted)
+    monkeypatch.setattr(native_tokens.TokenProgram, "search", searched)
     return count
 
 
-def both(model, ids, monkeypatch, **options):
-    """What the short loop and the long one give: tokens, scores, logits, what a streamer heard, the states after."""
+def both(model, ids, monkeypatch, looks_on=True, **options):
+    """What the short loop and the long one give: tokens, scores, logits, what a streamer heard, the states after.
+
+    looks_on: whether scores and logits are asked for, of each token.
+    """
     options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True} | options
-    options |= {"output_scores": True, "output_logits": True}
+    options |= {"output_scores": looks_on, "output_logits": looks_on}
     found = []
     for way in (modeling_s4.serves, lambda *_: False):
         monkeypatch.setattr(modeling_s4, "serves", way)
@@ -73,7 +82,8 @@ def both(model, ids, monkeypatch, **options):
         out = model.generate(ids, **options | ({"streamer": heard} if "streamer" in options else {}))
         states = [state for layer in out.past_key_values.layers for state in layer.states]
         length = int(out.past_key_values.get_seq_length())
-        found.append([out.sequences, *out.scores, *out.logits, *states, torch.tensor(length), heard.tokens])
+        seen = [*(out.scores or ()), *(out.logits or ())]
+        found.append([out.sequences, *seen, *states, torch.tensor(length), heard.tokens])
     return found
 
 
@@ -87,6 +97,104 @@ def test_it_gives_what_transformers_gives(kind, options, dtype, monkeypatch, ste
     for found, expected in zip(short, long, strict=True):
         assert torch.equal(found, expected)
     assert any(stepped) == (kind != "adaptive")  # whose head is no table
+
+
+ENDS = {"eos_token_id": [4, 5, 6, 7, 99], "pad_token_id": 3}  # 99: beyond the vocabulary
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attention_mask": PADDED},
+        {"streamer": True},
+        ENDS,
+        ENDS | {"min_new_tokens": 9, "min_length": 17},
+        ENDS | {"streamer": True, "min_length": 11},
+        {"cache_implementation": "static"},
+    ],
+    ids=["plain", "padded", "heard", "ends", "least", "all", "static"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_search_goes_on_without_anyone_to_look(kind, options, dtype, monkeypatch, stepped):
+    """Several tokens in one run of the library: the same tokens and states."""
+    for module in (native_tokens, decoding_sampling):
+        monkeypatch.setattr(module, "AT_ONCE", 3)
+    monkeypatch.setattr(native_tokens, "STRETCH", 7)
+    model = tiny_model(**KINDS[kind], **ENDLESS).to(dtype)
+    sizes, search = [], native_tokens.TokenProgram.search
+    monkeypatch.setattr(native_tokens.TokenProgram, "search", lambda *given: sizes.append(given[4]) or search(*given))
+    short, long = both(model, prompt(5, 2), monkeypatch, looks_on=False, max_new_tokens=20, **options)
+    assert short.pop() == long.pop()
+    assert len(short) == len(long)
+    assert all(map(torch.equal, short, long))
+    if kind != "adaptive":  # whose head is no table
+        after = short[0].shape[1] - 6
+        assert len(stepped) == 2 * after
+        stretch = 3 if "streamer" in options else 7  # a streamer of somebody else's
+        assert sizes == [min(stretch, 19 - done) for done in range(0, after, stretch)]
+
+
+def test_a_streamer_that_is_known_hears_every_token(monkeypatch):
+    """In one stretch, may write to what it hears, and may end it all: then the cache knows how far it has come."""
+    model, ids = tiny_model(**ENDLESS), prompt(5, 2)
+    expected = model.generate(ids, max_new_tokens=20, do_sample=False)
+
+    class Scribbler(Heard):
+        __module__ = TextStreamer.__module__
+        stops_after = 99
+
+        def put(self, tokens):
+            super().put(tokens)
+            if len(self.tokens) > self.stops_after:
+                raise KeyboardInterrupt
+            if tokens.dim() == 1:  # not the prompt
+                tokens.fill_(10**9)
+
+    sizes, search = [], native_tokens.TokenProgram.search
+    monkeypatch.setattr(native_tokens.TokenProgram, "search", lambda *given: sizes.append(given[4]) or search(*given))
+    heard = Scribbler()
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, streamer=heard), expected)
+    assert torch.equal(torch.tensor(heard.tokens[1:-1]).T, expected[:, 5:])
+    assert sizes == [19]
+    heard, cache = Scribbler(), DynamicCache(config=model.config)
+    heard.stops_after = 9
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, max_new_tokens=20, do_sample=False, streamer=heard, past_key_values=cache)
+    assert cache.get_seq_length() == 5 + 8  # the prompt, its first token and seven of eight more
+    found = model.generate(expected[:, :14], max_new_tokens=6, do_sample=False, past_key_values=cache)
+    assert torch.equal(found, expected[:, :20])
+
+
+def test_a_hook_of_another_thread_is_heard_at_the_next_token():
+    """As one may be set while a text is streamed."""
+    model, called, handles = tiny_model(**ENDLESS), [], []
+
+    class Hooker(Heard):
+        __module__ = TextStreamer.__module__
+
+        def put(self, tokens):
+            super().put(tokens)
+            if len(self.tokens) == 5:
+                handles.append(hooked(model.model.layers[0], called))
+
+    model.generate(prompt(5), max_new_tokens=12, do_sample=False, streamer=Hooker())
+    handles[0].remove()
+    assert len(called) == 12 - 4
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, float("nan"), float("-inf")])
+def test_of_equal_logits_the_first_is_chosen_and_before_all_what_is_no_number(value, monkeypatch, stepped):
+    """As torch.argmax does."""
+    model = tiny_model(**ENDLESS)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[9:11] = value
+    short, long = both(model, prompt(5), monkeypatch, looks_on=False)
+    assert torch.equal(short[0], long[0])
+    assert set(short[0][0, 5:].tolist()) <= {0, 9}
+    assert any(stepped)
 
 
 @pytest.mark.parametrize("rows", [1, native_step.FEW_ROWS + 2])
@@ -236,7 +344,7 @@ def test_a_token_that_fills_up_is_one_of_the_vocabulary():
 
 
 def test_between_known_parts_it_looks_once(monkeypatch):
-    """And behind a streamer or a processor of somebody else's at every token."""
+    """And behind a processor of somebody else's at every token, behind a streamer at every eighth."""
     looks, is_current = [], native_tokens.TokenProgram.is_current
     counted = lambda *given: looks.append(1) or is_current(*given)  # noqa: E731
     monkeypatch.setattr(native_tokens.TokenProgram, "is_current", counted)
@@ -245,3 +353,7 @@ def test_between_known_parts_it_looks_once(monkeypatch):
     assert not looks  # the program was written in it
     model.generate(prompt(5), max_new_tokens=8, do_sample=False, logits_processor=[lambda ids, scores: scores])
     assert len(looks) == 6
+    for drawn in (False, True):
+        looks.clear()
+        model.generate(prompt(5), max_new_tokens=20, do_sample=drawn, streamer=Heard())
+        assert len(looks) == 2  # after 8 and 16 of 19
