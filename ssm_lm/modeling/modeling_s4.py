@@ -231,12 +231,8 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
-        programs = programs_of(self.model)
-        programs.begin()
-        try:
+        with programs_of(self.model).unchanged():
             return super().generate(*args, **kwargs)
-        finally:
-            programs.end()
 
     def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
         """A callable that takes a streamer or a tokenizer gets it; transformers would drop both, and whoever reads from

@@ -9,6 +9,7 @@ below with their own weights. Everything else takes the plain step, which is its
 modules, weights and states are those that it was written for: see `Program.is_current`.
 """
 
+import contextlib
 import math
 import weakref
 from collections import Counter, defaultdict
@@ -151,8 +152,8 @@ class Programs:
     that is read from a file, begins anew.
 
     Whether a model is still the one that was written out takes a look at hundreds of modules, none of which is near
-    after the weights have gone through the processor: a fifth of a small model's step. Within a generate(), which
-    `begin` and `end` tell, one look serves all tokens, unless a hook has been registered anywhere since.
+    after the weights have gone through the processor: a fifth of a small model's step. Where the caller says that
+    nobody changes it, as generate() does, one look serves all tokens, unless a hook has been registered anywhere since.
     """
 
     def __init__(self):
@@ -182,11 +183,14 @@ class Programs:
                 layer.forget_states()
             return NoProgram(str(error))
 
-    def begin(self) -> None:
+    @contextlib.contextmanager
+    def unchanged(self):
+        """Within it nobody changes the model, but for hooks."""
         self.begun, self.running = self.begun + 1, self.running + 1
-
-    def end(self) -> None:
-        self.running -= 1
+        try:
+            yield
+        finally:
+            self.running -= 1
 
     def look(self) -> tuple | None:
         """What names a look that still holds, or None: look again."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..modeling.native_step import programs_of
 from .prefixes import Prefixes
 from .sampling import Draw, choose
 from .states import Batch, StateRoom, States, put, take
@@ -118,8 +119,13 @@ class Engine:
     def run(self, request: Request) -> None:
         """Submit a request and work until nothing is left."""
         self.submit(request)
-        while not self.is_idle:
-            self.step()
+        with self.unchanged():
+            while not self.is_idle:
+                self.step()
+
+    def unchanged(self):
+        """Within it the model is not looked at before every step: nobody changes it."""
+        return programs_of(self.model.base_model).unchanged()
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -33,10 +33,14 @@ class EngineThread:
     def _run(self) -> None:
         while not self.ended.is_set():
             self.wake.clear()
-            while not (self.engine.is_idle or self.ended.is_set()):
-                try:
-                    self.engine.step()
-                except Exception:  # of the model or its device: who waits is told, and the next may fare better
-                    LOG.exception("a step failed, and all texts in work end")
-                    self.engine.fail()
+            with self.engine.unchanged():
+                while not (self.engine.is_idle or self.ended.is_set()):
+                    self._step()
             self.wake.wait()
+
+    def _step(self) -> None:
+        try:
+            self.engine.step()
+        except Exception:  # of the model or its device: who waits is told, and the next may fare better
+            LOG.exception("a step failed, and all texts in work end")
+            self.engine.fail()

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, GenerationMixin, StaticCache
 
 from ssm_lm import S4ForCausalLM
-from ssm_lm.modeling import native_library, native_step
+from ssm_lm.modeling import native_library, native_step, native_tokens
 from ssm_lm.modeling.losses import LanguageModelHead
 
 pytestmark = needs("step")
@@ -45,8 +45,15 @@ MODELS = {
 def steps(monkeypatch):
     """Counts the forwards that were the library's, of a prompt too."""
     count = []
-    run = native_step.Program.advance
+    run, search = native_step.Program.advance, native_tokens.TokenProgram.search
     monkeypatch.setattr(native_step.Program, "advance", lambda *given: count.append(1) or run(*given))
+
+    def searched(*given):
+        found = search(*given)
+        count.extend([1] * found.shape[1])
+        return found
+
+    monkeypatch.setattr(native_tokens.TokenProgram, "search", searched)
     return count
 
 

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from ssm_lm.modeling import native_library, native_step
 from ssm_lm.serving.engine import READ_AT_ONCE, Engine, Finished, Full, Request
 from ssm_lm.serving.prefixes import Prefixes
 from ssm_lm.serving.sampling import Draw, choose
@@ -70,6 +71,24 @@ def test_every_row_gets_the_tokens_that_it_would_get_alone(build, tokenizer, kin
     for ids, tokens, _, heard in asked:
         assert heard.end.ids == expected(model, ids, tokens)[len(ids) :]
         assert heard.end[0] == "length"
+
+
+@pytest.mark.skipif(native_library.library() is None, reason="no library of the step")
+def test_the_model_is_looked_at_once_a_size_and_not_once_a_token(model, tokenizer, monkeypatch):
+    """And again after a hook, which is heard."""
+    looks, is_same = [], native_step._Seen.is_same
+    monkeypatch.setattr(native_step._Seen, "is_same", lambda *given: looks.append(1) or is_same(*given))
+    engine = Engine(model, tokenizer, rows=1)
+    request, heard = ask(prompts(1)[0], 20)
+    engine.run(request)
+    assert len(heard.end.ids) == 20
+    assert len(looks) <= 2  # a program for tokens of the prompt, and one for those that follow
+    called = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: called.append(1))
+    request, heard = ask(prompts(1)[0], 20)
+    engine.run(request)
+    handle.remove()
+    assert len(called) >= 20
 
 
 def test_what_is_known_is_not_read_again(model, tokenizer):
