@@ -56,16 +56,14 @@ long-test: venv
 	$(BIN)/python -m pytest -n $(LONG_WORKERS) --dist worksteal -m "long and not alone and not proof" $(TESTS) || test $$? = 5
 	$(BIN)/python -m pytest -m "long and alone" $(TESTS) || test $$? = 5
 
-PROVEN = tests/kernels/proven.sha256
 kernel-test: venv
-	@if $(BIN)/python tests/kernels/proof.py | cmp --silent - $(PROVEN); then \
-	echo "the kernels are as they were proven: $(PROVEN); rm it to prove them again"; else $(MAKE) kernel-proof; fi
+	@$(BIN)/python tests/kernels/proof.py || $(MAKE) kernel-proof
 
 # of the report's rows with the newest Triton those for Hopper and Blackwell, where compilers change most
 kernel-proof: venv
 	$(BIN)/python -m pytest -n $(LONG_WORKERS) --dist worksteal -m proof tests/kernels
 	$(MAKE) test-triton SELECT="not (test_every_kernel and (sm_80 or gfx942))"
-	$(BIN)/python tests/kernels/proof.py > $(PROVEN)
+	$(BIN)/python tests/kernels/proof.py --write
 
 test-triton: venv
 	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton-$(TRITON) triton==$(TRITON)

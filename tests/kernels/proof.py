@@ -5,16 +5,25 @@ time, and depends on few files: the kernels with what they import (their twins a
 that are pinned. proven.sha256 holds the checksums of those with which all passed. Whole models in kernels depend on
 more, and are played each time, as are the fast tests of each kernel.
 
-    python tests/kernels/proof.py > tests/kernels/proven.sha256
+    python tests/kernels/proof.py           which files have changed since; ends with 1 where there are any
+    python tests/kernels/proof.py --write   all has passed with the files as they are
 """
 
 import ast
 import hashlib
+import sys
 from pathlib import Path
 
 REPO = Path(__file__).parents[2]
 MODELING = REPO / "ssm_lm" / "modeling"
-NO_PROOFS = ("interpreted/test_models_in_kernels.py", "test_kernel_registry.py", "test_without_triton.py")
+PROVEN = Path(__file__).with_name("proven.sha256")
+NO_PROOFS = (
+    "interpreted/test_models_in_kernels.py",
+    "proof.py",
+    "test_kernel_files.py",
+    "test_kernel_registry.py",
+    "test_without_triton.py",
+)
 
 
 def neighbours(file: Path) -> list[Path]:
@@ -35,6 +44,16 @@ def sources() -> list[Path]:
     return sorted([*kernels, *tests, REPO / "ssm_lm/bench/compile.py", REPO / "constraints.txt"])
 
 
+def checksums() -> list[str]:
+    """As the command sha256sum writes them."""
+    return [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(REPO)}" for path in sources()]
+
+
 if __name__ == "__main__":
-    for path in sources():
-        print(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(REPO)}")
+    if sys.argv[1:] == ["--write"]:
+        PROVEN.write_text("\n".join(checksums()) + "\n")
+    else:
+        proven = PROVEN.read_text().splitlines() if PROVEN.exists() else []
+        changed = sorted({line.split()[-1] for line in {*checksums()} ^ {*proven}})
+        print(f"changed since the kernels were proven: {', '.join(changed)}" if changed else "the kernels are proven")
+        sys.exit(bool(changed))

@@ -1,7 +1,10 @@
-"""The kernels' files in a repository of the Hub: all are copied, and none makes Triton a requirement."""
+"""The kernels' files in a repository of the Hub: all are copied, and none makes Triton a requirement. And those that a
+proof depends on, by which it is known whether it still holds.
+"""
 
 from pathlib import Path
 
+import proof
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import ssm_lm.modeling
@@ -12,3 +15,10 @@ def test_kernels_are_copied_and_triton_is_no_requirement():
     files = {Path(file) for file in get_relative_import_files(folder / "modeling_s4.py")}
     assert {file.name for file in folder.glob("triton_*.py")} <= {file.name for file in files}
     assert [file.name for file in files if "triton" in get_imports(file)] == []
+
+
+def test_a_proof_depends_on_every_kernel_and_on_what_it_imports():
+    kernels = set(Path(ssm_lm.modeling.__file__).parent.glob("triton_*.py"))
+    imported = {Path(file) for kernel in kernels for file in get_relative_import_files(kernel)}
+    assert "chunked.py" in {file.name for file in imported}
+    assert kernels | imported <= set(proof.sources())
