@@ -1,21 +1,23 @@
 """What the proofs of the kernels depend on, as checksums: `make kernel-test` plays them again where one has changed.
 
 Interpreting and sanitizing every kernel at many sizes, and compiling for every card, takes a third of all the tests'
-time, and depends on few files: the kernels with what they import (their twins among it), these tests, and the versions
-that are pinned. proven.sha256 holds the checksums of those with which all passed. Whole models in kernels depend on
-more, and are played each time, as are the fast tests of each kernel.
+time, and depends on few files: the kernels with what they import (their twins among it), the sizes that are compiled
+and sanitized (bench/shipped), these tests, the pinned versions, and the Makefile, which names the newest Triton.
+proven.sha256 holds the checksums of those with which all passed. Whole models in kernels depend on more, and are
+played each time, as are the fast tests of each kernel.
 
     python tests/kernels/proof.py           which files have changed since; ends with 1 where there are any
     python tests/kernels/proof.py --write   all has passed with the files as they are
 """
 
-import ast
 import hashlib
 import sys
 from pathlib import Path
 
+from transformers.dynamic_module_utils import get_relative_import_files
+
 REPO = Path(__file__).parents[2]
-MODELING = REPO / "ssm_lm" / "modeling"
+MODELING, BENCH = REPO / "ssm_lm" / "modeling", REPO / "ssm_lm" / "bench"
 PROVEN = Path(__file__).with_name("proven.sha256")
 NO_PROOFS = (
     "interpreted/test_models_in_kernels.py",
@@ -26,22 +28,13 @@ NO_PROOFS = (
 )
 
 
-def neighbours(file: Path) -> list[Path]:
-    """The files of modeling/ that a file of it imports, always as `from .name import ...`, at the top or late."""
-    found = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom) and node.level]
-    return [MODELING / f"{node.module}.py" for node in found]
-
-
 def sources() -> list[Path]:
-    kernels, left = set(), sorted(MODELING.glob("triton_*.py"))
-    while left:
-        file = left.pop()
-        if file not in kernels:
-            kernels.add(file)
-            left += neighbours(file)
+    kernels = set(MODELING.glob("triton_*.py"))
+    imported = {Path(file) for kernel in kernels for file in get_relative_import_files(kernel)}
+    shipped = {*BENCH.joinpath("shipped").glob("*.py"), BENCH / "compile.py", BENCH / "kernels.py"}
     here = Path(__file__).parent
     tests = {*here.rglob("*.py"), here / "resources.json"} - {here / name for name in NO_PROOFS}
-    return sorted([*kernels, *tests, REPO / "ssm_lm/bench/compile.py", REPO / "constraints.txt"])
+    return sorted([*kernels | imported, *shipped, *tests, REPO / "Makefile", REPO / "constraints.txt"])
 
 
 def checksums() -> list[str]:

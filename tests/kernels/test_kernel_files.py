@@ -2,12 +2,14 @@
 proof depends on, by which it is known whether it still holds.
 """
 
+import importlib
 from pathlib import Path
 
 import proof
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import ssm_lm.modeling
+from ssm_lm.bench import compile
 
 
 def test_kernels_are_copied_and_triton_is_no_requirement():
@@ -17,8 +19,10 @@ def test_kernels_are_copied_and_triton_is_no_requirement():
     assert [file.name for file in files if "triton" in get_imports(file)] == []
 
 
-def test_a_proof_depends_on_every_kernel_and_on_what_it_imports():
+def test_a_proof_depends_on_every_kernel_on_what_it_imports_and_on_its_sizes():
     kernels = set(Path(ssm_lm.modeling.__file__).parent.glob("triton_*.py"))
     imported = {Path(file) for kernel in kernels for file in get_relative_import_files(kernel)}
     assert "chunked.py" in {file.name for file in imported}
     assert kernels | imported <= set(proof.sources())
+    rows = {Path(importlib.import_module(f"ssm_lm.bench.shipped.{name}").__file__) for name in compile.kernel_names()}
+    assert rows <= set(proof.sources())
