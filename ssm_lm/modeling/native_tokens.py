@@ -62,20 +62,22 @@ class TokenProgram(Program):
         if rounds:
             self.call("round_half", self.found.numel(), self.found)
 
-    def search(self, cache, rules: Search, length: int, room: int, unfinished, streamer, look) -> torch.Tensor | None:
+    def searches(self, cache) -> bool:
+        """Whether all of the step is the library's, and nobody records what drives the states."""
+        return len(self.runs) == 1 and not any(layer.record_past for layer in cache.layers)
+
+    def search(self, cache, rules: Search, length: int, room: int, unfinished, streamer, is_seen) -> torch.Tensor:
         """Up to `room` tokens after the ids in `tokens`, the last of a text of that length: see TokenSteps.search.
-        look(): whether the program still stands for the model, which it did.
+        is_seen(): whether the program still stands for the model, which it did.
         """
-        if len(self.runs) > 1 or any(layer.record_past for layer in cache.layers):
-            return None
         chosen = torch.empty(2, room, self.rows, dtype=torch.int64, device="cpu")
-        heard = chosen[1].unbind()  # who listens may write to them
+        heard = () if streamer is None else chosen[1].unbind()  # who listens may write to them
         limit, at = ctypes.c_int64(), (ctypes.c_int64 * 2)(0, 1)
         ends = len(rules.ends), rules.ends, rules.least - length, rules.fill, unfinished
         places = *self.found.shape, self.found, self.tokens, room, chosen
         run = partial(library().search, *self.runs[0].args, limit, at, *map(for_c, (*places, *ends)))
         try:
-            while at[0] < room and at[1] and (at[0] == 0 or look()):
+            while at[0] < room and at[1] and (at[0] == 0 or is_seen()):
                 limit.value = min(room, at[0] + AT_ONCE) if streamer is None else at[0] + 1
                 run()
                 if streamer is not None:
@@ -103,35 +105,39 @@ class TokenSteps:
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (B, 1). The logits (B, V) of what follows them, which are there until the next call."""
-        is_ready = self._is_ready(tokens)
+        program = self._current(tokens)
         self.left -= 1
-        if not is_ready:
+        if program is None:
             ids = tokens.contiguous()
             step = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             return step.logits[:, -1]
-        self.program.advance(self.cache)
-        return self.program.found
+        program.tokens.copy_(tokens)
+        program.advance(self.cache)
+        return program.found
 
     def search(self, ids: torch.Tensor, rules: Search, unfinished: torch.Tensor, streamer) -> torch.Tensor | None:
         """Some tokens (B, T) that greedy search has after a text ids (B, L), which the streamer has heard of; None: ask
         for the logits. unfinished (B): 1 for the rows that go on, which is written to.
         """
-        if not self._is_ready(ids[:, -1:]):
+        tokens, length = ids[:, -1:], ids.shape[1]
+        program = self._current(tokens)
+        if program is None or not program.searches(self.cache):
             return None
-        length = ids.shape[1]
+        program.tokens.copy_(tokens)
         room = min(STRETCH, self.left, rules.most - length)
-        look = lambda: self.look == self.programs.look()  # noqa: E731
-        tokens = self.program.search(self.cache, rules, length, room, unfinished, streamer, look)
-        self.left -= 0 if tokens is None else tokens.shape[1]
-        return tokens
+        found = program.search(self.cache, rules, length, room, unfinished, streamer, self._is_seen)
+        self.left -= found.shape[1]
+        return found
 
-    def _is_ready(self, tokens: torch.Tensor) -> bool:
-        """Whether there is a program, which then has the tokens (B, 1)."""
-        if not self.left or self.look is None or self.look != self.programs.look():
+    def _current(self, tokens: torch.Tensor) -> TokenProgram | None:
+        """What the step on tokens (B, 1) runs as, looked for anew where it may have changed."""
+        if not self.left or not self._is_seen():
             self.program, self.left = self._find(tokens), self.trust
-        if self.program is not None:
-            self.program.tokens.copy_(tokens)
-        return self.program is not None
+        return self.program
+
+    def _is_seen(self) -> bool:
+        """Whether the last look still holds: see Programs."""
+        return self.look is not None and self.look == self.programs.look()
 
     def _find(self, tokens: torch.Tensor) -> TokenProgram | None:
         """The program of the cache as it stands, None where the model's forward is to be called."""
