@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssm_lm.modeling import native_library
+from ssm_lm.modeling import native_library, native_tokens
 
 MARGIN = 64
 
@@ -12,6 +12,18 @@ def needs(name: str):
     """A mark for tests of a library."""
     why = native_library.why_not(name)
     return pytest.mark.skipif(why is not None, reason=f"no library: {why}")
+
+
+def searched(monkeypatch, tell) -> None:
+    """tell(room, tokens) from now on for every run of greedy search in the library: for how many, and how many came."""
+    search = native_tokens.TokenProgram.search
+
+    def told(self, cache, rules, length, room, *given):
+        found = search(self, cache, rules, length, room, *given)
+        tell(room, found.shape[1])
+        return found
+
+    monkeypatch.setattr(native_tokens.TokenProgram, "search", told)
 
 
 def called_names(monkeypatch, module) -> list[str]:

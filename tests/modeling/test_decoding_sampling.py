@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from in_c import needs
+from in_c import needs, searched
 from tiny import ENDLESS, prompt, tiny_model
 from transformers import DynamicCache, TextStreamer
 
@@ -50,20 +50,15 @@ class Heard:
 @pytest.fixture
 def stepped(monkeypatch):
     """Counts the tokens after the prompt, and whether they went from id to logits in the library."""
-    count, advance, search = [], native_step.Program.advance, native_tokens.TokenProgram.search
+    count, advance = [], native_step.Program.advance
 
     def counted(self, cache):
         if self.shape[1] == 1:
             count.append(hasattr(self, "tokens"))
         advance(self, cache)
 
-    def searched(self, *given):
-        found = search(self, *given)
-        count.extend([] if found is None else [True] * found.shape[1])
-        return found
-
     monkeypatch.setattr(native_step.Program, "advance", counted)
-    monkeypatch.setattr(native_tokens.TokenProgram, "search", searched)
+    searched(monkeypatch, lambda _, tokens: count.extend([True] * tokens))
     return count
 
 
@@ -123,8 +118,8 @@ def test_greedy_search_goes_on_without_anyone_to_look(kind, options, dtype, monk
         monkeypatch.setattr(module, "AT_ONCE", 3)
     monkeypatch.setattr(native_tokens, "STRETCH", 7)
     model = tiny_model(**KINDS[kind], **ENDLESS).to(dtype)
-    sizes, search = [], native_tokens.TokenProgram.search
-    monkeypatch.setattr(native_tokens.TokenProgram, "search", lambda *given: sizes.append(given[4]) or search(*given))
+    sizes = []
+    searched(monkeypatch, lambda room, _: sizes.append(room))
     short, long = both(model, prompt(5, 2), monkeypatch, looks_on=False, max_new_tokens=20, **options)
     assert short.pop() == long.pop()
     assert len(short) == len(long)
@@ -152,8 +147,8 @@ def test_a_streamer_that_is_known_hears_every_token(monkeypatch):
             if tokens.dim() == 1:  # not the prompt
                 tokens.fill_(10**9)
 
-    sizes, search = [], native_tokens.TokenProgram.search
-    monkeypatch.setattr(native_tokens.TokenProgram, "search", lambda *given: sizes.append(given[4]) or search(*given))
+    sizes = []
+    searched(monkeypatch, lambda room, _: sizes.append(room))
     heard = Scribbler()
     assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, streamer=heard), expected)
     assert torch.equal(torch.tensor(heard.tokens[1:-1]).T, expected[:, 5:])

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from in_c import needs
+from in_c import needs, searched
 from tiny import ENDLESS, prompt, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, GenerationMixin, StaticCache
 
 from ssm_lm import S4ForCausalLM
-from ssm_lm.modeling import native_library, native_step, native_tokens
+from ssm_lm.modeling import native_library, native_step
 from ssm_lm.modeling.losses import LanguageModelHead
 
 pytestmark = needs("step")
@@ -45,15 +45,9 @@ MODELS = {
 def steps(monkeypatch):
     """Counts the forwards that were the library's, of a prompt too."""
     count = []
-    run, search = native_step.Program.advance, native_tokens.TokenProgram.search
+    run = native_step.Program.advance
     monkeypatch.setattr(native_step.Program, "advance", lambda *given: count.append(1) or run(*given))
-
-    def searched(*given):
-        found = search(*given)
-        count.extend([1] * found.shape[1])
-        return found
-
-    monkeypatch.setattr(native_tokens.TokenProgram, "search", searched)
+    searched(monkeypatch, lambda _, tokens: count.extend([1] * tokens))
     return count
 
 
