@@ -184,6 +184,51 @@ static void step_dplr(I B, I T, I H, I N, I rank, const float *u, float *state, 
     }
 }
 
+/* step_dplr of one row and rank 1 or 2, made of what S systems of channels share: P (rank, S, N), B_of (S, N). With
+       z = B dt / 2 u - P (mix P^T (state + R(E) state) + of_u u)      state = R(E) (state + z) + z
+   a channel's F, G and B_bar, three of the five vectors that it reads, come down to numbers (H, 1 + rank + rank^2):
+   dt / 2, of_u, mix; see dplr_numbers */
+static inline void shared_steps(const int rank, I T, I H, I N, const float *u, float *re, const float *e,
+                                const float *p, const float *q, const float *in, const float *numbers, const float *c,
+                                float d, float *y) {
+    const I half = N / 2;
+    const float *of_u = numbers + 1, *mix = of_u + rank;
+    float *im = re + half;
+    for (I t = 0; t < T; t++) {
+        const float v = u[t * H], drive = numbers[0] * v;
+        float first = 0, second = 0, sum = 0;
+        #pragma omp simd reduction(+ : first, second)
+        for (I n = 0; n < half; n++) {
+            const float s_re = re[n] + e[n] * re[n] - e[half + n] * im[n];
+            const float s_im = im[n] + e[n] * im[n] + e[half + n] * re[n];
+            first += p[n] * s_re + p[half + n] * s_im;
+            if (rank == 2) second += q[n] * s_re + q[half + n] * s_im;
+        }
+        const float low = mix[0] * first + (rank == 2 ? mix[1] * second : 0) + of_u[0] * v;
+        const float other = rank == 2 ? mix[2] * first + mix[3] * second + of_u[1] * v : 0;
+        #pragma omp simd reduction(+ : sum)
+        for (I n = 0; n < half; n++) {
+            float z_re = drive * in[n] - low * p[n], z_im = drive * in[half + n] - low * p[half + n];
+            if (rank == 2) z_re -= other * q[n], z_im -= other * q[half + n];
+            const float s_re = re[n] + z_re, s_im = im[n] + z_im;
+            re[n] = z_re + e[n] * s_re - e[half + n] * s_im;
+            im[n] = z_im + e[n] * s_im + e[half + n] * s_re;
+            sum += c[n] * re[n] + c[half + n] * im[n];
+        }
+        y[t * H] = sum + d * v;
+    }
+}
+static void step_dplr_shared(I S, I T, I H, I N, I rank, const float *u, float *state, const float *E, const float *P,
+                             const float *B_of, const float *numbers, const float *C_row, const float *D, float *y) {
+    #pragma omp for schedule(static)
+    for (I h = 0; h < H; h++) {
+        const float *e = E + h * N, *p = P + h % S * N, *q = p + S * N, *in = B_of + h % S * N, *c = C_row + h * N;
+        const float *of = numbers + h * (1 + rank + rank * rank);
+        if (rank == 1) shared_steps(1, T, H, N, u + h, state + h * N, e, p, p, in, of, c, D[h], y + h);
+        else shared_steps(2, T, H, N, u + h, state + h * N, e, p, q, in, of, c, D[h], y + h);
+    }
+}
+
 /* DiscreteMIMO.step between its two products: states (B, T, P), the state after every token, takes the place of what
    drives it: state = Lambda_bar state + states */
 static void step_states(I B, I T, I P, float *states, float *state, const float *Lambda) {
@@ -339,6 +384,10 @@ void call_step_diagonal(const A *a) {
 void call_step_dplr(const A *a) {
     step_dplr(a[0].i, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p, a[7].p, a[8].p, a[9].p, a[10].p, a[11].p,
               a[12].p, a[13].p);
+}
+void call_step_dplr_shared(const A *a) {
+    step_dplr_shared(a[0].i, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p, a[7].p, a[8].p, a[9].p, a[10].p, a[11].p,
+                     a[12].p, a[13].p);
 }
 void call_step_states(const A *a) { step_states(a[0].i, a[1].i, a[2].i, a[3].p, a[4].p, a[5].p); }
 void call_step_ssd(const A *a) {

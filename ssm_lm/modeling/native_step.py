@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from .activations import FUSED_ACTIVATIONS
 from .cache_s4 import S4CacheLayer
 from .discrete import NORM_EPSILON, DiscreteDiagonal, DiscreteDPLR, DiscreteMIMO, DiscreteSSD
+from .dplr import S4
 from .execution import FEW_TOKENS
 from .feed_forwards import S4FeedForward, SwiGLU
 from .kernels_s4 import in_force
@@ -33,6 +34,7 @@ from .losses import LanguageModelHead
 from .mixers import GatedMixer, GatedProjection, H3Mixer, S4Mixer
 from .native_library import address, bind, floats, for_c, library, number_of_threads
 from .native_operators import may_run
+from .native_systems import MOST_RANK, native_dplr_numbers
 from .norms_and_dropout import LayerNorm, RMSNorm
 from .single_steps import discrete_from, versions_of
 
@@ -408,10 +410,7 @@ class Program:
             y = self.room(x.shape[1])
             self.call("step_diagonal", *sizes, x, state, discrete.Lambda_bar, discrete.row, D, y)
         elif isinstance(discrete, DiscreteDPLR) and discrete.F.shape[-1] <= 4:
-            y, rank = self.room(x.shape[1]), discrete.F.shape[-1]
-            F, G = (part.transpose(1, 2).contiguous() for part in (discrete.F, discrete.G))
-            system = (discrete.E, F, G, discrete.B_bar, discrete.C_row)
-            self.call("step_dplr", *sizes, rank, x, state, *system, D, y)
+            y = self._dplr(ssm, discrete, x, state, D)
         elif isinstance(discrete, DiscreteMIMO):
             Lambda_bar, drives, reads = discrete.coefficients()
             states = self.product(x, drives)
@@ -422,6 +421,20 @@ class Program:
             y = self._ssd(discrete, x, state, D)
         else:
             raise Unsupported(type(discrete).__name__)
+        return y
+
+    def _dplr(self, ssm, system: DiscreteDPLR, x, state, D) -> torch.Tensor:
+        y, (rows, T), (H, N, rank) = self.room(x.shape[1]), self.shape, system.F.shape
+        # of one row a step is bound by reading its system, which several rows share
+        if rows == 1 and type(ssm) is S4 and rank <= MOST_RANK and library("systems") is not None:
+            P, B = self.weight(ssm.P, torch.float32), self.weight(ssm.B, torch.float32)
+            numbers = native_dplr_numbers(ssm.log_dt, ssm.Lambda_log_re, ssm.Lambda_im, P, B)
+            given = system.E, P, B, numbers, system.C_row
+            self.call("step_dplr_shared", len(B), T, H, N, rank, x, state, *given, D, y)
+        else:
+            F, G = (part.transpose(1, 2).contiguous() for part in (system.F, system.G))
+            given = system.E, F, G, system.B_bar, system.C_row
+            self.call("step_dplr", rows, T, H, N, rank, x, state, *given, D, y)
         return y
 
     def _ssd(self, system: DiscreteSSD, x, state, D) -> torch.Tensor:

@@ -26,12 +26,22 @@ def is_for_the_library(parameters: tuple[torch.Tensor, ...], setting: str) -> bo
 
 
 def native_dplr_system(log_dt, Lambda_log_re, Lambda_im, P, B, C) -> DiscreteDPLR:
-    """`bilinear_dplr`, for P (rank, S, N) of rank 1 or 2."""
+    """`bilinear_dplr`, for P (rank, S, N), rank at most MOST_RANK."""
     (H, N), rank = C.shape, len(P)
     low_rank = (H, N, rank)
     found = [floats(*shape) for shape in ((H, N), low_rank, low_rank, (H, N), (H, N))]
     _call("dplr_system", (H, len(B), N // 2, rank), (log_dt, Lambda_log_re, Lambda_im, P, B, C), found)
     return DiscreteDPLR(*found)
+
+
+def native_dplr_numbers(log_dt, Lambda_log_re, Lambda_im, P, B) -> torch.Tensor:
+    """Of the same system what single steps of one row read beside E, C_row and what the channels share, P and B:
+    (H, 1 + rank + rank^2).
+    """
+    H, rank = len(log_dt), len(P)
+    found = floats(H, 1 + rank + rank**2)
+    _call("dplr_numbers", (H, len(B), B.shape[1] // 2, rank), (log_dt, Lambda_log_re, Lambda_im, P, B), [found])
+    return found
 
 
 def native_diagonal_system(log_dt, Lambda_log_re, Lambda_im, B, C) -> DiscreteDiagonal:

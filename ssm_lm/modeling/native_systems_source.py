@@ -24,6 +24,32 @@ static inline Complex inverse_of(double dt, const float *log_re, const float *im
     return (Complex){a * scale, b * scale};
 }
 
+/* of bilinear_dplr, system s with a channel's dt, rank 1 or 2: M, and what P makes of w B */
+static inline void low_rank(I S, I half, I rank, I s, double dt, const float *log_re, const float *im, const float *P,
+                            const float *B, double M[2][2], double of_B[2]) {
+    const I N = 2 * half;
+    double capacitance[2][2] = {{1, 0}, {0, 1}};
+    of_B[0] = of_B[1] = 0;
+    for (I m = 0; m < half; m++) {
+        const Complex w = inverse_of(dt, log_re + s * half, im + s * half, m);
+        const Complex wB = product(w, number(B + s * N, half, m));
+        for (I r = 0; r < rank; r++) {
+            const Complex low = number(P + (r * S + s) * N, half, m);
+            of_B[r] += low.re * wB.re + low.im * wB.im;
+            for (I k = 0; k < rank; k++) {
+                const Complex wP = product(w, number(P + (k * S + s) * N, half, m));
+                capacitance[r][k] += dt * (low.re * wP.re + low.im * wP.im);
+            }
+        }
+    }
+    if (rank == 1) M[0][0] = 1 / capacitance[0][0];
+    else {
+        const double scale = 1 / (capacitance[0][0] * capacitance[1][1] - capacitance[0][1] * capacitance[1][0]);
+        M[0][0] = scale * capacitance[1][1], M[0][1] = -scale * capacitance[0][1];
+        M[1][0] = -scale * capacitance[1][0], M[1][1] = scale * capacitance[0][0];
+    }
+}
+
 /* bilinear_dplr, rank 1 or 2. w is made twice: for the sums over the states, and for what they are needed for */
 void dplr_system(I H, I S, I half, I rank, const float *log_dt, const float *log_re, const float *im, const float *P,
                  const float *B, const float *C, float *E, float *F, float *G, float *B_bar, float *C_row, I threads) {
@@ -31,39 +57,22 @@ void dplr_system(I H, I S, I half, I rank, const float *log_dt, const float *log
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (I h = 0; h < H; h++) {
         const I s = h % S;
-        const float *rates = log_re + s * half, *turns = im + s * half, *in = B + s * N, *p[2];
         const double dt = exp(log_dt[h]);
-        double capacitance[2][2] = {{1, 0}, {0, 1}}, of_B[2] = {0, 0}, M[2][2];
-        for (I r = 0; r < rank; r++) p[r] = P + (r * S + s) * N;
+        double of_B[2], M[2][2];
+        low_rank(S, half, rank, s, dt, log_re, im, P, B, M, of_B);
         for (I m = 0; m < half; m++) {
-            const Complex w = inverse_of(dt, rates, turns, m), wB = product(w, number(in, half, m));
-            for (I r = 0; r < rank; r++) {
-                const Complex low = number(p[r], half, m);
-                of_B[r] += low.re * wB.re + low.im * wB.im;
-                for (I k = 0; k < rank; k++) {
-                    const Complex wP = product(w, number(p[k], half, m));
-                    capacitance[r][k] += dt * (low.re * wP.re + low.im * wP.im);
-                }
-            }
-        }
-        if (rank == 1) M[0][0] = 1 / capacitance[0][0];
-        else {
-            const double scale = 1 / (capacitance[0][0] * capacitance[1][1] - capacitance[0][1] * capacitance[1][0]);
-            M[0][0] = scale * capacitance[1][1], M[0][1] = -scale * capacitance[0][1];
-            M[1][0] = -scale * capacitance[1][0], M[1][1] = scale * capacitance[0][0];
-        }
-        for (I m = 0; m < half; m++) {
-            const Complex w = inverse_of(dt, rates, turns, m), wB = product(w, number(in, half, m));
+            const Complex w = inverse_of(dt, log_re + s * half, im + s * half, m);
+            const Complex wB = product(w, number(B + s * N, half, m));
             const I re = h * N + m, imaginary = re + half;
             double b_re = wB.re, b_im = wB.im;
             for (I k = 0; k < rank; k++) {
                 double f_re = 0, f_im = 0;
                 for (I r = 0; r < rank; r++) {
-                    const Complex wP = product(w, number(p[r], half, m));
+                    const Complex wP = product(w, number(P + (r * S + s) * N, half, m));
                     f_re += dt * wP.re * M[r][k], f_im += dt * wP.im * M[r][k];
                 }
                 b_re -= f_re * of_B[k], b_im -= f_im * of_B[k];
-                const Complex g = product(conjugate(w), number(p[k], half, m));
+                const Complex g = product(conjugate(w), number(P + (k * S + s) * N, half, m));
                 F[re * rank + k] = 2 * f_re, F[imaginary * rank + k] = 2 * f_im;
                 G[re * rank + k] = g.re, G[imaginary * rank + k] = g.im;
             }
@@ -71,6 +80,27 @@ void dplr_system(I H, I S, I half, I rank, const float *log_dt, const float *log
             B_bar[re] = dt * b_re, B_bar[imaginary] = dt * b_im;
             C_row[re] = 2 * C[re], C_row[imaginary] = -2 * C[imaginary];
         }
+    }
+}
+
+/* The same system but for E and C_row as step_dplr_shared of native_source.py reads it, (H, 1 + rank + rank^2): from
+       F = w P mix 4,  B_bar = w (dt B - P of_u 2),  w = (E + 1) / 2
+   dt / 2, then of_u = dt mix P^T w B, then mix = dt / 2 M */
+void dplr_numbers(I H, I S, I half, I rank, const float *log_dt, const float *log_re, const float *im, const float *P,
+                  const float *B, float *numbers, I threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (I h = 0; h < H; h++) {
+        float *to = numbers + h * (1 + rank + rank * rank);
+        const double dt = exp(log_dt[h]);
+        double of_B[2], M[2][2];
+        low_rank(S, half, rank, h % S, dt, log_re, im, P, B, M, of_B);
+        *to++ = dt / 2;
+        for (I r = 0; r < rank; r++, to++) {
+            double sum = 0;
+            for (I k = 0; k < rank; k++) sum += M[r][k] * of_B[k];
+            *to = dt * dt / 2 * sum;
+        }
+        for (I r = 0; r < rank; r++) for (I k = 0; k < rank; k++) *to++ = dt / 2 * M[r][k];
     }
 }
 

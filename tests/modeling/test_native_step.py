@@ -24,7 +24,7 @@ pytestmark = needs("step")
 
 MODELS = {
     "s4": {"ssm": "s4"},
-    "s4-legt": {"ssm": "s4", "ssm_init": "legt", "glu": "half", "norm": "rms"},
+    "s4-legt": {"ssm": "s4", "ssm_init": "legt", "n_ssm": 4, "glu": "half", "norm": "rms"},
     "s4d": {"ssm": "s4d", "hidden_act": "silu"},
     "s5": {"ssm": "s5", "glu": "none"},
     "h3": {"ssm": "s4d", "arch": ["h3", "swiglu"]},

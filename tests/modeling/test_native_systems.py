@@ -7,7 +7,7 @@ from in_c import Frames, called_names, difference, needs
 from ssm_lm.modeling import native_systems
 from ssm_lm.modeling.diagonal_discretization import diagonal_system
 from ssm_lm.modeling.dplr_discretization import bilinear_dplr
-from ssm_lm.modeling.real_form import powers
+from ssm_lm.modeling.real_form import apply_diagonal, powers, real_form
 from ssm_lm.modeling.ssm import S4, S4D
 
 pytestmark = needs("systems")
@@ -44,6 +44,23 @@ def test_dplr(H, S, N, rank):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize(("H", "S", "N"), SIZES)
+def test_dplr_numbers(H, S, N, rank):
+    """They, E and what channels share are all of the system, by the equations of native_systems_source.py."""
+    *given, C = (x.double() for x in parameters(H, S, N, rank))
+    expected = bilinear_dplr(*given, C)
+    P, B = (x.tile(H // S, 1) for x in given[-2:])
+    numbers = native_systems.native_dplr_numbers(*(x.float() for x in given)).double()
+    half_dt, of_u, mix = numbers[:, :1], numbers[:, 1 : 1 + rank], numbers[:, 1 + rank :].unflatten(1, (rank, rank))
+    w = (expected.E + real_form(torch.ones(N // 2, dtype=torch.complex64))) / 2
+    F = 4 * torch.einsum("rhn,hrk->hnk", apply_diagonal(w, P), mix)
+    assert difference(F, expected.F) < 2e-7
+    drive = 2 * half_dt * B - 2 * torch.einsum("rhn,hr->hn", P, of_u)
+    assert difference(apply_diagonal(w, drive), expected.B_bar) < 2e-7
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("H", "S", "N"), SIZES)
 def test_diagonal(H, S, N):
     """Against the twin, which is in float64, and of each number by itself: poles near zero lose no digits."""
@@ -60,9 +77,11 @@ def test_diagonal(H, S, N):
     assert torch.equal(ours.row, 2 * torch.cat([ours.CB_re, -ours.CB_im], -1))
 
 
-def both():
+def all_of_them():
+    """What makes something, of which parameters, the last of them C, and how many tensors it is."""
     return (
         (native_systems.native_dplr_system, parameters(6, 3, 10, 2), 5),
+        (lambda *given: (native_systems.native_dplr_numbers(*given[:-1]),), parameters(6, 3, 10, 2), 1),
         (native_systems.native_diagonal_system, parameters(6, 3, 10), 6),
     )
 
@@ -71,7 +90,7 @@ def test_the_same_bits():
     """Twice, by any number of threads, and of a channel among others."""
     threads = torch.get_num_threads()
     try:
-        for make, given, _ in both():
+        for make, given, _ in all_of_them():
             results = []
             for number, chosen in ((1, slice(0, 6)), (2, slice(0, 6)), (7, slice(0, 6)), (2, slice(3, 6))):
                 torch.set_num_threads(number)
@@ -87,13 +106,13 @@ def test_memory(monkeypatch):
     """Nothing is written beside what was asked for, and nothing is read that was not written; parameters may lie
     anyhow."""
     frames = Frames()
-    expected = [make(*given) for make, given, _ in both()]
+    expected = [make(*given) for make, given, _ in all_of_them()]
     monkeypatch.setattr(native_systems, "floats", frames.memory())
     monkeypatch.setattr(native_systems, "doubles", frames.memory(torch.float64))
-    for (make, given, _), wanted in zip(both(), expected, strict=True):
+    for (make, given, _), wanted in zip(all_of_them(), expected, strict=True):
         found = make(*(x.mT.contiguous().mT if x.dim() > 1 else x for x in given))
         assert all(map(torch.equal, wanted, found))
-    frames.check(sum(count for *_, count in both()))
+    frames.check(sum(count for *_, count in all_of_them()))
 
 
 @pytest.mark.parametrize(("kind", "options"), [(S4, {}), (S4, {"init": "legt"}), (S4D, {})], ids=str)
