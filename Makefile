@@ -2,8 +2,8 @@
 # make test:       every test that needs no GPU and no cluster, but for the long ones
 # make long-test:  claims of accuracy, memory and endurance, three tests at a time; then those of speed, one at a time;
 #                  of kernels, whole models alone
-# make kernel-test: the proofs of the kernels, those of the long tests that depend on few files, and test-triton with the
-#                  newest; where none of these files has changed since they passed (tests/kernels/proof.py), it says so
+# make kernel-test: the proofs of the kernels, which depend on few files, fast and long, and test-triton with the newest;
+#                  where none of these files has changed since they passed (tests/kernels/proof.py), it says so
 # make test-triton TRITON=3.9.0: the kernels interpreted, and all compiled, with another Triton than the one that is
 #                  pinned; KERNEL_TESTS=tests/kernels for all of their tests, SELECT="not sm_80" for a part of them
 # make gpu:        all that a GPU must show, in at most eight minutes: one JSON and pictures in build/gpu. It takes the
@@ -61,6 +61,7 @@ kernel-test: venv
 
 # of the report's rows with the newest Triton those for Hopper and Blackwell, where compilers change most
 kernel-proof: venv
+	rm -f tests/kernels/proven.sha256
 	$(BIN)/python -m pytest -n $(LONG_WORKERS) --dist worksteal -m proof tests/kernels
 	$(MAKE) test-triton SELECT="not (test_every_kernel and (sm_80 or gfx942))"
 	$(BIN)/python tests/kernels/proof.py --write

@@ -1,16 +1,19 @@
-"""What the proofs of the kernels depend on, as checksums: `make kernel-test` plays them again where one has changed.
+"""What the proofs of the kernels depend on, as checksums: where none has changed since they passed, they are skipped.
 
-Interpreting and sanitizing every kernel at many sizes, and compiling for every card, takes a third of all the tests'
-time, and depends on few files: the kernels with what they import (their twins among it), the sizes that are compiled
-and sanitized (bench/shipped), these tests, the pinned versions, and the Makefile, which names the newest Triton.
-proven.sha256 holds the checksums of those with which all passed. Whole models in kernels depend on more, and are
-played each time, as are the fast tests of each kernel.
+Interpreting, sanitizing and compiling every kernel takes a third of all the tests' time, and depends on few files: the
+kernels with what they import (their twins among it), the sizes that are compiled and sanitized (bench/shipped), these
+tests, and the versions of a few packages. proven.sha256 holds the checksums of those
+with which all passed. Whole models in kernels, and what launchers do, depend on more, and are played each time.
 
     python tests/kernels/proof.py           which files have changed since; ends with 1 where there are any
     python tests/kernels/proof.py --write   all has passed with the files as they are
+
+`make kernel-proof` plays all of them, whatever has changed, and writes the file.
 """
 
 import hashlib
+import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -34,19 +37,45 @@ def sources() -> list[Path]:
     shipped = {*BENCH.joinpath("shipped").glob("*.py"), BENCH / "compile.py", BENCH / "kernels.py"}
     here = Path(__file__).parent
     tests = {*here.rglob("*.py"), here / "resources.json"} - {here / name for name in NO_PROOFS}
-    return sorted([*kernels | imported, *shipped, *tests, REPO / "Makefile", REPO / "constraints.txt"])
+    return sorted([*kernels | imported, *shipped, *tests])
+
+
+def pins() -> dict[str, list[str]]:
+    """Of files that say much else the lines that name versions: what kernels run on, and the newest Triton."""
+    lines = {"constraints.txt": r"^(?:numpy|tilelens|torch|triton)==.*", "Makefile": r"^TRITON \?=.*"}
+    return {file: re.findall(line, (REPO / file).read_text(), re.MULTILINE) for file, line in lines.items()}
 
 
 def checksums() -> list[str]:
-    """As the command sha256sum writes them."""
-    return [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(REPO)}" for path in sources()]
+    """As the command sha256sum writes them, but for the pins."""
+    contents = {str(path.relative_to(REPO)): path.read_bytes() for path in sources()}
+    contents |= {file: "\n".join(lines).encode() for file, lines in pins().items()}
+    return [f"{hashlib.sha256(content).hexdigest()}  {name}" for name, content in sorted(contents.items())]
+
+
+def changed_files() -> list[str]:
+    """Since the proofs passed; all of them where they never did."""
+    proven = PROVEN.read_text().splitlines() if PROVEN.exists() else []
+    return sorted({line.split()[-1] for line in {*checksums()} ^ {*proven}})
+
+
+def other_versions() -> list[str]:
+    """Packages that kernels run on, here in another version than the pinned one, with which they were proven."""
+    pinned = (line.split("==") for line in pins()["constraints.txt"])
+    return [name for name, version in pinned if _version(name) != version]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package).split("+")[0]  # without the local part: +cpu
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         PROVEN.write_text("\n".join(checksums()) + "\n")
     else:
-        proven = PROVEN.read_text().splitlines() if PROVEN.exists() else []
-        changed = sorted({line.split()[-1] for line in {*checksums()} ^ {*proven}})
+        changed = changed_files()
         print(f"changed since the kernels were proven: {', '.join(changed)}" if changed else "the kernels are proven")
         sys.exit(bool(changed))

@@ -26,3 +26,23 @@ def test_a_proof_depends_on_every_kernel_on_what_it_imports_and_on_its_sizes():
     assert kernels | imported <= set(proof.sources())
     rows = {Path(importlib.import_module(f"ssm_lm.bench.shipped.{name}").__file__) for name in compile.kernel_names()}
     assert rows <= set(proof.sources())
+
+
+def test_what_has_changed_since_the_proof_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "PROVEN", tmp_path / "proven.sha256")
+    assert {"Makefile", "constraints.txt", "ssm_lm/modeling/triton_step.py"} <= set(proof.changed_files())
+    lines = proof.checksums()
+    proof.PROVEN.write_text("\n".join(lines) + "\n")
+    assert proof.changed_files() == []
+    proof.PROVEN.write_text("\n".join([*lines[2:], "0" * 64 + "  gone.py"]))
+    assert proof.changed_files() == sorted(["gone.py", *(line.split()[1] for line in lines[:2])])
+
+
+def test_another_version_than_the_proven_one_is_named(monkeypatch):
+    pinned = dict(line.split("==") for line in proof.pins()["constraints.txt"])
+    assert {"torch", "triton", "numpy", "tilelens"} == set(pinned)
+    monkeypatch.setattr(proof.importlib.metadata, "version", lambda name: pinned[name] + "+cpu")
+    assert proof.other_versions() == []
+    pinned["triton"] = "0.1"
+    monkeypatch.setattr(proof, "pins", lambda: {"constraints.txt": ["triton==9.9", f"torch=={pinned['torch']}"]})
+    assert proof.other_versions() == ["triton"]

@@ -31,16 +31,15 @@ CASES = {(case["name"], target): case for case, target in LISTED}
 
 def in_tiers() -> list:
     """Every case once: a kernel of every module for sm_90, and of those with tensor cores one for gfx942, are fast, the
-    others for sm_90 slow. What is left, variants among it, takes minutes: proofs, and compiled by the newest Triton.
+    others for sm_90 slow. What is left, variants among it, takes minutes, and is compiled by the newest Triton too.
     """
     chosen = {}
     for (name, target), case in sorted(CASES.items(), key=lambda item: not item[1]["tensor_cores"]):
         if target == "sm_90" or (target == "gfx942" and case["tensor_cores"]):
             chosen.setdefault((case["module"], target), (name, target))
     fast = set(chosen.values())
-    proof = (pytest.mark.long, pytest.mark.proof)
     tiers = {
-        case: () if case in fast else pytest.mark.slow if case[1] == "sm_90" and not variant else proof
+        case: () if case in fast else pytest.mark.slow if case[1] == "sm_90" and not variant else pytest.mark.long
         for case, variant in ((case, listed.get("variant")) for case, listed in CASES.items())
     }
     return [pytest.param(*case, marks=tiers[case]) for case in sorted(CASES)]
@@ -66,6 +65,7 @@ def check(name: str, target: str) -> None:
         assert json.loads(json.dumps(resource_row(case, target, found))) == recorded, f"if this is meant: {UPDATE}"
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(("name", "target"), in_tiers())
 def test_every_kernel(name, target):
     check(name, target)
@@ -111,6 +111,7 @@ def product_kernel(x, y, out, SIZE: tl.constexpr):
     tl.store(out + at, tl.dot(tl.load(x + at), tl.load(y + at)))
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "operation"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "v_mfma")]

@@ -11,12 +11,10 @@ import pytest
 
 FOLDER = Path(__file__).with_name("interpreted")
 FILES = sorted(file.name for file in FOLDER.glob("test_*.py"))
-# of kernels alone, or of models and all that they are made of: proof.py
-SLOW_FILES = [
-    pytest.param(name, marks=() if name == "test_models_in_kernels.py" else pytest.mark.proof)
-    for name in FILES
-    if "mark.slow" in (FOLDER / name).read_text()
-]
+# the others are of kernels alone, and so proofs: proof.py
+MODELS = "test_models_in_kernels.py"
+KERNELS = [name for name in FILES if name != MODELS]
+SLOW_FILES = [name for name in KERNELS if "mark.slow" in (FOLDER / name).read_text()]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -37,14 +35,27 @@ def run(files: list[Path], marker: str) -> None:
 SHARES = 5  # of about a minute each on an idle core, so that a busy one has them done within a test's time
 
 
+@pytest.mark.proof
 @pytest.mark.seconds(60)
 @pytest.mark.parametrize("share", range(SHARES))
 def test_interpreted(share):
-    run([FOLDER / name for name in FILES[share::SHARES]], "not slow")
+    run([FOLDER / name for name in KERNELS[share::SHARES]], "not slow")
 
 
+@pytest.mark.proof
 @pytest.mark.long
 @pytest.mark.seconds(70)
 @pytest.mark.parametrize("name", SLOW_FILES)
 def test_interpreted_slow(name):
     run([FOLDER / name], "slow")
+
+
+@pytest.mark.seconds(30)
+def test_models_interpreted():
+    run([FOLDER / MODELS], "not slow")
+
+
+@pytest.mark.long
+@pytest.mark.seconds(70)
+def test_models_interpreted_slow():
+    run([FOLDER / MODELS], "slow")

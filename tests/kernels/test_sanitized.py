@@ -21,15 +21,13 @@ def beyond_tilelens() -> bool:
     return tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) and version("tilelens").startswith("3.1")
 
 
+if any(importlib.util.find_spec(name) is None for name in ("triton", "tilelens")):
+    pytest.skip("TileLens is missing", allow_module_level=True)
 pytestmark = [
     pytest.mark.long,
     pytest.mark.proof,
-    pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in ("triton", "tilelens")), reason="TileLens is missing"
-    ),
+    pytest.mark.skipif(beyond_tilelens(), reason="TileLens 3.1 does not know Triton 3.9"),
 ]
-if not pytestmark[2].args[0] and beyond_tilelens():
-    pytestmark.append(pytest.mark.skip(reason="TileLens 3.1 does not know Triton 3.9"))
 
 
 def sanitize(name: str) -> dict:
