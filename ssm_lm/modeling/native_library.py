@@ -1,6 +1,8 @@
 """C sources as libraries, each compiled once a machine, when it is first asked for, by the compiler that is there.
 
     step         native_source.py, the decoding step         compiled in a second
+                 native_steps_source.py, its state spaces
+                 native_layers_source.py, the rest of it
     operators    native_operators_source.py, S4's operators  in four
                  native_scan_source.py, and its chunk scan
     diagonal     native_diagonal_source.py, S4D's            in one
@@ -25,15 +27,17 @@ from pathlib import Path
 import torch
 
 from .native_diagonal_source import SOURCE as DIAGONAL
+from .native_layers_source import SOURCE as LAYERS
 from .native_operators_source import SOURCE as OPERATORS
 from .native_products_source import SOURCE as PRODUCTS
 from .native_scan_source import SOURCE as SCAN
 from .native_source import SOURCE as STEP
 from .native_ssd_source import SOURCE as SSD
+from .native_steps_source import SOURCE as STEPS
 from .native_systems_source import SOURCE as SYSTEMS
 
 SOURCES = {
-    "step": STEP,
+    "step": LAYERS + STEPS + STEP,
     "operators": PRODUCTS + OPERATORS + SCAN,
     "diagonal": DIAGONAL,
     "ssd": PRODUCTS + SSD,

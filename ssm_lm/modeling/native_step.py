@@ -470,7 +470,7 @@ class Program:
         return y
 
     def add(self, p: torch.Tensor, mode: int = 0, y: torch.Tensor | None = None) -> None:
-        """h += what p (B, H or 2H) and y make of each other: see add_gated in native_source.py."""
+        """h += what p (B, H or 2H) and y make of each other: see add_gated in native_layers_source.py."""
         self.call("add_gated", mode, *self.h.shape, p, y, self.h)
 
 

@@ -83,9 +83,9 @@ void dplr_system(I H, I S, I half, I rank, const float *log_dt, const float *log
     }
 }
 
-/* The same system but for E and C_row as step_dplr_shared of native_source.py reads it, (H, 1 + rank + rank^2): from
-       F = w P mix 4,  B_bar = w (dt B - P of_u 2),  w = (E + 1) / 2
-   dt / 2, then of_u = dt mix P^T w B, then mix = dt / 2 M */
+/* The same system but for E and C_row as step_dplr_shared of native_steps_source.py reads it: with w = (E + 1) / 2
+       F = w P mix 4,  B_bar = w (dt B - P of_u 2)
+   numbers (H, 1 + rank + rank^2): dt / 2, then of_u = dt mix P^T w B, then mix = dt / 2 M */
 void dplr_numbers(I H, I S, I half, I rank, const float *log_dt, const float *log_re, const float *im, const float *P,
                   const float *B, float *numbers, I threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)

@@ -1,0 +1,169 @@
+"""The C source of what stands around the state spaces in a decoding step on a CPU: embeddings, products, norms, gates,
+activations. It is in front of native_steps_source.py and native_source.py.
+
+Every function is one operation on few tokens, in float32, and stands for the PyTorch code named beside it, which is its
+twin in the tests. Weights may be bfloat16 (`half` = 1): a float's upper half. All threads call it together, and share
+the loops that are marked `omp for`, at whose end they wait for one another.
+"""
+
+SOURCE = r"""
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef int64_t I;
+
+static inline float widen(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+static inline float at(const void *p, I i, I half) {
+    return half ? widen(((const uint16_t *)p)[i]) : ((const float *)p)[i];
+}
+
+/* y = W x + bias: x (B, in), W (out, in), y (B, out). Of few rows bound by the reading of W; four of them share it. */
+#define LINEAR(NAME, TYPE, LOAD)                                                                    \
+    static void NAME(I B, I out, I in, const float *x, const TYPE *W, const void *bias, I half,     \
+                     float *y) {                                                                    \
+        _Pragma("omp for schedule(static)")                                                         \
+        for (I o = 0; o < out; o++) {                                                               \
+            const TYPE *w = W + o * in;                                                             \
+            const float plus = bias ? at(bias, o, half) : 0;                                        \
+            I b = 0;                                                                                \
+            for (; b + 4 <= B; b += 4) {                                                            \
+                const float *x0 = x + b * in, *x1 = x0 + in, *x2 = x1 + in, *x3 = x2 + in;          \
+                float s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                               \
+                _Pragma("omp simd reduction(+ : s0, s1, s2, s3)")                                   \
+                for (I i = 0; i < in; i++) {                                                        \
+                    float v = LOAD(w[i]);                                                           \
+                    s0 += v * x0[i]; s1 += v * x1[i]; s2 += v * x2[i]; s3 += v * x3[i];             \
+                }                                                                                   \
+                y[b * out + o] = s0 + plus; y[(b + 1) * out + o] = s1 + plus;                       \
+                y[(b + 2) * out + o] = s2 + plus; y[(b + 3) * out + o] = s3 + plus;                 \
+            }                                                                                       \
+            for (; b < B; b++) {                                                                    \
+                const float *x0 = x + b * in;                                                       \
+                float s0 = 0;                                                                       \
+                _Pragma("omp simd reduction(+ : s0)")                                               \
+                for (I i = 0; i < in; i++) s0 += LOAD(w[i]) * x0[i];                                \
+                y[b * out + o] = s0 + plus;                                                         \
+            }                                                                                       \
+        }                                                                                           \
+    }
+#define SAME(x) (x)
+LINEAR(linear_float, float, SAME)
+LINEAR(linear_half, uint16_t, widen)
+
+#define BLOCK 64 /* rows of x that stay near while a row of W meets them */
+static void linear(I B, I out, I in, const float *x, const void *W, const void *bias, I half, float *y) {
+    for (I b = 0; b < B; b += BLOCK) {
+        const I rows = B - b < BLOCK ? B - b : BLOCK;
+        if (half) linear_half(rows, out, in, x + b * in, W, bias, half, y + b * out);
+        else linear_float(rows, out, in, x + b * in, W, bias, half, y + b * out);
+    }
+}
+/* Whether PyTorch's products of bfloat16 may be faster: the processor multiplies it; or this was built for no processor
+   in particular, or for one thread */
+I multiplies_half(void) {
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16)
+    return 1;
+#elif !defined(_OPENMP) || (defined(__x86_64__) && !defined(__AVX2__))
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+static void norm_row(I H, const float *x, const void *weight, const void *bias, I half, float eps, I layer, float *y) {
+    float mean = 0, square = 0;
+    if (layer) {
+        #pragma omp simd reduction(+ : mean)
+        for (I i = 0; i < H; i++) mean += x[i];
+        mean /= H;
+    }
+    #pragma omp simd reduction(+ : square)
+    for (I i = 0; i < H; i++) square += (x[i] - mean) * (x[i] - mean);
+    const float scale = 1 / sqrtf(square / H + eps);
+    for (I i = 0; i < H; i++) {
+        y[i] = (x[i] - mean) * scale * (weight ? at(weight, i, half) : 1) + (bias ? at(bias, i, half) : 0);
+    }
+}
+
+/* nn.Embedding: h (B, H), the rows of table (V, H) that tokens (B), each below V, name */
+static void embed(I B, I H, const I *tokens, const void *table, I half, float *h) {
+    #pragma omp for schedule(static)
+    for (I b = 0; b < B; b++) {
+        for (I i = 0; i < H; i++) h[b * H + i] = at(table, tokens[b] * H + i, half);
+    }
+}
+
+/* x.to(bfloat16).to(float32), n numbers: to the nearest, of two to the even one */
+static void round_half(I n, float *x) {
+    #pragma omp for schedule(static)
+    for (I i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits = x[i] == x[i] ? (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000 : 0x7fc00000;
+        memcpy(x + i, &bits, 4);
+    }
+}
+
+/* nn.LayerNorm where layer is 1, else nn.RMSNorm: x, y (B, H) */
+static void norm(I B, I H, const float *x, const void *weight, const void *bias, I half, float eps, I layer, float *y) {
+    #pragma omp for schedule(static)
+    for (I b = 0; b < B; b++) norm_row(H, x + b * H, weight, bias, half, eps, layer, y + b * H);
+}
+
+/* y = f(a) b for `rows` rows of `width` numbers, which lie a_apart, b_apart and y_apart; f: 0 identity, 2 silu */
+static void multiply(I f, I rows, I width, const float *a, I a_apart, const float *b, I b_apart, float *y, I y_apart) {
+    #pragma omp for schedule(static) collapse(2)
+    for (I r = 0; r < rows; r++) {
+        for (I i = 0; i < width; i++) {
+            const float v = a[r * a_apart + i];
+            y[r * y_apart + i] = (f == 2 ? v / (1 + expf(-v)) : v) * b[r * b_apart + i];
+        }
+    }
+}
+
+/* y += D x: x, y (B, H) */
+static void add_skip(I B, I H, const float *x, const float *D, float *y) {
+    #pragma omp for schedule(static) collapse(2)
+    for (I b = 0; b < B; b++) for (I h = 0; h < H; h++) y[b * H + h] += D[h] * x[b * H + h];
+}
+
+/* the activations of activations.py (0 identity, 1 gelu, 2 silu): n numbers, y may be x */
+static void activate(I kind, I n, const float *x, float *y) {
+    #pragma omp for schedule(static)
+    for (I i = 0; i < n; i++) {
+        const float v = x[i];
+        switch (kind) {
+            case 1: y[i] = 0.5f * v * (1 + erff(v * 0.70710678118654752f)); break;
+            case 2: y[i] = v / (1 + expf(-v)); break;
+            default: y[i] = v;
+        }
+    }
+}
+
+/* the residual h (B, H) after a sublayer. mode 0: h += p; 1, "glu": h += p[:H] sigmoid(p[H:]), p (B, 2H);
+   2, "half": h += y sigmoid(p) */
+static void add_gated(I mode, I B, I H, const float *p, const float *y, float *h) {
+    const I width = mode == 1 ? 2 * H : H;
+    #pragma omp for schedule(static) collapse(2)
+    for (I b = 0; b < B; b++) {
+        for (I i = 0; i < H; i++) {
+            const float v = p[b * width + i];
+            if (mode == 0) h[b * H + i] += v;
+            else if (mode == 1) h[b * H + i] += v / (1 + expf(-p[b * width + H + i]));
+            else h[b * H + i] += y[b * H + i] / (1 + expf(-v));
+        }
+    }
+}
+
+/* mixers.masked: x (B, H) *= by (B) */
+static void mask(I B, I H, float *x, const float *by) {
+    #pragma omp for schedule(static)
+    for (I b = 0; b < B; b++) for (I i = 0; i < H; i++) x[b * H + i] *= by[b];
+}
+"""
