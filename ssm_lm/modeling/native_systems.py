@@ -1,9 +1,9 @@
-"""The discrete systems of S4 and S4D on a CPU, by the library of native_systems_source.py, where no gradient is asked
-for: of a prompt of a few dozen tokens the two take longer in PyTorch than all of its steps.
+"""The discrete systems of S4 and S4D on a CPU, by the library of native_systems_source.py: S4's with its gradients,
+S4D's where none is asked for. Of a prompt of a few dozen tokens the two take longer in PyTorch than all of its steps;
+of a step of training S4 the hundred small operations, and three times as many back, are a twentieth.
 
 It stands for dplr_discretization.py and diagonal_discretization.py, its twins, of parameters in float32. It computes in
-float64, as the second of them does. In graphs, with gradients, for few channels and where there is no compiler, the
-twins run.
+float64, as the second of them does. In graphs, for few channels and where there is no compiler, the twins run.
 
 Shapes: H channels, S systems that they share, N order of the real system.
 """
@@ -11,6 +11,7 @@ Shapes: H channels, S systems that they share, N order of the real system.
 import torch
 
 from .discrete import DiscreteDiagonal, DiscreteDPLR
+from .dplr_discretization import bilinear_dplr
 from .native_library import doubles, floats, for_c, library
 from .native_operators import may_run, threads_for
 
@@ -18,25 +19,58 @@ SMALLEST = 1 << 12  # numbers of all states, 64 of 64 channels: of fewer the twi
 MOST_RANK = 2  # of the source
 
 
-def is_for_the_library(parameters: tuple[torch.Tensor, ...], setting: str) -> bool:
-    """Whether one of the two below is to run; the last of the parameters is C. setting: S4Config's key `kernels`."""
-    if torch.is_grad_enabled() or parameters[-1].numel() < SMALLEST or not may_run(parameters, setting):
+def is_for_the_library(parameters: tuple[torch.Tensor, ...], setting: str, has_gradients: bool) -> bool:
+    """Whether one of those below is to run, which has gradients or has not; the last of the parameters is C. setting:
+    S4Config's key `kernels`.
+    """
+    if torch.is_grad_enabled() and not has_gradients:
+        return False
+    if parameters[-1].numel() < SMALLEST or not may_run(parameters, setting):
         return False
     return all(x.dtype == torch.float32 for x in parameters) and library("systems") is not None
 
 
 def native_dplr_system(log_dt, Lambda_log_re, Lambda_im, P, B, C) -> DiscreteDPLR:
     """`bilinear_dplr`, for P (rank, S, N), rank at most MOST_RANK."""
-    (H, N), rank = C.shape, len(P)
-    low_rank = (H, N, rank)
-    found = [floats(*shape) for shape in ((H, N), low_rank, low_rank, (H, N), (H, N))]
-    _call("dplr_system", (H, len(B), N // 2, rank), (log_dt, Lambda_log_re, Lambda_im, P, B, C), found)
-    return DiscreteDPLR(*found)
+    return DiscreteDPLR(*_System.apply(log_dt, Lambda_log_re, Lambda_im, P, B, C))
+
+
+class _System(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *parameters):
+        ctx.save_for_backward(*parameters)
+        (H, N), rank = parameters[-1].shape, len(parameters[3])
+        low_rank = (H, N, rank)
+        found = [floats(*shape) for shape in ((H, N), low_rank, low_rank, (H, N), (H, N))]
+        _call("dplr_system", _sizes(*parameters[3:]), parameters, found)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        *shared, P, B, C = parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative
+            return _through_the_twin(parameters, gradients, ctx.needs_input_grad)
+        (H, N), rank = C.shape, len(P)
+        found = [floats(*shape) for shape in ((H,), (H, N // 2), (H, N // 2), (rank, H, N), (H, N), (H, N))]
+        _call("dplr_system_backward", _sizes(P, B, C), (*shared, P, B, *gradients), found)
+        of_log_dt, *of_shared, of_C = found
+        return of_log_dt, *(x.unflatten(-2, (-1, len(B))).sum(-3) for x in of_shared), of_C
+
+
+def _through_the_twin(parameters, gradients, needed) -> tuple[torch.Tensor | None, ...]:
+    wanted = [x for x, needs in zip(parameters, needed, strict=True) if needs]
+    pairs = [(x, g) for x, g in zip(bilinear_dplr(*parameters), gradients, strict=True) if x.requires_grad]
+    found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], create_graph=True))
+    return tuple(next(found) if needs else None for needs in needed)
+
+
+def _sizes(P, B, C) -> tuple[int, int, int, int]:
+    return len(C), len(B), C.shape[1] // 2, len(P)
 
 
 def native_dplr_numbers(log_dt, Lambda_log_re, Lambda_im, P, B) -> torch.Tensor:
     """Of the same system what single steps of one row read beside E, C_row and what the channels share, P and B:
-    (H, 1 + rank + rank^2).
+    (H, 1 + rank + rank^2); without gradients.
     """
     H, rank = len(log_dt), len(P)
     found = floats(H, 1 + rank + rank**2)
@@ -45,7 +79,7 @@ def native_dplr_numbers(log_dt, Lambda_log_re, Lambda_im, P, B) -> torch.Tensor:
 
 
 def native_diagonal_system(log_dt, Lambda_log_re, Lambda_im, B, C) -> DiscreteDiagonal:
-    """`diagonal_system` by zero-order hold, and what a step reads of it."""
+    """`diagonal_system` by zero-order hold, and what a step reads of it; without gradients."""
     H, N = C.shape
     halves = [make(H, N // 2) for make in (doubles, doubles, floats, floats)]
     found = [*halves, floats(H, N), floats(H, N)]
@@ -55,5 +89,5 @@ def native_diagonal_system(log_dt, Lambda_log_re, Lambda_im, B, C) -> DiscreteDi
 
 def _call(name: str, sizes: tuple[int, ...], parameters, found) -> None:
     """A function of the library, with threads for it."""
-    parameters = [x.contiguous() for x in parameters]  # kept until it returns
+    parameters = [x.detach().contiguous() for x in parameters]  # kept until it returns
     getattr(library("systems"), name)(*map(for_c, (*sizes, *parameters, *found, threads_for(sizes[0]))))

@@ -402,7 +402,7 @@ def dplr_discretization(log_dt, Lambda_log_re, Lambda_im, P, B, C, setting: str 
         setting=setting,
         problem=(B.shape[-1], rank),
     )
-    if not run_kernel and rank <= MOST_RANK and system_is_for_the_library(parameters, setting):
+    if not run_kernel and rank <= MOST_RANK and system_is_for_the_library(parameters, setting, has_gradients=True):
         return native_dplr_system(*parameters)
     return DPLR_DISCRETIZATION.either(run_kernel)(*parameters)
 
@@ -457,7 +457,7 @@ def diagonal_system(
     """
     parameters, N = (log_dt, Lambda_log_re, Lambda_im, B, C), C.shape[1]
     run_kernel = _discretizes_on_kernel(parameters, method, N, setting)
-    if not run_kernel and method == "zoh" and system_is_for_the_library(parameters, setting):
+    if not run_kernel and method == "zoh" and system_is_for_the_library(parameters, setting, has_gradients=False):
         return native_diagonal_system(*parameters)[:4]
     return DIAGONAL_DISCRETIZATION.either(run_kernel)(*parameters, method)
 
@@ -465,7 +465,7 @@ def diagonal_system(
 def diagonal_steps(log_dt, Lambda_log_re, Lambda_im, B, C, method: str, setting: str = "auto") -> DiscreteDiagonal:
     """`diagonal_system`, and what a step reads of it."""
     parameters = log_dt, Lambda_log_re, Lambda_im, B, C
-    if method == "zoh" and system_is_for_the_library(parameters, setting):
+    if method == "zoh" and system_is_for_the_library(parameters, setting, has_gradients=False):
         return native_diagonal_system(*parameters)
     log_re, log_im, *CB = diagonal_system(*parameters, method, setting)
     Lambda_bar = torch.cat(powers(log_re, log_im, log_re.new_ones(())), -1).to(log_dt.dtype)

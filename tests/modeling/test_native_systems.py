@@ -43,6 +43,36 @@ def test_dplr(H, S, N, rank):
         assert difference(one, other) < 1e-7
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize(("H", "S", "N"), SIZES)
+def test_gradients_of_dplr(H, S, N, rank):
+    """Of every parameter, against the twin's in float64."""
+    given = [x.requires_grad_() for x in parameters(H, S, N, rank)]
+    doubled = [x.detach().double().requires_grad_() for x in given]
+    ours, theirs = native_systems.native_dplr_system(*given), bilinear_dplr(*doubled)
+    weights = [torch.randn_like(x) for x in ours]
+    found = torch.autograd.grad(ours, given, weights)
+    expected = torch.autograd.grad(theirs, doubled, [x.double() for x in weights])
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert difference(one, other) < 2e-7
+
+
+def test_gradients_where_few_are_asked_for_and_of_second_order():
+    given = parameters(6, 2, 10, 2)
+    given[4].requires_grad_()
+    (found,) = torch.autograd.grad(native_systems.native_dplr_system(*given).B_bar.sum(), given[4], create_graph=True)
+    (expected,) = torch.autograd.grad(bilinear_dplr(*given).B_bar.sum(), given[4])
+    torch.testing.assert_close(found, expected)
+    with torch.enable_grad():
+        given[3].requires_grad_()
+        of_P = []
+        for make in (native_systems.native_dplr_system, bilinear_dplr):
+            (of_B,) = torch.autograd.grad(make(*given).B_bar.square().sum(), given[4], create_graph=True)
+            of_P.append(torch.autograd.grad(of_B.square().sum(), given[3])[0])
+    torch.testing.assert_close(*of_P, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize(("H", "S", "N"), SIZES)
@@ -86,6 +116,26 @@ def all_of_them():
     )
 
 
+def gradients(*given):
+    """Of all that comes of a system, in the parameters."""
+    with torch.enable_grad():
+        given = [x.detach().requires_grad_() for x in given]
+        made = native_systems.native_dplr_system(*given)
+    return torch.autograd.grad(made, given, [torch.ones_like(x) for x in made])
+
+
+def test_the_same_bits_of_gradients():
+    threads, given, results = torch.get_num_threads(), parameters(6, 3, 10, 2), []
+    try:
+        for number in (1, 2, 7):
+            torch.set_num_threads(number)
+            results.append(gradients(*given))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 def test_the_same_bits():
     """Twice, by any number of threads, and of a channel among others."""
     threads = torch.get_num_threads()
@@ -105,23 +155,29 @@ def test_the_same_bits():
 def test_memory(monkeypatch):
     """Nothing is written beside what was asked for, and nothing is read that was not written; parameters may lie
     anyhow."""
-    frames = Frames()
-    expected = [make(*given) for make, given, _ in all_of_them()]
+    frames, cases = Frames(), [*all_of_them(), (gradients, parameters(6, 3, 10, 2), 5 + 6)]
+    expected = [make(*given) for make, given, _ in cases]
     monkeypatch.setattr(native_systems, "floats", frames.memory())
     monkeypatch.setattr(native_systems, "doubles", frames.memory(torch.float64))
-    for (make, given, _), wanted in zip(all_of_them(), expected, strict=True):
+    for (make, given, _), wanted in zip(cases, expected, strict=True):
         found = make(*(x.mT.contiguous().mT if x.dim() > 1 else x for x in given))
         assert all(map(torch.equal, wanted, found))
-    frames.check(sum(count for *_, count in all_of_them()))
+    frames.check(sum(count for *_, count in cases))
 
 
 @pytest.mark.parametrize(("kind", "options"), [(S4, {}), (S4, {"init": "legt"}), (S4D, {})], ids=str)
 def test_when_it_runs(kind, options, monkeypatch):
-    """Without gradients, in float32, for a known rule; what it gives is what the layer has without it."""
+    """In float32, for a known rule, S4D's without gradients; what it gives is what the layer has without it."""
     names = called_names(monkeypatch, native_systems)
     layer = kind(8, 16, **options)
+    layer.kernels = "torch"
     expected = layer.discretize()
     assert not names
+    layer.kernels = "auto"
+    found = layer.discretize()
+    assert found[0].requires_grad
+    assert len(names) == (kind is S4)
+    names.clear()
     with torch.no_grad():
         found = layer.discretize()
         assert len(names) == 1
