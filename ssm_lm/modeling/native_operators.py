@@ -29,7 +29,8 @@ def may_run(read: Sequence[torch.Tensor], setting: str) -> bool:
     """Whether C may take these tensors: on a CPU, in no graph or transform. setting: S4Config's key `kernels`."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_force(setting) != "auto":
         return False
-    if torch._C._are_functorch_transforms_active():  # torch.func asks more of an operation than its gradient
+    # torch.func and derivatives forward ask more of an operation than its gradient
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False
     # a subclass may be a tensor without numbers
     return all(type(x) in (torch.Tensor, nn.Parameter) and x.device.type == "cpu" for x in read)

@@ -128,10 +128,10 @@ def most_rows(half: bool) -> float:
 def is_time_for_the_library(kernels: str) -> bool:
     """Whether the library may stand for PyTorch now, whatever the tensors; kernels: the config's key.
 
-    Beside what `may_run` asks, not where something looks on: gradients forward or backward, modes that count or replace
-    operations, hooks on all modules.
+    Beside what `may_run` asks, not where something looks on: gradients, modes that count or replace operations, hooks
+    on all modules.
     """
-    if not may_run((), kernels) or torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+    if not may_run((), kernels) or torch.is_grad_enabled():
         return False
     if torch._C._len_torch_dispatch_stack() or all_have_hooks():
         return False

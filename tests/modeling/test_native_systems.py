@@ -3,6 +3,7 @@
 import pytest
 import torch
 from in_c import Frames, called_names, difference, needs
+from torch.autograd import forward_ad
 
 from ssm_lm.modeling import native_systems
 from ssm_lm.modeling.diagonal_discretization import diagonal_system
@@ -71,6 +72,20 @@ def test_gradients_where_few_are_asked_for_and_of_second_order():
             (of_B,) = torch.autograd.grad(make(*given).B_bar.square().sum(), given[4], create_graph=True)
             of_P.append(torch.autograd.grad(of_B.square().sum(), given[3])[0])
     torch.testing.assert_close(*of_P, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [S4, S4D])
+def test_derivatives_forward_go_through_the_twins(kind):
+    layer, u = kind(8, 16), torch.randn(1, 5, 8)
+    found = []
+    for kernels in ("torch", "auto"):
+        layer.kernels = kernels
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = {name: forward_ad.make_dual(x.detach(), torch.ones_like(x)) for name, x in layer.named_parameters()}
+            y, _ = torch.func.functional_call(layer, dual, (u,), {"mode": "recurrent"})
+            found.append(forward_ad.unpack_dual(y).tangent)
+    assert found[1] is not None
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
