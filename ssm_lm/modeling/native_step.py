@@ -402,15 +402,15 @@ class Program:
     def state_space(self, mixer: nn.Module, x: torch.Tensor, layer) -> torch.Tensor:
         """The steps of a mixer's state space, D x included."""
         ssm = mixer.ssm
-        state = self.state(mixer, mixer.state_index, ssm, x, layer)
-        discrete = discrete_from(ssm, layer.get_memo(mixer.state_index))
+        state, memo = self.state(mixer, mixer.state_index, ssm, x, layer), layer.get_memo(mixer.state_index)
+        discrete = discrete_from(ssm, memo)
         self.discretized += ssm.parameters()
         D, sizes = self.weight(ssm.D, torch.float32), (*self.shape, *state.shape[1:])
         if isinstance(discrete, DiscreteDiagonal):
             y = self.room(x.shape[1])
             self.call("step_diagonal", *sizes, x, state, discrete.Lambda_bar, discrete.row, D, y)
         elif isinstance(discrete, DiscreteDPLR) and discrete.F.shape[-1] <= 4:
-            y = self._dplr(ssm, discrete, x, state, D)
+            y = self._dplr(ssm, discrete, memo, x, state, D)
         elif isinstance(discrete, DiscreteMIMO):
             Lambda_bar, drives, reads = discrete.coefficients()
             states = self.product(x, drives)
@@ -423,13 +423,14 @@ class Program:
             raise Unsupported(type(discrete).__name__)
         return y
 
-    def _dplr(self, ssm, system: DiscreteDPLR, x, state, D) -> torch.Tensor:
+    def _dplr(self, ssm, system: DiscreteDPLR, memo, x, state, D) -> torch.Tensor:
         y, (rows, T), (H, N, rank) = self.room(x.shape[1]), self.shape, system.F.shape
         # of one row a step is bound by reading its system, which several rows share
         if rows == 1 and type(ssm) is S4 and rank <= MOST_RANK and library("systems") is not None:
             P, B = self.weight(ssm.P, torch.float32), self.weight(ssm.B, torch.float32)
-            numbers = native_dplr_numbers(ssm.log_dt, ssm.Lambda_log_re, ssm.Lambda_im, P, B)
-            given = system.E, P, B, numbers, system.C_row
+            if memo.numbers is None:
+                memo.numbers = native_dplr_numbers(ssm.log_dt, ssm.Lambda_log_re, ssm.Lambda_im, P, B)
+            given = system.E, P, B, memo.numbers, system.C_row
             self.call("step_dplr_shared", len(B), T, H, N, rank, x, state, *given, D, y)
         else:
             F, G = (part.transpose(1, 2).contiguous() for part in (system.F, system.G))

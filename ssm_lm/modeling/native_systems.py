@@ -39,42 +39,38 @@ class _System(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *parameters):
         ctx.save_for_backward(*parameters)
-        (H, N), rank = parameters[-1].shape, len(parameters[3])
-        low_rank = (H, N, rank)
-        found = [floats(*shape) for shape in ((H, N), low_rank, low_rank, (H, N), (H, N))]
-        _call("dplr_system", _sizes(*parameters[3:]), parameters, found)
+        sizes = H, _, half, rank = _sizes(*parameters[:-1])
+        vectors, low_rank = (H, 2 * half), (H, 2 * half, rank)
+        found = [floats(*shape) for shape in (vectors, low_rank, low_rank, vectors, vectors)]
+        _call("dplr_system", sizes, parameters, found)
         return tuple(found)
 
     @staticmethod
     def backward(ctx, *gradients):
-        *shared, P, B, C = parameters = ctx.saved_tensors
+        log_dt, *shared, C = parameters = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative
-            return _through_the_twin(parameters, gradients, ctx.needs_input_grad)
-        (H, N), rank = C.shape, len(P)
-        found = [floats(*shape) for shape in ((H,), (H, N // 2), (H, N // 2), (rank, H, N), (H, N), (H, N))]
-        _call("dplr_system_backward", _sizes(P, B, C), (*shared, P, B, *gradients), found)
+            _, back = torch.func.vjp(bilinear_dplr, *parameters)
+            return back(DiscreteDPLR(*gradients))
+        sizes = H, S, half, rank = _sizes(log_dt, *shared)
+        found = [floats(*shape) for shape in ((H,), (H, half), (H, half), (rank, H, 2 * half), (H, 2 * half), C.shape)]
+        _call("dplr_system_backward", sizes, (log_dt, *shared, *gradients), found)
         of_log_dt, *of_shared, of_C = found
-        return of_log_dt, *(x.unflatten(-2, (-1, len(B))).sum(-3) for x in of_shared), of_C
+        return of_log_dt, *(x.unflatten(-2, (-1, S)).sum(-3) for x in of_shared), of_C
 
 
-def _through_the_twin(parameters, gradients, needed) -> tuple[torch.Tensor | None, ...]:
-    wanted = [x for x, needs in zip(parameters, needed, strict=True) if needs]
-    pairs = [(x, g) for x, g in zip(bilinear_dplr(*parameters), gradients, strict=True) if x.requires_grad]
-    found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], create_graph=True))
-    return tuple(next(found) if needs else None for needs in needed)
-
-
-def _sizes(P, B, C) -> tuple[int, int, int, int]:
-    return len(C), len(B), C.shape[1] // 2, len(P)
+def _sizes(log_dt, Lambda_log_re, Lambda_im, P, B) -> tuple[int, int, int, int]:
+    """H, S, N / 2, rank"""
+    return len(log_dt), *Lambda_im.shape, len(P)
 
 
 def native_dplr_numbers(log_dt, Lambda_log_re, Lambda_im, P, B) -> torch.Tensor:
     """Of the same system what single steps of one row read beside E, C_row and what the channels share, P and B:
     (H, 1 + rank + rank^2); without gradients.
     """
-    H, rank = len(log_dt), len(P)
+    parameters = log_dt, Lambda_log_re, Lambda_im, P, B
+    sizes = H, _, _, rank = _sizes(*parameters)
     found = floats(H, 1 + rank + rank**2)
-    _call("dplr_numbers", (H, len(B), B.shape[1] // 2, rank), (log_dt, Lambda_log_re, Lambda_im, P, B), [found])
+    _call("dplr_numbers", sizes, parameters, [found])
     return found
 
 

@@ -83,6 +83,14 @@ void dplr_system(I H, I S, I half, I rank, const float *log_dt, const float *log
     }
 }
 
+/* The gradient of one number of f in the equations below, vector k, state m, by those of a channel's F and B_bar */
+static inline Complex through_f(const float *of_F, const float *of_B_bar, I half, I rank, I m, I k, double dt,
+                                const double *of_B) {
+    const I at = m * rank + k;
+    return (Complex){2 * of_F[at] - dt * of_B[k] * of_B_bar[m],
+                     2 * of_F[at + half * rank] - dt * of_B[k] * of_B_bar[half + m]};
+}
+
 /* The gradients of bilinear_dplr. That of a complex z has those of its parts, of_z = d/d re + i d/d im: with c = a b,
    of_a = conj(b) of_c; with a sum of re(conj(a) b), whose gradient is g, of_a = g b and of_b = g a. What it goes
    through is f = F / 2 = dt wP M and B_bar = dt (wB - f of_B), with of_B = P^T wB and M the inverse of 1 + dt P^T wP.
@@ -102,9 +110,7 @@ void dplr_system_backward(I H, I S, I half, I rank, const float *log_dt, const f
             const Complex w = inverse_of(dt, log_re + s * half, im + s * half, m);
             const Complex g_b = number(of_B_bar + h * N, half, m);
             for (I k = 0; k < rank; k++) {
-                const I at = (h * N + m) * rank + k;
-                const Complex g_f = {2 * of_F[at] - dt * of_B[k] * g_b.re,
-                                     2 * of_F[at + half * rank] - dt * of_B[k] * g_b.im};
+                const Complex g_f = through_f(of_F + h * N * rank, of_B_bar + h * N, half, rank, m, k, dt, of_B);
                 for (I r = 0; r < rank; r++) {
                     const Complex wP = product(w, number(P + (r * S + s) * N, half, m));
                     g_M[r][k] += dt * (wP.re * g_f.re + wP.im * g_f.im);
@@ -132,10 +138,8 @@ void dplr_system_backward(I H, I S, I half, I rank, const float *log_dt, const f
                 Complex g_P = product(w, g_G), g_wP = {0, 0};
                 g_P.re += g_of_B[r] * wB.re, g_P.im += g_of_B[r] * wB.im;
                 for (I k = 0; k < rank; k++) {
-                    const I k_at = (h * N + m) * rank + k;
                     const Complex other = number(P + (k * S + s) * N, half, m), w_other = product(w, other);
-                    const Complex g_f = {2 * of_F[k_at] - dt * of_B[k] * g_b.re,
-                                         2 * of_F[k_at + half * rank] - dt * of_B[k] * g_b.im};
+                    const Complex g_f = through_f(of_F + h * N * rank, of_B_bar + h * N, half, rank, m, k, dt, of_B);
                     g_wP.re += dt * (M[r][k] * g_f.re + g_cap[k][r] * other.re);
                     g_wP.im += dt * (M[r][k] * g_f.im + g_cap[k][r] * other.im);
                     g_P.re += dt * g_cap[r][k] * w_other.re, g_P.im += dt * g_cap[r][k] * w_other.im;

@@ -8,16 +8,16 @@ from .execution import Execution, Problem, decide, is_any, rule_of
 
 
 class Memo:
-    """What a state space has derived from its parameters for single steps: the discrete system, and what the step's
-    kernel reads of it; None until it is needed. No dict: what moves arguments to a device would copy that.
+    """What a state space has derived from its parameters for single steps: the discrete system, and what the steps in
+    kernels and in C read of it; None until it is needed. No dict: what moves arguments to a device would copy that.
 
     It is of the parameters that it was derived from: `forget_other_parameters` empties it once they were written to.
     """
 
-    __slots__ = ("discrete", "step", "versions")
+    __slots__ = ("discrete", "numbers", "step", "versions")
 
     def __init__(self):
-        self.discrete = self.step = self.versions = None
+        self.discrete = self.step = self.numbers = self.versions = None
 
     def forget_other_parameters(self, layer) -> None:
         """Drop what was derived before an optimizer's step, or whatever else wrote to the parameters of `layer`.
@@ -29,7 +29,8 @@ class Memo:
             return
         versions = versions_of(layer._parameters.values())  # of each token, and parameters() is slow
         if versions != self.versions:
-            self.discrete, self.step, self.versions = None, None, versions
+            self.discrete = self.step = self.numbers = None
+            self.versions = versions
 
 
 def versions_of(parameters) -> list[int]:
