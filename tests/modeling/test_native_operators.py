@@ -84,25 +84,19 @@ def test_layer(runs, monkeypatch, init, n_ssm, frozen):
         assert difference(ours, exact) < max(2e-6, 2 * difference(plain, exact))
 
 
-def test_the_same_bits(monkeypatch):
+def test_the_same_bits(any_threads):
     """Twice, by any number of threads, and of a channel among others."""
-    discrete, threads = system(5, 64, 1), torch.get_num_threads()
-    results = []
-    try:
-        for number, channels in (
-            (1, slice(0, 5)),
-            (1, slice(0, 5)),
-            (2, slice(0, 5)),
-            (7, slice(0, 5)),
-            (2, slice(4, 5)),
-        ):
-            torch.set_num_threads(number)
-            operators, gradients = with_gradients(
-                native_operators.native_operators, [x[channels] for x in discrete], 12
-            )
-            results.append([x[-1] for x in (*operators, *gradients)])
-    finally:
-        torch.set_num_threads(threads)
+    discrete, results = system(5, 64, 1), []
+    for number, channels in (
+        (1, slice(0, 5)),
+        (1, slice(0, 5)),
+        (2, slice(0, 5)),
+        (7, slice(0, 5)),
+        (2, slice(4, 5)),
+    ):
+        torch.set_num_threads(number)
+        operators, gradients = with_gradients(native_operators.native_operators, [x[channels] for x in discrete], 12)
+        results.append([x[-1] for x in (*operators, *gradients)])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
@@ -189,18 +183,15 @@ def test_a_model_trains_as_by_pytorch(runs, monkeypatch):
         assert difference(ours, plain) < 1e-4
 
 
-def test_a_fork_of_a_process_that_has_threads():
+def test_a_fork_of_a_process_that_has_threads(any_threads):
     """OpenMP's threads stay behind, and a child would wait for them forever; it works on one, to the same bits."""
-    discrete, threads = system(4, 16, 1), torch.get_num_threads()
+    discrete = system(4, 16, 1)
     torch.set_num_threads(2)
-    try:
-        expected = native_operators.native_operators(discrete, 8)
-        child = os.fork()
-        if child == 0:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(20)
-            same = all(map(torch.equal, native_operators.native_operators(discrete, 8), expected))
-            os._exit(0 if same else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    expected = native_operators.native_operators(discrete, 8)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        same = all(map(torch.equal, native_operators.native_operators(discrete, 8), expected))
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

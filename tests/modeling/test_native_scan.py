@@ -70,25 +70,22 @@ def test_scan(B, H, N, T, chunks, which, dense):
         assert difference(one, other) < 5e-6
 
 
-def test_the_same_bits():
+def test_the_same_bits(any_threads):
     """Twice, by any number of threads, and of channels among others."""
     u, operators, state, keep = example(2, 40, 8, 16, 6)
-    weights, threads, results = [torch.randn(u.shape), torch.randn(state.shape)], torch.get_num_threads(), []
-    try:
-        for number, one in ((1, False), (1, False), (2, False), (7, False), (2, True)):
-            torch.set_num_threads(number)
-            part = slice(32, 40) if one else slice(0, 40)
-            found = run(
-                NATIVE,
-                u[..., part],
-                ChunkOperators(*(x[part] for x in operators)),
-                state[:, part],
-                Wanted(keep),
-                [weights[0][..., part], weights[1][:, part]],
-            )
-            results.append(found)
-    finally:
-        torch.set_num_threads(threads)
+    weights, results = [torch.randn(u.shape), torch.randn(state.shape)], []
+    for number, one in ((1, False), (1, False), (2, False), (7, False), (2, True)):
+        torch.set_num_threads(number)
+        part = slice(32, 40) if one else slice(0, 40)
+        found = run(
+            NATIVE,
+            u[..., part],
+            ChunkOperators(*(x[part] for x in operators)),
+            state[:, part],
+            Wanted(keep),
+            [weights[0][..., part], weights[1][:, part]],
+        )
+        results.append(found)
     for other in results[1:4]:
         assert all(map(torch.equal, results[0], other))
     for axis, all_, part in zip((2, 1, 2, 0, 0, 0, 0, 1), results[0], results[4], strict=True):

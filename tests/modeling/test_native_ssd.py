@@ -78,21 +78,18 @@ def test_weights_fade_to_zero():
         assert difference(one, other) < 1e-5
 
 
-def test_the_same_bits():
+def test_the_same_bits(any_threads):
     """Twice, by any number of threads, and of heads among others."""
     inputs, state, begins = example(2, 40, 6, 5, 8, True, True)
-    threads, results = torch.get_num_threads(), []
+    results = []
     weights = [torch.randn(2, 40, 30), torch.randn(2, 30, 8)]
-    try:
-        for number, heads in ((1, 6), (1, 6), (2, 6), (7, 6), (2, 2)):
-            torch.set_num_threads(number)
-            H = heads * 5
-            v, b, c, dt, decay, omega, skip = inputs
-            part = v[..., :H], b, c, dt[..., :heads], decay[:heads], omega[:heads], skip[:H]
-            wanted = [weights[0][..., :H], weights[1][:, :H]]
-            results.append(run(native_ssd_scan, part, state[:, :H], begins, 16, wanted))
-    finally:
-        torch.set_num_threads(threads)
+    for number, heads in ((1, 6), (1, 6), (2, 6), (7, 6), (2, 2)):
+        torch.set_num_threads(number)
+        H = heads * 5
+        v, b, c, dt, decay, omega, skip = inputs
+        part = v[..., :H], b, c, dt[..., :heads], decay[:heads], omega[:heads], skip[:H]
+        wanted = [weights[0][..., :H], weights[1][:, :H]]
+        results.append(run(native_ssd_scan, part, state[:, :H], begins, 16, wanted))
     for other in results[1:4]:
         assert all(map(torch.equal, results[0], other))
     y, final, of_v = (results[0][i] for i in range(3))

@@ -139,32 +139,25 @@ def gradients(*given):
     return torch.autograd.grad(made, given, [torch.ones_like(x) for x in made])
 
 
-def test_the_same_bits_of_gradients():
-    threads, given, results = torch.get_num_threads(), parameters(6, 3, 10, 2), []
-    try:
-        for number in (1, 2, 7):
-            torch.set_num_threads(number)
-            results.append(gradients(*given))
-    finally:
-        torch.set_num_threads(threads)
+def test_the_same_bits_of_gradients(any_threads):
+    given, results = parameters(6, 3, 10, 2), []
+    for number in (1, 2, 7):
+        torch.set_num_threads(number)
+        results.append(gradients(*given))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
 
-def test_the_same_bits():
+def test_the_same_bits(any_threads):
     """Twice, by any number of threads, and of a channel among others."""
-    threads = torch.get_num_threads()
-    try:
-        for make, given, _ in all_of_them():
-            results = []
-            for number, chosen in ((1, slice(0, 6)), (2, slice(0, 6)), (7, slice(0, 6)), (2, slice(3, 6))):
-                torch.set_num_threads(number)
-                log_dt, *shared, C = given
-                results.append([x[-1] for x in make(log_dt[chosen], *shared, C[chosen])])
-            for other in results[1:]:
-                assert all(map(torch.equal, results[0], other))
-    finally:
-        torch.set_num_threads(threads)
+    for make, given, _ in all_of_them():
+        results = []
+        for number, chosen in ((1, slice(0, 6)), (2, slice(0, 6)), (7, slice(0, 6)), (2, slice(3, 6))):
+            torch.set_num_threads(number)
+            log_dt, *shared, C = given
+            results.append([x[-1] for x in make(log_dt[chosen], *shared, C[chosen])])
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))
 
 
 def test_memory(monkeypatch):
