@@ -11,7 +11,7 @@ import torch
 
 from .first_order import first_order
 from .kernel_launch import in_rows
-from .native_library import floats, for_c, library
+from .native_library import doubles, floats, for_c, library
 from .native_operators import threads_for
 from .ssd_chunks import numbers_of_documents, scan_by, sum_up_gradients, turns_of_chunks
 
@@ -43,7 +43,7 @@ class _Scan(torch.autograd.Function):
         is_shared = step.dim() == 2
         chunks = 1 if is_shared else -(-L // T)
         grad_v, grad_state, of_heads = floats(B, L, H), floats(B, H, N), floats(2, B, L, E, N)
-        of_operators = floats(B, chunks, E, T, N // 2), floats(B, chunks, E, T), floats(B, chunks, E, T)
+        of_operators = floats(B, chunks, E, T, N // 2), doubles(B, chunks, E, T), floats(B, chunks, E, T)
         of_skip = floats(B, 1, E, H // E)
         grad_y = torch.zeros_like(v) if grad_y is None else grad_y
         of_outputs = grad_y.contiguous(), None if grad_final is None else grad_final.contiguous()

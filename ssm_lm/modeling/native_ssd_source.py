@@ -187,7 +187,7 @@ I ssd_scan_room(I P, I N, I T) {
 I ssd_scan_backward_room(I P, I N, I T) {
     const I of_T = columns(T), of_N = columns(N), of_P = columns(P);
     return chunk_room(P, N, T) + 2 * N * of_P + 2 * P * of_N + P * of_T + T * (4 * of_P + 2 * of_N + of_T)
-         + T * (N / 2 + 2);
+         + T * (N / 2 + 1);
 }
 
 /* A head of a row: y (B, L, E P) may be NULL; state, or NULL, and final (B, E, P, N) */
@@ -230,10 +230,12 @@ APART void scan_head(const Scan *s, I b, I e, const float *state, float *y, floa
 }
 
 /* The backward's gradients: y, v (B, L, E P); final, or NULL, and state (B, E, P, N); vectors, b's and c's, (2, B, L,
-   E, N); angle (B, chunks, E, T, N / 2), decay and step (B, chunks, E, T), of one chunk if shared; skip (B, E, P) */
+   E, N); angle (B, chunks, E, T, N / 2), decay and step (B, chunks, E, T), of one chunk if shared; skip (B, E, P).
+   Decays in doubles: what a pair of tokens adds to one it takes from another, and little is left of their sum */
 typedef struct {
     const float *y, *final;
-    float *v, *state, *vectors, *angle, *decay, *step, *skip;
+    float *v, *state, *vectors, *angle, *step, *skip;
+    double *decay;
 } Gradients;
 
 /* R(angle) of the rows of a gradient of b~ or c~, to memory; and what it says of the angles */
@@ -260,17 +262,19 @@ APART void scan_head_back(const Scan *s, const Gradients *g, I b, I e, float *ro
     float *S_turned = of_S_turned + P * of_N, *x_turned = S_turned + P * of_N, *of_y = x_turned + P * of_T;
     float *of_x = of_y + T * of_P, *rows = of_x + T * of_P, *more_rows = rows + T * of_P;
     float *of_b = more_rows + T * of_P, *of_c = of_b + T * of_N, *of_scores = of_c + T * of_N;
-    float *of_angle = of_scores + T * of_T, *of_decay = of_angle + T * M;
-    float *of_step = of_decay + T;
+    float *of_angle = of_scores + T * of_T, *of_step = of_angle + T * M;
     float *of_skip = g->skip + head * P;
     memset(of_skip, 0, P * sizeof(float));
-    memset(of_angle, 0, T * (M + 2) * sizeof(float));
     read_state(of_S, g->final ? g->final + head * P * N : 0, N, P);
     for (I at = s->chunks - 1; at >= 0; at--) {
         read_chunk(s, k, b, e, at, 1, at == s->chunks - 1);
-        const I n = k->n, last = (n - 1) * M;
+        const I n = k->n, last = (n - 1) * M, operators = (s->shared ? head : (b * s->chunks + at) * s->E + e) * T;
+        double *of_decay = g->decay + operators;
         const float *start = s->starts + (head * (s->chunks + 1) + at) * N * P, *after = start + N * P;
-        if (!s->shared) memset(of_angle, 0, T * (M + 2) * sizeof(float));
+        if (!s->shared || at == s->chunks - 1) {
+            memset(of_angle, 0, T * (M + 1) * sizeof(float));
+            memset(of_decay, 0, T * sizeof(double));
+        }
         pad_rows(S, start, N, P);
         for (I t = 0; t < n; t++) {
             const float *from = g->y + (k->first + t) * s->E * P + e * P;
@@ -314,7 +318,8 @@ APART void scan_head_back(const Scan *s, const Gradients *g, I b, I e, float *ro
             product(n - c, P, 32, of_y + c * of_P, of_P, 1, x_turned + c, of_T, of_scores + c * of_T + c, of_T, 0);
         }
         for (I i = 0; i < n; i++) {
-            float *scores = k->scores + i * of_T, *of_row = of_scores + i * of_T, sum = 0;
+            float *scores = k->scores + i * of_T, *of_row = of_scores + i * of_T;
+            double sum = 0;
             const float *weights = k->weights + i * of_T;
             #pragma omp simd reduction(+ : sum)
             for (I j = 0; j <= i; j++) {
@@ -340,9 +345,7 @@ APART void scan_head_back(const Scan *s, const Gradients *g, I b, I e, float *ro
             of_step[t] += dot(P, v, x);
         }
         if (s->shared && at > 0) continue;
-        const I operators = (s->shared ? head : (b * s->chunks + at) * s->E + e) * T;
         memcpy(g->angle + operators * M, of_angle, T * M * sizeof(float));
-        memcpy(g->decay + operators, of_decay, T * sizeof(float));
         memcpy(g->step + operators, of_step, T * sizeof(float));
     }
     write_state(of_S, g->state + head * P * N, N, P);
@@ -371,9 +374,9 @@ void ssd_scan_backward(I B, I L, I E, I P, I N, I T, I chunks, I shared, I v_row
                        const float *c, const float *cos, const float *sin, const float *decay, const float *step,
                        const float *skip, const int32_t *number, float *starts, const float *of_y,
                        const float *of_final, float *of_v, float *of_state, float *of_vectors, float *of_angle,
-                       float *of_decay, float *of_step, float *of_skip, float *room, I threads) {
+                       double *of_decay, float *of_step, float *of_skip, float *room, I threads) {
     const Scan s = {B, L, E, P, N, T, chunks, shared, v_row, v, b_, c, cos, sin, decay, step, skip, number, starts};
-    const Gradients g = {of_y, of_final, of_v, of_state, of_vectors, of_angle, of_decay, of_step, of_skip};
+    const Gradients g = {of_y, of_final, of_v, of_state, of_vectors, of_angle, of_step, of_skip, of_decay};
     OVER_HEADS(ssd_scan_backward_room, scan_head_back(&s, &g, b, e, own))
 }
 """

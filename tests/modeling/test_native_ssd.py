@@ -61,10 +61,18 @@ def test_scan(B, L, E, P, N, T, selective, which):
     problem = inputs, state, begins, T, weights
     ours, theirs = run(native_ssd_scan, *problem), run(scan_vectors, *problem, torch.Tensor.double)
     plain = run(scan_vectors, *problem)
-    for one, other, twin in zip(ours, theirs, plain, strict=True):
+    sizes = [x.abs().max() for x in theirs]
+    if not selective:  # what tokens add to the gradient of a step that they share may be all but nothing in sum
+        of_tokens = [*inputs[:3], inputs[3].expand(B, L, E), *inputs[4:]]
+        place = sum(w is not None for w in weights) + 3
+        of_tokens = run(scan_vectors, of_tokens, *problem[1:], torch.Tensor.double)[place]
+        sizes[place] = of_tokens.abs().sum((0, 1)).max()
+    for one, other, twin, size in zip(ours, theirs, plain, sizes, strict=True):
         assert one.shape == other.shape
-        # of random gradients what reaches a rate may be all but nothing, and then is rounding, in the twin too
-        assert difference(one, other) < max(2e-6, 3 * difference(twin, other))
+        # of random gradients what reaches a rate may be all but nothing, and then is rounding, in the twin too: of nine
+        # seeds, with SSE, AVX2 and AVX-512, up to 4.3e-6
+        errors = [(x.double() - other).abs().max() / size.clamp(min=1e-30) for x in (one, twin)]
+        assert errors[0] < max(5e-6 if other.dtype == twin.dtype else 2e-6, 3 * errors[1])
 
 
 def test_weights_fade_to_zero():
@@ -106,6 +114,7 @@ def test_memory(monkeypatch, B, L, E, P, N, T, selective):
     problem = inputs, state, begins, T, [torch.randn(B, L, E * P), torch.randn(B, E * P, N)]
     expected = run(native_ssd_scan, *problem)
     monkeypatch.setattr(native_ssd, "floats", frames.memory())
+    monkeypatch.setattr(native_ssd, "doubles", frames.memory(torch.float64))
     assert all(map(torch.equal, run(native_ssd_scan, *problem), expected))
     frames.check(3 + 1 + 7 + 1)
 
