@@ -1,5 +1,5 @@
 """The C source of what stands around the state spaces in a decoding step on a CPU: embeddings, products, norms, gates,
-activations. It is in front of native_steps_source.py and native_source.py.
+activations. It is behind native_functions_source.py, in front of native_steps_source.py and native_source.py.
 
 Every function is one operation on few tokens, in float32, and stands for the PyTorch code named beside it, which is its
 twin in the tests. Weights may be bfloat16 (`half` = 1): a float's upper half. All threads call it together, and share
@@ -118,13 +118,11 @@ static void norm(I B, I H, const float *x, const void *weight, const void *bias,
 
 /* y = f(a) b for `rows` rows of `width` numbers, which lie a_apart, b_apart and y_apart; f: 0 identity, 2 silu */
 static void multiply(I f, I rows, I width, const float *a, I a_apart, const float *b, I b_apart, float *y, I y_apart) {
-    #pragma omp for schedule(static) collapse(2)
     for (I r = 0; r < rows; r++) {
-        for (I i = 0; i < width; i++) {
-            const float v = a[r * a_apart + i];
-            y[r * y_apart + i] = (f == 2 ? v / (1 + expf(-v)) : v) * b[r * b_apart + i];
-        }
+        #pragma omp for simd schedule(static) nowait
+        for (I i = 0; i < width; i++) y[r * y_apart + i] = activated(f, a[r * a_apart + i]) * b[r * b_apart + i];
     }
+    #pragma omp barrier
 }
 
 /* y += D x: x, y (B, H) */
@@ -133,32 +131,21 @@ static void add_skip(I B, I H, const float *x, const float *D, float *y) {
     for (I b = 0; b < B; b++) for (I h = 0; h < H; h++) y[b * H + h] += D[h] * x[b * H + h];
 }
 
-/* the activations of activations.py (0 identity, 1 gelu, 2 silu): n numbers, y may be x */
+/* `activated` of n numbers, y may be x */
 static void activate(I kind, I n, const float *x, float *y) {
-    #pragma omp for schedule(static)
-    for (I i = 0; i < n; i++) {
-        const float v = x[i];
-        switch (kind) {
-            case 1: y[i] = 0.5f * v * (1 + erff(v * 0.70710678118654752f)); break;
-            case 2: y[i] = v / (1 + expf(-v)); break;
-            default: y[i] = v;
-        }
-    }
+    #pragma omp for simd schedule(static)
+    for (I i = 0; i < n; i++) y[i] = activated(kind, x[i]);
 }
 
 /* the residual h (B, H) after a sublayer. mode 0: h += p; 1, "glu": h += p[:H] sigmoid(p[H:]), p (B, 2H);
    2, "half": h += y sigmoid(p) */
 static void add_gated(I mode, I B, I H, const float *p, const float *y, float *h) {
-    const I width = mode == 1 ? 2 * H : H;
-    #pragma omp for schedule(static) collapse(2)
-    for (I b = 0; b < B; b++) {
-        for (I i = 0; i < H; i++) {
-            const float v = p[b * width + i];
-            if (mode == 0) h[b * H + i] += v;
-            else if (mode == 1) h[b * H + i] += v / (1 + expf(-p[b * width + H + i]));
-            else h[b * H + i] += y[b * H + i] / (1 + expf(-v));
-        }
+    for (I b = 0; b < B; b++, p += mode == 1 ? 2 * H : H, y += H, h += H) {
+        const float *of = mode == 2 ? y : p, *gate = mode == 1 ? p + H : p;
+        #pragma omp for simd schedule(static) nowait
+        for (I i = 0; i < H; i++) h[i] += mode == 0 ? of[i] : of[i] / (1 + exp_of(-gate[i]));
     }
+    #pragma omp barrier
 }
 
 /* mixers.masked: x (B, H) *= by (B) */

@@ -9,6 +9,8 @@
     ssd          native_ssd_source.py, SSD's chunk scan      in two
     systems      native_systems_source.py, S4's and S4D's    in less
 
+In front of some stand native_products_source.py, small matrices, and native_functions_source.py, exp and erf.
+
 No compiler, or one that fails: there is no library, `why_not()` says so, and PyTorch runs instead.
 """
 
@@ -27,6 +29,7 @@ from pathlib import Path
 import torch
 
 from .native_diagonal_source import SOURCE as DIAGONAL
+from .native_functions_source import SOURCE as FUNCTIONS
 from .native_layers_source import SOURCE as LAYERS
 from .native_operators_source import SOURCE as OPERATORS
 from .native_products_source import SOURCE as PRODUCTS
@@ -37,10 +40,10 @@ from .native_steps_source import SOURCE as STEPS
 from .native_systems_source import SOURCE as SYSTEMS
 
 SOURCES = {
-    "step": LAYERS + STEPS + STEP,
+    "step": FUNCTIONS + LAYERS + STEPS + STEP,
     "operators": PRODUCTS + OPERATORS + SCAN,
     "diagonal": DIAGONAL,
-    "ssd": PRODUCTS + SSD,
+    "ssd": PRODUCTS + FUNCTIONS + SSD,
     "systems": SYSTEMS,
 }
 

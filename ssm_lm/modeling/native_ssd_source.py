@@ -31,26 +31,6 @@ typedef struct {
     float *v, *x, *b, *b_turned, *c, *weights, *scores, *from_start, *to_end;
 } Chunk;
 
-/* exp(x) of x <= 0, to two units of the last digit; 0 below -87 */
-INLINE float power(float x) {
-    const float whole = x * 1.44269504f + 12582912.0f, n = whole - 12582912.0f;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float y = 1.0f / 5040;
-    y = y * r + 1.0f / 720;
-    y = y * r + 1.0f / 120;
-    y = y * r + 1.0f / 24;
-    y = y * r + 1.0f / 6;
-    y = y * r + 0.5f;
-    y = y * r + 1;
-    y = y * r + 1;
-    uint32_t bits;
-    memcpy(&bits, &whole, 4);
-    bits = (bits << 23) + 0x3f800000;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return x < -87 ? 0 : y * scale;
-}
-
 INLINE I chunk_room(I P, I N, I T) {
     return T * (2 * columns(P) + 2 * columns(N) + 2 * columns(T)) + N * columns(T) + 2 * T;
 }
@@ -107,8 +87,8 @@ APART void read_chunk(const Scan *s, Chunk *k, I b, I e, I at, I has_output, I i
     const I apart = number && number[n - 1] > 0; /* documents begin in this chunk */
     k->keeps = !apart;
     for (I t = 0; t < n; t++) {
-        k->from_start[t] = apart && number[t] > 0 ? 0 : power(-d[t]);
-        k->to_end[t] = apart && number[t] < number[n - 1] ? 0 : power(d[t] - end);
+        k->from_start[t] = apart && number[t] > 0 ? 0 : exp_of(-d[t]);
+        k->to_end[t] = apart && number[t] < number[n - 1] ? 0 : exp_of(d[t] - end);
     }
     if (!has_output) return;
     turn_back(s, k, s->c + first * N, k->c);
@@ -117,7 +97,7 @@ APART void read_chunk(const Scan *s, Chunk *k, I b, I e, I at, I has_output, I i
         for (I i = 0; i < (s->shared && !s->number ? T : n); i++) {
             float *row = k->weights + i * of_T;
             #pragma omp simd
-            for (I j = 0; j <= i; j++) row[j] = power(d[j] - d[i]);
+            for (I j = 0; j <= i; j++) row[j] = exp_of(d[j] - d[i]);
             if (apart) for (I j = 0; j <= i; j++) row[j] *= number[i] == number[j];
         }
     }
@@ -218,7 +198,7 @@ APART void scan_head(const Scan *s, I b, I e, const float *state, float *y, floa
                 for (I p = 0; p < P; p++) to[p] = rows[t * of_P + p] + s->skip[e * P + p] * k->v[t * of_P + p];
             }
         }
-        const float keep = k->keeps ? power(-k->decay[n - 1]) : 0;
+        const float keep = k->keeps ? exp_of(-k->decay[n - 1]) : 0;
         for (I i = 0; i < N * of_P; i++) S[i] *= keep;
         scale_rows(n, of_P, k->to_end, k->x, rows);
         product(N, n, of_P, k->b_turned, of_T, 1, rows, of_P, S, of_P, 1);
@@ -303,7 +283,7 @@ APART void scan_head_back(const Scan *s, const Gradients *g, I b, I e, float *ro
         product(n, P, of_N, rows, of_P, 1, of_S_turned, of_N, of_b, of_N, 0);
 
         /* the start, on its way to the end, and as the tokens read it: a c~ */
-        const float keep = k->keeps ? power(-k->decay[n - 1]) : 0;
+        const float keep = k->keeps ? exp_of(-k->decay[n - 1]) : 0;
         if (keep > 0) of_decay[n - 1] -= keep * dot(N * of_P, of_S, S);
         for (I i = 0; i < N * of_P; i++) of_S[i] *= keep;
         scale_rows(n, of_P, k->from_start, of_y, more_rows);

@@ -208,7 +208,7 @@ static void convolve(I f, I B, I T, I C, I K, const float *u, I u_apart, float *
                     sum += at(weight, c * K + j, half) * past[j * C];
                     past[j * C] = j + 2 < K ? past[(j + 1) * C] : v;
                 }
-                y[(b * T + t) * y_apart + c] = f == 2 ? sum / (1 + expf(-sum)) : sum;
+                y[(b * T + t) * y_apart + c] = activated(f, sum);
             }
         }
     }

@@ -534,6 +534,19 @@ def test_a_cache_that_records_can_be_cropped(name, steps):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "twin"), [(1, torch.nn.functional.gelu), (2, torch.nn.functional.silu)])
+def test_activations(kind, twin):
+    """To two units of the last digit of x, as PyTorch's are, of everything that float32 holds."""
+    x = torch.cat([torch.linspace(-100, 100, 100_001), torch.randn(100_000), torch.logspace(-38, 38, 1001)])
+    x, y = torch.cat([x, -x]), torch.empty(2 * len(x))
+    native_library.bind([("activate", (kind, len(x), *map(native_library.address, (x, y))))], 1)()
+    assert ((y - twin(x.double())) / (x.abs() + 1e-30)).abs().max() <= 3e-7
+    x = torch.tensor([float("nan"), float("inf")])
+    y = torch.empty(2)
+    native_library.bind([("activate", (kind, 2, *map(native_library.address, (x, y))))], 1)()
+    assert y.isnan().tolist() == [True, False]
+
+
 def test_a_cache_is_let_go_of_and_a_static_one_counts():
     model, ids = tiny_model(), prompt(6)
     cache = decode(model, ids)[2]
