@@ -9,7 +9,7 @@
     ssd          native_ssd_source.py, SSD's chunk scan      in two
     systems      native_systems_source.py, S4's and S4D's    in less
 
-In front of some stand native_products_source.py, small matrices, and native_functions_source.py, exp and erf.
+In front of some stand native_vectors_source.py, registers, exp and erf, and native_products_source.py, small matrices.
 
 No compiler, or one that fails: there is no library, `why_not()` says so, and PyTorch runs instead.
 """
@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 
 from .native_diagonal_source import SOURCE as DIAGONAL
-from .native_functions_source import SOURCE as FUNCTIONS
 from .native_layers_source import SOURCE as LAYERS
 from .native_operators_source import SOURCE as OPERATORS
 from .native_products_source import SOURCE as PRODUCTS
@@ -38,12 +37,13 @@ from .native_source import SOURCE as STEP
 from .native_ssd_source import SOURCE as SSD
 from .native_steps_source import SOURCE as STEPS
 from .native_systems_source import SOURCE as SYSTEMS
+from .native_vectors_source import SOURCE as VECTORS
 
 SOURCES = {
-    "step": FUNCTIONS + LAYERS + STEPS + STEP,
-    "operators": PRODUCTS + OPERATORS + SCAN,
+    "step": VECTORS + LAYERS + STEPS + STEP,
+    "operators": VECTORS + PRODUCTS + OPERATORS + SCAN,
     "diagonal": DIAGONAL,
-    "ssd": PRODUCTS + FUNCTIONS + SSD,
+    "ssd": VECTORS + PRODUCTS + SSD,
     "systems": SYSTEMS,
 }
 

@@ -1,15 +1,9 @@
 """C that the libraries of scans and operators on a CPU begin with: products of small matrices in cache.
 
-native_library.py puts it in front of their sources. The compiler knows the registers' width; the code is the same.
+native_library.py puts it in front of their sources, behind native_vectors_source.py.
 """
 
 SOURCE = r"""
-#include <stdint.h>
-#include <string.h>
-
-typedef int64_t I;
-
-#define INLINE static inline __attribute__((always_inline))
 #define APART static __attribute__((noinline)) /* compiled once, not in every loop */
 
 INLINE float dot(I n, const float *a, const float *b) {
@@ -23,17 +17,7 @@ INLINE void add(I n, float *x, float a, const float *y) {
     for (I i = 0; i < n; i++) x[i] += a * y[i];
 }
 
-/* A register, by name: of an array of sums the compiler keeps a copy in memory */
-#if defined(__AVX512F__)
-#define BYTES 64
-#elif defined(__AVX__)
-#define BYTES 32
-#else
-#define BYTES 16
-#endif
-typedef float Register __attribute__((vector_size(BYTES), aligned(4), may_alias));
 #define COLUMNS (2 * BYTES / 4)
-#define AT(address) (*(Register *)(address))
 
 /* count rows, 4 or 1, and COLUMNS columns of C = A B, or C += A B: see `product` */
 #define ROW(r)                                                                   \

@@ -534,6 +534,26 @@ def test_a_cache_that_records_can_be_cropped(name, steps):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 7, 33, 200, 5000])  # of the last 26 rows fit what a thread parts at a time
+def test_a_row_of_a_product_is_the_same_beside_any_others(width, dtype):
+    torch.manual_seed(0)
+    x, W, bias = torch.randn(30, width), torch.randn(5, width).to(dtype), torch.randn(5).to(dtype)
+    expected = x.double() @ W.double().T + bias.double()
+
+    def product(x):
+        y = torch.full((len(x) + 1, 5), float("nan"))
+        given = len(x), *W.shape, x, W, bias, int(dtype == torch.bfloat16), y, 2
+        native_library.library().product(*map(native_library.for_c, given))
+        assert y[-1].isnan().all()
+        return y[:-1]
+
+    together = product(x)
+    assert ((together - expected).abs() <= 1e-6 * (x.abs().double() @ W.abs().double().T + 1)).all()
+    for first, last in ((0, 1), (1, 5), (2, 9), (27, 30)):
+        assert torch.equal(product(x[first:last].clone()), together[first:last])
+
+
 @pytest.mark.parametrize(("kind", "twin"), [(1, torch.nn.functional.gelu), (2, torch.nn.functional.silu)])
 def test_activations(kind, twin):
     """To two units of the last digit of x, as PyTorch's are, of everything that float32 holds."""

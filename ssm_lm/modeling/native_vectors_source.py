@@ -1,6 +1,5 @@
-"""C functions of one number that the compiler makes vectors of; the C library's are a call for every number.
-
-native_library.py puts it in front of the sources that use them.
+"""C that others begin with: a register; exp, erf and the activations, of which the compiler makes vectors, where the C
+library's are a call for every number. native_library.py puts it in front of their sources.
 """
 
 SOURCE = r"""
@@ -8,7 +7,21 @@ SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
 
+typedef int64_t I;
+
 #define INLINE static inline __attribute__((always_inline))
+
+/* A register, by name: of an array of sums the compiler keeps a copy in memory */
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+typedef float Register __attribute__((vector_size(BYTES), aligned(4), may_alias));
+#define COLUMNS (2 * BYTES / 4)
+#define AT(address) (*(Register *)(address))
 
 /* exp(x), to a unit of the last digit: 2^n exp(r), x = n log(2) + r; 0 below -87, infinite above 88 */
 INLINE float exp_of(float x) {
@@ -48,7 +61,7 @@ INLINE float erf_of(float x) {
 }
 
 /* The activations of activations.py and of the gates: 0 identity, 1 gelu, 2 silu */
-INLINE float activated(int64_t kind, float x) {
+INLINE float activated(I kind, float x) {
     if (kind == 1) return 0.5f * x * (1 + erf_of(x * 0.70710678f));
     return kind == 2 ? x / (1 + exp_of(-x)) : x;
 }
