@@ -2,6 +2,7 @@
 
     step         native_source.py, the decoding step         compiled in a second
                  native_steps_source.py, its state spaces
+                 native_linear_source.py, its products
                  native_layers_source.py, the rest of it
     operators    native_operators_source.py, S4's operators  in four
                  native_scan_source.py, and its chunk scan
@@ -30,6 +31,7 @@ import torch
 
 from .native_diagonal_source import SOURCE as DIAGONAL
 from .native_layers_source import SOURCE as LAYERS
+from .native_linear_source import SOURCE as LINEAR
 from .native_operators_source import SOURCE as OPERATORS
 from .native_products_source import SOURCE as PRODUCTS
 from .native_scan_source import SOURCE as SCAN
@@ -40,7 +42,7 @@ from .native_systems_source import SOURCE as SYSTEMS
 from .native_vectors_source import SOURCE as VECTORS
 
 SOURCES = {
-    "step": VECTORS + LAYERS + STEPS + STEP,
+    "step": VECTORS + LINEAR + LAYERS + STEPS + STEP,
     "operators": VECTORS + PRODUCTS + OPERATORS + SCAN,
     "diagonal": DIAGONAL,
     "ssd": VECTORS + PRODUCTS + SSD,
