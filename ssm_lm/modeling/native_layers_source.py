@@ -71,10 +71,12 @@ static void activate(I kind, I n, const float *x, float *y) {
 /* the residual h (B, H) after a sublayer. mode 0: h += p; 1, "glu": h += p[:H] sigmoid(p[H:]), p (B, 2H);
    2, "half": h += y sigmoid(p) */
 static void add_gated(I mode, I B, I H, const float *p, const float *y, float *h) {
-    for (I b = 0; b < B; b++, p += mode == 1 ? 2 * H : H, y += H, h += H) {
-        const float *of = mode == 2 ? y : p, *gate = mode == 1 ? p + H : p;
+    const I width = mode == 1 ? 2 * H : H;
+    for (I b = 0; b < B; b++) {
+        const float *of = mode == 2 ? y + b * H : p + b * width, *gate = p + (b + 1) * width - H;
+        float *to = h + b * H;
         #pragma omp for simd schedule(static) nowait
-        for (I i = 0; i < H; i++) h[i] += mode == 0 ? of[i] : of[i] / (1 + exp_of(-gate[i]));
+        for (I i = 0; i < H; i++) to[i] += mode == 0 ? of[i] : of[i] / (1 + exp_of(-gate[i]));
     }
     #pragma omp barrier
 }

@@ -20,7 +20,6 @@ typedef int64_t I;
 #define BYTES 16
 #endif
 typedef float Register __attribute__((vector_size(BYTES), aligned(4), may_alias));
-#define COLUMNS (2 * BYTES / 4)
 #define AT(address) (*(Register *)(address))
 
 /* exp(x), to a unit of the last digit: 2^n exp(r), x = n log(2) + r; 0 below -87, infinite above 88 */
