@@ -43,16 +43,17 @@ def test_training_configs(path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "compare").glob("*.yaml")), ids=lambda path: path.name)
 def test_comparisons(path, monkeypatch):
-    """Contenders of a size: they differ by less than a tenth in parameters."""
+    """Contenders of a size differ by less than a tenth in parameters; of families, the first of each, and so on."""
     monkeypatch.chdir(REPO)
     contest = read_contest(str(path), {})
-    sizes = []
+    sizes = {}
     for name in contest.contenders:
         values = contest.first_runs(name)[0].values
         with torch.device("meta"):
             model = new_language_model(model_config({"vocab_size": 4096} | values["model"], name))
-        sizes.append(sum(p.numel() for p in model.parameters()))
-    assert max(sizes) < 1.1 * min(sizes)
+        sizes.setdefault(contest.families.get(name, name), []).append(sum(p.numel() for p in model.parameters()))
+    for of_one_size in zip(*sizes.values(), strict=True):
+        assert max(of_one_size) < 1.1 * min(of_one_size)
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.name)

@@ -5,6 +5,7 @@ Or `ssm-lm compare RUN...`: what the runs in these folders differ in, and what c
 
 import argparse
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 from ..config.reading import parse_overrides
@@ -61,7 +62,8 @@ def report(failed: list[str]) -> None:
 def compare(path: str, overrides: dict, jobs: int = 1, only_table: bool = False) -> list[str]:
     """Do what the comparison of a file lacks and write its table; the names of runs that failed.
 
-    Into its output_dir: table.md (which is printed too), comparison.json, curves.png and curves.svg.
+    Into its output_dir: table.md (which is printed too), comparison.json, curves.png and curves.svg; sizes.png and
+    sizes.svg where contenders are sizes of a family.
     Raises UserError for whatever the file has wrong, before the first run.
     """
     from .contest import read_contest
@@ -72,7 +74,7 @@ def compare(path: str, overrides: dict, jobs: int = 1, only_table: bool = False)
 def carry_out(contest, jobs: int = 1, only_table: bool = False, every_curve: bool = False) -> list[str]:
     """`compare` for a contest that is read already. every_curve: of all learning rates, not of the best alone."""
     from .contest import check_contest
-    from .pictures import draw
+    from .pictures import draw, draw_sizes, families
     from .schedule import best_run, missing, read_result, run_missing
     from .summary import markdown, summarize
 
@@ -87,7 +89,10 @@ def carry_out(contest, jobs: int = 1, only_table: bool = False, every_curve: boo
         runs = [run for contender in ranked for run in contest.first_runs(contender)]
         drawn = [run for run in runs if read_result(contest, run) is not None]
     curves = {f"{run.contender}, {run.rate:g}": contest.folder / "runs" / run.name for run in drawn}
-    write(contest.folder, markdown(summary), summary, lambda files: draw(curves, files))
+    pictures = {"curves": lambda files: draw(curves, files)}
+    if families(summary["contenders"]):
+        pictures["sizes"] = lambda files: draw_sizes(summary["contenders"], files)
+    write(contest.folder, markdown(summary), summary, pictures)
     return failed
 
 
@@ -102,11 +107,11 @@ def compare_runs(folders: list[Path], output: Path | None) -> None:
         print(table, end="")
     else:
         places = {row["run"]: Path(row["folder"]) for row in comparison["runs"]}
-        write(output, table, comparison, lambda files: draw(places, files))
+        write(output, table, comparison, {"curves": lambda files: draw(places, files)})
 
 
-def write(folder: Path, table: str, found: dict, draw) -> None:
-    """Print a table; write it, its JSON and its curves into a folder. Raises UserError."""
+def write(folder: Path, table: str, found: dict, pictures: dict[str, Callable[[list[Path]], None]]) -> None:
+    """Print a table; write it, its JSON and its pictures, each as PNG and SVG, into a folder. Raises UserError."""
     print(table, end="")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,5 +119,9 @@ def write(folder: Path, table: str, found: dict, draw) -> None:
         write_json(folder / "comparison.json", found)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror or error})") from error
-    draw([folder / "curves.png", folder / "curves.svg"])
-    print(f"\n{folder}: table.md, comparison.json, curves.png, curves.svg")
+    written = ["table.md", "comparison.json"]
+    for name, draw in pictures.items():
+        files = [f"{name}.png", f"{name}.svg"]
+        draw([folder / file for file in files])
+        written += files
+    print(f"\n{folder}: {', '.join(written)}")

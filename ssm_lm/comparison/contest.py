@@ -1,7 +1,7 @@
 """What is compared: contenders, learning rates and seeds of one YAML file, and the runs that follow from them."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from ..config.reading import check_keys, checked_values, read_yaml
 from ..errors import UserError
 
 KEYS = ("output_dir", "train", "learning_rates", "seeds", "contenders")
-CONTENDER_KEYS = ("name", "model", "overrides", "learning_rates")
+CONTENDER_KEYS = ("name", "family", "model", "overrides", "learning_rates")
 # of each run, where the file does not say otherwise: many runs write into logs, not onto a terminal
 QUIET = {"report_to": [], "disable_tqdm": True}
 
@@ -32,6 +32,7 @@ class Contest:
     """A comparison. contenders: name -> the values of its training config, but for the learning rate and the seed.
 
     rates: the learning rates of each. seeds: all rates run with the first, the best rate with the others too.
+    families: of those that are sizes of one kind, its name.
     """
 
     where: str
@@ -39,6 +40,7 @@ class Contest:
     contenders: dict[str, dict]
     rates: dict[str, list[float]]
     seeds: list[int]
+    families: dict[str, str] = field(default_factory=dict)
 
     def run(self, contender: str, rate: float, seed: int) -> Run:
         values = dict(self.contenders[contender])
@@ -72,7 +74,7 @@ def read_contest(path: str, overrides: dict) -> Contest:
     overrides = dict(overrides)
     folder = Path(overrides.pop("output_dir", values["output_dir"])).expanduser()
     seeds = _numbers(values.get("seeds", [1111]), int, f"{path}: seeds")
-    contenders, rates = {}, {}
+    contenders, rates, families = {}, {}, {}
     for number, entry in enumerate(values["contenders"], start=1):
         where = f"{path}, contender {number}"
         if not isinstance(entry, dict):
@@ -82,6 +84,10 @@ def read_contest(path: str, overrides: dict) -> Contest:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name) or name in contenders:
             raise UserError(f"{where}: name must be a word of letters, digits, . _ + -, and no other's, not {name!r}")
         where = f"{path}, {name}"
+        if "family" in entry:
+            families[name] = entry["family"]
+            if not isinstance(families[name], str) or not families[name].strip():
+                raise UserError(f"{where}: family must be a name that its sizes share, not {families[name]!r}")
         own = entry.get("overrides") or {}
         if not isinstance(own, dict):
             raise UserError(f"{where}: overrides must be a mapping")
@@ -91,7 +97,7 @@ def read_contest(path: str, overrides: dict) -> Contest:
         rates[name] = _numbers(entry.get("learning_rates", values["learning_rates"]), float, f"{where}: learning_rates")
         config = QUIET | common | {"model": entry.get("model")}
         contenders[name] = checked_values(config, own | overrides, path, where)
-    return Contest(path, folder, contenders, rates, seeds)
+    return Contest(path, folder, contenders, rates, seeds, families)
 
 
 def check_contest(contest: Contest) -> None:

@@ -1,4 +1,4 @@
-"""Learning curves of several runs in one picture, over the tokens that each has seen."""
+"""Learning curves of several runs in one picture, over the tokens that each has seen; and what size is worth."""
 
 from pathlib import Path
 
@@ -27,3 +27,36 @@ def _panel(axes, key: str, logs: dict[str, list[dict]]) -> None:
             curves[name] = [step * last["tokens"] / last["step"] / 1e6 for step in steps], values
     draw_series(axes, PANELS[key], curves)
     axes.set_xlabel("million tokens" if by_tokens else "step")
+
+
+def families(rows: list[dict]) -> dict[str, list[dict]]:
+    """Family -> its rows of a summary, the smallest first; families of one size are left out."""
+    found = {}
+    for row in sorted(rows, key=lambda row: row["without_embeddings"]):
+        if row["family"] is not None:
+            found.setdefault(row["family"], []).append(row)
+    return {name: sizes for name, sizes in sorted(found.items()) if len(sizes) > 1}
+
+
+def draw_sizes(rows: list[dict], files: list[Path]) -> None:
+    """Draw what a family's sizes reach, over their parameters and over the FLOPs of their training, into each of
+    `files`, a line a family. rows: of a summary. Raises UserError.
+    """
+    axis = {"without_embeddings": "parameters without embeddings", "flops": "FLOPs of training"}
+    if any(row["flops"] is None for sizes in families(rows).values() for row in sizes):
+        del axis["flops"]
+    drawings = [lambda axes, key=key, title=title: _by_size(axes, key, title, rows) for key, title in axis.items()]
+    for file in files:
+        save(drawings, file)
+
+
+def _by_size(axes, key: str, title: str, rows: list[dict]) -> None:
+    for name, sizes in families(rows).items():
+        axes.plot([row[key] for row in sizes], [row["value"] for row in sizes], label=name, marker="o", markersize=3)
+    axes.set_xscale("log")
+    if rows[0]["measure"] == "perplexity":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel(title)
+    axes.set_title(f"{rows[0]['split']} {rows[0]['measure']}")

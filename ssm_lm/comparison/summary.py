@@ -23,6 +23,8 @@ def summarize(contest: Contest) -> dict:
                 {"contender": contender, "learning_rate": best[0].rate, "value": sum(seeds) / len(seeds)}
                 | {"at_edge": len(rates) > 1 and best[0].rate in (min(rates), max(rates)), "seeds": seeds}
                 | {key: best[1][key] for key in (*kept, "tokens_per_second", "protocol", "split")}
+                # results of earlier versions have no FLOPs
+                | {"flops": best[1].get("flops"), "family": contest.families.get(contender)}
             )
     if rows:
         sign = 1 if LOWER_IS_BETTER[rows[0]["measure"]] else -1
@@ -39,14 +41,15 @@ def markdown(summary: dict) -> str:
     first = rows[0]
     lines = [f"{first['split']} {first['measure']}, {first['protocol']}", ""]
     head = ("contender", "parameters", "without embeddings", "best rate", first["measure"], "std. error", "seeds")
-    head += ("tokens", "seconds", "tokens/s")
+    head += ("tokens", "seconds", "tokens/s", "FLOPs")
     lines += [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
     for row in rows:
         cells = [row["contender"], _whole(row["parameters"]), _whole(row["without_embeddings"])]
         cells += [f"{row['learning_rate']:g}{' (edge)' if row['at_edge'] else ''}", _measure(row, row["value"])]
         cells += ["-" if row["standard_error"] is None else _measure(row, row["standard_error"])]
         cells += [", ".join(_measure(row, value) for value in row["seeds"])]
-        lines.append(_row([*cells, _whole(row["tokens"]), _whole(row["seconds"]), _whole(row["tokens_per_second"])]))
+        cells += [_whole(row[key]) for key in ("tokens", "seconds", "tokens_per_second")]
+        lines.append(_row([*cells, "-" if row["flops"] is None else f"{row['flops']:.3g}"]))
     rates = sorted({run["learning_rate"] for run in runs})
     lines += ["", _row(["learning rate", *(f"{rate:g}" for rate in rates)]), _row(["---", *["---:"] * len(rates)])]
     for row in rows:

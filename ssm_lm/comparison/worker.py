@@ -93,10 +93,10 @@ def sizes(folder: Path) -> dict:
 
 
 def speed(folder: Path) -> dict:
-    """Steps, tokens and seconds of training, by the log: what was taken again after a kill counts once."""
+    """Steps, tokens, seconds and FLOPs of training, by the log: what was taken again after a kill counts once."""
     from ..training.history import read_metrics
 
-    steps, tokens, seconds = 0, None, 0.0
+    steps, tokens, seconds, flops = 0, None, 0.0, None
     for entry in read_metrics(folder):
         if "loss" not in entry:
             continue
@@ -104,11 +104,13 @@ def speed(folder: Path) -> dict:
         if "tokens" in entry:
             tokens = entry["tokens"]
             seconds += taken * tokens / entry["step"] / entry["tokens_per_second"]
+            flops = tokens * entry["flops_per_second"] / entry["tokens_per_second"]
     return {
         "steps": steps,
         "tokens": tokens,
         "seconds": seconds if tokens else None,
         "tokens_per_second": tokens / seconds if tokens else None,
+        "flops": flops,
     }
 
 

@@ -15,6 +15,7 @@ from harness import base_config, losses, process_environment
 from ssm_lm.cli import main
 from ssm_lm.comparison import schedule
 from ssm_lm.comparison.contest import read_contest
+from ssm_lm.comparison.pictures import families
 from ssm_lm.comparison.worker import train_and_measure
 
 LLAMA = {"type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -33,8 +34,10 @@ STAND_IN = """
         sys.exit(2)
     time.sleep(values.get("logging_steps", 0))
     numbers = dict.fromkeys(("parameters", "without_embeddings", "steps", "tokens", "seconds", "tokens_per_second"), 1)
+    numbers["without_embeddings"] = width = values["model"].get("hidden_size", 1)
     value = 100 + 1e4 * abs(values["learning_rate"] - 0.02) + values["seed"]
     found = {"config": values, "measure": "perplexity", "value": value, "standard_error": 1.5, "protocol": "p"}
+    found |= {"flops": 6.0 * width}
     pathlib.Path(result).write_text(json.dumps(found | numbers | {"split": "validation"}))
 """
 
@@ -102,6 +105,23 @@ def test_all_rates_with_the_first_seed_and_the_best_with_the_others(contest, sta
     assert begun(folder) == dict.fromkeys(expected, 1)
 
 
+def test_the_sizes_of_a_family_are_a_picture_of_their_own(contest, stand_in, tmp_path, capsys):
+    contenders = [
+        {"name": f"{family}-{size}", "family": family, "model": {"hidden_size": size}, "learning_rates": [rate]}
+        for family, size, rate in (("a", 32, 0.01), ("b", 16, 0.04), ("a", 16, 0.03), ("b", 32, 0.02), ("c", 16, 0.02))
+    ]
+    assert main(["compare", contest(contenders=contenders)]) == 0
+    folder = tmp_path / "compared"
+    rows = {row["contender"]: row for row in json.loads((folder / "comparison.json").read_text())["contenders"]}
+    assert (rows["a-32"]["family"], rows["a-32"]["flops"]) == ("a", 192.0)
+    lines = {name: [row["contender"] for row in sizes] for name, sizes in families(list(rows.values())).items()}
+    assert lines == {"a": ["a-16", "a-32"], "b": ["b-16", "b-32"]}  # c has one size, which is no line
+    assert "sizes.png, sizes.svg" in capsys.readouterr().out
+    picture = (folder / "sizes.svg").read_text()
+    assert "parameters without embeddings" in picture
+    assert "FLOPs of training" in picture
+
+
 def test_a_run_that_fails_leaves_the_others_their_table(contest, stand_in, tmp_path, capsys):
     path = contest(learning_rates=[0.5, 0.02])
     with pytest.raises(SystemExit) as ended:
@@ -110,7 +130,7 @@ def test_a_run_that_fails_leaves_the_others_their_table(contest, stand_in, tmp_p
     output = capsys.readouterr().out
     assert "failed    ours-lr0.5-seed1111 (exit code 2): ssm-lm: it diverged" in output
     assert "2 runs failed" in output
-    assert "| ours | 1 | 1 | 0.02 (edge) |" in output
+    assert "| ours | 1 | 16 | 0.02 (edge) |" in output
     with pytest.raises(SystemExit):  # it is tried again, and what is done is not
         main(["compare", path])
     assert begun(tmp_path / "compared") == {
@@ -138,6 +158,7 @@ def test_a_result_of_another_config_is_refused(contest, stand_in, capsys):
         ({"contenders": [{"name": "a", "model": LLAMA | {"hidden": 3}}]}, "a, model: unknown key 'hidden'"),
         ({"contenders": [{"name": "a", "model": LLAMA | {"num_attention_heads": 3}}]}, "a: model: "),
         ({"contenders": [{"name": "a", "model": {}, "overrides": {"seed": 3}}]}, "seed comes from"),
+        ({"contenders": [{"name": "a", "family": 3, "model": {}}]}, "a: family must be"),
         ({"learning_rates": [0.1, -1]}, "learning_rates must be"),
         ({"train": {"max_step": 3}}, "ours: unknown key 'max_step'"),
         ({"train": {"data": "nowhere"}}, "nowhere: no such folder"),
@@ -172,6 +193,7 @@ def test_a_run_is_trained_and_measured(contest, tmp_path, monkeypatch, capsys):
     assert rows["llama"]["without_embeddings"] == 4 * 16 * 16 + 3 * 16 * 24 + 3 * 16
     assert rows["llama"]["parameters"] == rows["llama"]["without_embeddings"] + 2 * 26 * 16
     assert rows["ours"]["tokens"] == rows["llama"]["tokens"] == 20 * 4 * 40
+    assert rows["llama"]["flops"] == 3200 * 6 * (rows["llama"]["without_embeddings"] + 26 * 16) + 12 * 3200 * 40 * 16
     assert rows["ours"]["tokens_per_second"] == pytest.approx(3200 / rows["ours"]["seconds"])
     data, llama = compared.contenders["llama"]["data"], str(folder / "runs" / "llama-lr0.01-seed1111")
     evaluation = ["eval", llama, "--data", data, "--split", "validation", "--context", "40", "--json", "eval.json"]
