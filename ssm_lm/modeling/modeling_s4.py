@@ -265,13 +265,16 @@ class S4ForCausalLM(S4PreTrainedModel, GenerationMixin):
             return sample(self, *shared, streamer, **kwargs)
         return super()._sample(*shared, synced_gpus, streamer, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         """Where steps are in C, a token that follows is handed on as it is: to look for positions, masks and names in
-        signatures, as transformers does, takes as long as a twentieth of such a step.
+        signatures, as transformers does, takes as long as a twentieth of such a step. inputs_embeds are the prompt's
+        alone; generate() takes them where it finds their name in this signature.
         """
         if next_sequence_length == 1 and kwargs.keys() <= READY and program_of(self.model, cache_of(kwargs), 1):
             return {"input_ids": input_ids[:, -1:].contiguous(), **kwargs}
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     def _get_static_cache_init_shape(self):
         return None  # there are no heads to size a static cache by: its layers wait for their first state

@@ -27,8 +27,9 @@ prompt = partial(tiny.prompt, vocabulary=VOCAB)
 
 
 def generate(model, ids, tokens, **options):
+    given = {name: options.pop(name) for name in ("attention_mask", "inputs_embeds") if name in options}
     options = {"do_sample": False, "pad_token_id": 0, **options}
-    return model.generate(ids, generation_config=GenerationConfig(max_new_tokens=tokens, **options))
+    return model.generate(ids, generation_config=GenerationConfig(max_new_tokens=tokens, **options), **given)
 
 
 def last_logits(model, ids):
@@ -52,6 +53,17 @@ def test_greedy(model):
 def test_greedy_of_a_batch_and_of_one_token(model):
     for ids in (prompt(5, batch=3), prompt(1)):
         assert torch.equal(generate(model, ids, 16), greedy_by_full_forwards(model, ids, 16))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+def test_a_prompt_of_embeddings(model, options):
+    """Of the prompt alone: what follows are tokens, of which generate() returns no others."""
+    ids, mask = prompt(9, batch=2), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    expected = generate(model, ids, 12, attention_mask=mask, **options)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    found = generate(model, None, 12, inputs_embeds=embeddings, attention_mask=mask, **options)
+    assert torch.equal(found, expected[:, 9:])
 
 
 @pytest.mark.parametrize("mode", ["chunk", "fft", "recurrent"])
