@@ -695,6 +695,9 @@ def self_check_cases(
 
 
 def _case(device, dtype, B, L, E, P, N, T, selective, whole, tolerance) -> Case:
+    """Tokens that have much in common: of independent ones, what reaches a frequency from all of them is small beside
+    its parts, and a gradient from factors in bfloat16 is 5 to 20% off.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, dtype=torch.float32):
@@ -703,8 +706,9 @@ def _case(device, dtype, B, L, E, P, N, T, selective, whole, tolerance) -> Case:
     steps = (B, L, E) if selective else (E,)
     dt, decay = normal(*steps, dtype=torch.float64).sigmoid() / 2, normal(E, dtype=torch.float64).exp()
     omega, states = normal(E, N // 2, dtype=torch.float64), [] if whole else [normal(B, E * P, N)]
-    vectors = [normal(B, L, E * P).to(dtype), normal(B, L, N).to(dtype), normal(B, L, N).to(dtype)]
-    inputs = [*vectors, dt, decay, omega, normal(E * P), *states]
+    shared = normal(N)
+    vectors = 1 + normal(B, L, E * P), shared + normal(B, L, N) / 2, shared + normal(B, L, N) / 2
+    inputs = [*(x.to(dtype) for x in vectors), dt, decay, omega, normal(E * P), *states]
     begins = torch.zeros(B, L, dtype=torch.bool)
     begins[-1, [1, L - 5]] = True
     begins = None if whole else begins.to(device)

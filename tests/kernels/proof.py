@@ -1,8 +1,8 @@
 """What the proofs of the kernels depend on, as checksums: where none has changed since they passed, they are skipped.
 
 Interpreting, sanitizing and compiling every kernel takes a third of all the tests' time, and depends on few files: the
-kernels with what they import (their twins among it), the sizes that are compiled and sanitized (bench/shipped), these
-tests, and the versions of a few packages. proven.sha256 holds the checksums of those
+kernels with what they import (their twins among it), the sizes that are compiled and sanitized (bench/shipped), the
+models that are shipped, these tests, and the versions of a few packages. proven.sha256 holds the checksums of those
 with which all passed. Whole models in kernels, and what launchers do, depend on more, and are played each time.
 
     python tests/kernels/proof.py           which files have changed since; ends with 1 where there are any
@@ -37,7 +37,8 @@ def sources() -> list[Path]:
     shipped = {*BENCH.joinpath("shipped").glob("*.py"), BENCH / "compile.py", BENCH / "kernels.py"}
     here = Path(__file__).parent
     tests = {*here.rglob("*.py"), here / "resources.json"} - {here / name for name in NO_PROOFS}
-    return sorted([*kernels | imported, *shipped, *tests])
+    models = (REPO / "configs" / "model").glob("*.yaml")
+    return sorted([*kernels | imported, *shipped, *tests, *models])
 
 
 def pins() -> dict[str, list[str]]:
