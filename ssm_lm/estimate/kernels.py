@@ -175,7 +175,7 @@ class _SSDScan(torch.autograd.Function):
             B, K, E, P, N = starts.shape
             of_heads = v.new_zeros(2, *v.shape[:2], E, N)
             grad_v, T = torch.zeros_like(v), ctx.T
-            sizes, low = ((P,), (T,), (T,), (T, N // 2)), {"dtype": torch.float32}
+            sizes, low = ((P,), (T,), (T,), (N // 2,) if step.dim() == 1 else (T, N // 2)), {"dtype": torch.float32}
             grad_skip, grad_decay, grad_step, grad_angle = (v.new_zeros(B, K, E, *size, **low) for size in sizes)
             _read(grad_angle.zero_())
         is_shared = step.dim() == 1

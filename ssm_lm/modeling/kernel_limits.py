@@ -99,7 +99,14 @@ def s5_chunk_length(L: int) -> int:
     return max(SHORTEST_S5_CHUNK, 1 << (-(-L // MOST_S5_CHUNKS) - 1).bit_length())
 
 
-LONGEST_SSD_CHUNK, LARGEST_SSD_STATE = 32, 128  # beyond these, tiles leave the registers
+LARGEST_SSD_STATE = 128
+
+
+def longest_ssd_chunk(architecture: str, dtype: torch.dtype, N: int) -> int:
+    """How many tokens a chunk of the kernels of ssd's scan may have: beyond, tiles leave the registers, but on Hopper,
+    whose products read shared memory. What lies in memory between the launches is a state a chunk.
+    """
+    return 64 if architecture == "sm_90" and dtype == torch.bfloat16 and N <= 64 else 32
 
 
 def limit_of_ssd_scan(architecture: str, dtype: torch.dtype, N: int) -> str | None:

@@ -25,7 +25,7 @@ import torch
 from .checks import check_heads
 from .discrete import DiscreteSSD, step_of_token
 from .hippo import INITIALIZATIONS
-from .kernel_limits import LONGEST_SSD_CHUNK, limit_of_rms_norm, limit_of_ssd_scan
+from .kernel_limits import limit_of_rms_norm, limit_of_ssd_scan, longest_ssd_chunk
 from .ops import SSD_SYSTEM, ssd_scan, ssd_step, ssd_vectors
 from .state_space import MIN_DECAY, StateSpace
 
@@ -181,10 +181,11 @@ class SSD(StateSpace):
 
     def scan_kernel(self, architecture, dtype):
         unsupported = limit_of_ssd_scan(architecture, dtype, self.state_size)
-        return "ssd_scan", unsupported, (dtype, self.head_dim, self.state_size)
+        chunk_size = min(self.chunk_size, self.longest_chunk(architecture, dtype))
+        return "ssd_scan", unsupported, (dtype, self.head_dim, self.state_size, chunk_size)
 
-    def longest_chunk(self, dtype):
-        return LONGEST_SSD_CHUNK
+    def longest_chunk(self, architecture, dtype):
+        return longest_ssd_chunk(architecture, dtype, self.state_size)
 
     def step_on_kernel(self, u, state, coefficients, activation):
         return ssd_step(u, state, *coefficients, self.D, activation)

@@ -85,8 +85,8 @@ def sum_up_gradients(of_heads, of_operators, of_skip, is_shared: bool) -> tuple[
     """The gradients of b, c, angles, decays, steps and D, of what a kernel's backward writes in float32:
 
     of_heads (2, B, L, E, N), those of b and c by head, which may be in the dtype of the tokens; of_operators
-    (B, chunks, E, T, N/2) and twice (B, chunks, E, T); of_skip (B, chunks, E, P). is_shared: steps are those of all
-    rows and chunks, and so are these of the results.
+    (B, chunks, E, T, N/2), or (B, chunks, E, N/2), and twice (B, chunks, E, T); of_skip (B, chunks, E, P). is_shared:
+    steps are those of all rows and chunks, and so are these of the results.
     """
     if is_shared:
         of_operators = (x.sum((0, 1), dtype=torch.float64) for x in of_operators)

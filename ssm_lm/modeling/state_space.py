@@ -218,7 +218,7 @@ class StateSpace(nn.Module):
         """How the scan's kernel takes it."""
         return self.scan_dtype(dtype)
 
-    def longest_chunk(self, dtype: torch.dtype) -> int:
+    def longest_chunk(self, architecture: str, dtype: torch.dtype) -> int:
         """The longest chunk that the scan's kernel takes of signals in this dtype."""
         return longest_chunk(dtype, self.state_size, self.has_dense_carry)
 

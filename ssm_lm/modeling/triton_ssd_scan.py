@@ -349,7 +349,8 @@ def vectors_kernel(
 ):
     """From g, the gradient of y, that of c, a head's part, (B, L, E, 2 M), and what goes through the weights of pairs
     of tokens and through the starts to grad_decay and grad_step (B, chunks, E, T); of D, grad_skip (B, chunks, E, P);
-    what goes through c to grad_angle (B, chunks, E, T, M). stride: of v's rows.
+    what goes through c to grad_angle (B, chunks, E, T, M), or where steps are SHARED (B, chunks, E, M): summed over
+    tokens, each as often as there are steps in its angle. stride: of v's rows.
 
     In reverse that of b, from g and `asked` (B, chunks, E, P, 2 M), the gradient of every chunk's end before its turn;
     what goes through b and the end is then added to those of decays, steps and angles. An angle turns back: its
@@ -398,8 +399,6 @@ def vectors_kernel(
     b_re, b_im = turned_back(b, token, n, M, co, si, BLOCK_T, BLOCK_M)
     c_re, c_im = turned_back(c, token, n, M, co, si, BLOCK_T, BLOCK_M)
     at_decay, at_step = grad_decay + here * T + t, grad_step + here * T + t
-    at_angle = grad_angle + here * T * M + (t[:, None] * M + m[None, :])
-    inside = (t[:, None] < T) & (m[None, :] < M)
     if REVERSE:
         re, im = re * to_end[:, None], im * to_end[:, None]
         reached = tl.sum(re * b_re + im * b_im, 1)
@@ -410,8 +409,7 @@ def vectors_kernel(
         score = score * apart
         re = (re + multiply(score, c_re, dtype, PRECISION)) * dt[:, None]
         im = (im + multiply(score, c_im, dtype, PRECISION)) * dt[:, None]
-        of_angle = tl.load(at_angle, mask=inside, other=0.0) + re * b_im - im * b_re
-        of_angle += tl.where(t[:, None] == n - 1, of_turn[None, :], 0.0)
+        of_angle = re * b_im - im * b_re + tl.where(t[:, None] == n - 1, of_turn[None, :], 0.0)
     else:
         pairs = multiply(c_re, tl.trans(b_re), dtype, PRECISION) + multiply(c_im, tl.trans(b_im), dtype, PRECISION)
         pairs = pairs * apart * score
@@ -422,6 +420,14 @@ def vectors_kernel(
         re += multiply(score, b_re, dtype, PRECISION)
         im += multiply(score, b_im, dtype, PRECISION)
         of_angle = re * c_im - im * c_re
+    if SHARED:
+        at_angle, inside = grad_angle + here * M + m, m < M
+        of_angle = tl.sum(of_angle * (t + 1).to(tl.float32)[:, None], 0)
+    else:
+        at_angle = grad_angle + here * T * M + (t[:, None] * M + m[None, :])
+        inside = (t[:, None] < T) & (m[None, :] < M)
+    if REVERSE:
+        of_angle += tl.load(at_angle, mask=inside, other=0.0)
     tl.store(at_angle, of_angle, mask=inside)
     tl.store(at_decay, d_decay, mask=t < T)
     tl.store(at_step, d_dt, mask=t < T)
@@ -442,11 +448,11 @@ def channels(kernel, dtype: torch.dtype, P: int, M: int) -> int:
     return min(FEW_CHANNELS if few else CHANNELS, block(P))
 
 
-def options(kernel, dtype: torch.dtype, M: int) -> dict[str, int]:
+def options(kernel, dtype: torch.dtype, M: int, T: int) -> dict[str, int]:
     """Of a launch. Without tensor cores a thread holds whole rows of a product's factors; eight warps share them. They
-    share the gradients of b and c too, of more than 64 states.
+    share the gradients of b and c too, of more than 64 states or 32 tokens.
     """
-    few = kernel is carry_kernel or (dtype == torch.bfloat16 and not (kernel is vectors_kernel and M > 32))
+    few = kernel is carry_kernel or (dtype == torch.bfloat16 and not (kernel is vectors_kernel and max(M, T) > 32))
     return {"num_warps": 4 if few else 8, "num_stages": 1}
 
 
@@ -474,7 +480,7 @@ class _Launch:
         sizes = {"BLOCK_P": channels(kernel, self.dtype, self.P, self.M), "BLOCK_M": block(self.M)}
         if kernel is not carry_kernel:
             sizes |= {"BLOCK_T": block(self.T), "PRECISION": PRECISION}
-        return sizes | options(kernel, self.dtype, self.M)
+        return sizes | options(kernel, self.dtype, self.M, self.T)
 
     def blocks(self, kernel) -> int:
         """How many programs of a launch share the channels of a head."""
@@ -582,7 +588,8 @@ def run_backward(
     grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
     of_heads = v.new_empty(2, B, launch.L, E, 2 * M)  # in the dtype of the tokens, as what lies between launches
     grad_decay, grad_step = (v.new_empty(B, K, E, T, dtype=torch.float32) for _ in range(2))
-    grad_angle = v.new_empty(B, K, E, T, M, dtype=torch.float32)
+    is_shared = launch.switches["SHARED"]
+    grad_angle = v.new_empty(B, K, E, *([] if is_shared else [T]), M, dtype=torch.float32)
     grad_skip = v.new_empty(B, K, E, launch.P, dtype=torch.float32)
     with on_device(v.device):
         emit_kernel[*launch.programs, launch.blocks(emit_kernel)](
@@ -619,7 +626,6 @@ def run_backward(
                 **launch.switches,
                 **launch.tiles(vectors_kernel),
             )
-    is_shared = launch.switches["SHARED"]
     of_b, of_c, *of_system, of_skip = sum_up_gradients(
         of_heads, (grad_angle, grad_decay, grad_step), grad_skip, is_shared
     )
@@ -679,17 +685,23 @@ def ssd_scan(*scanned, **wanted) -> tuple[torch.Tensor | None, torch.Tensor]:
 
 
 def self_check_cases(
-    device: torch.device, dtype: torch.dtype | None = None, P: int | None = None, N: int | None = None
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    P: int | None = None,
+    N: int | None = None,
+    T: int = 32,
 ) -> list[Case]:
-    """Forward and backward of a scan of tokens in `dtype`, heads of P channels and N states, with constant steps and
-    with the token's own, from a state over documents and from zero over one; the turns of a chunk. None: what models
-    have, at small sizes.
+    """Forward and backward of a scan of tokens in `dtype`, heads of P channels and N states, in chunks of T tokens with
+    constant steps and of half as many with the token's own, from a state over documents and from zero over one; the
+    turns of a chunk. None: what models have, at small sizes.
     """
-    return [turns_case(device, N or 32)] + [
-        _case(device, each, B, L, E, P or channels, N or states, T, selective, whole, tolerance)
+    half = max(1, T // 2)
+    sizes = (2, 2 * T + 6, 2, 16, 32, T, False), (1, 2 * half + 8, 1, 20, 6, half, True)
+    return [turns_case(device, N or 32, T)] + [
+        _case(device, each, B, L, E, P or channels, N or states, length, selective, whole, tolerance)
         for each, tolerance in ((torch.bfloat16, 3e-2), (torch.float32, 2e-5))
         if dtype in (None, each)
-        for B, L, E, channels, states, T, selective in ((2, 70, 2, 16, 32, 32, False), (1, 40, 1, 20, 6, 16, True))
+        for B, L, E, channels, states, length, selective in sizes
         for whole in (False, True)
     ]
 

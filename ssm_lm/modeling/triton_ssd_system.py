@@ -144,21 +144,19 @@ def turns_gradient_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Of the gradients of s omega (E, T, M), of s decay and of the steps (E, T), in float64, those of omega (E, M),
-    decay and dt (E,). Grid: heads.
+    """Of the gradients of s omega, summed over tokens with 1, 2, ... for weights (E, M), of s decay and of the steps
+    (E, T), in float64, those of omega (E, M), decay and dt (E,). Grid: heads.
     """
     e, t, m = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
-    count = (t + 1).to(tl.float64)
-    since = count * tl.load(dt + e)
-    at, inside = ((e * T + t) * M)[:, None] + m[None, :], (t < T)[:, None] & (m < M)[None, :]
-    angles = tl.load(of_angle + at, mask=inside, other=0.0)
+    count, step = (t + 1).to(tl.float64), tl.load(dt + e)
+    angles = tl.load(of_angle + e * M + m, mask=m < M, other=0.0)
     decays = tl.load(of_decay + e * T + t, mask=t < T, other=0.0)
     steps = tl.load(of_step + e * T + t, mask=t < T, other=0.0)
     frequencies = tl.load(omega + e * omega_row + m, mask=m < M, other=0.0)
-    of_since = tl.sum(angles * frequencies[None, :], 1) + decays * tl.load(decay + e)
-    tl.store(grad_dt + e, tl.sum(count * of_since + steps, 0))
-    tl.store(grad_decay + e, tl.sum(decays * since, 0))
-    tl.store(grad_omega + e * M + m, tl.sum(angles * since[:, None], 0), mask=m < M)
+    decays = tl.sum(decays * count, 0)
+    tl.store(grad_dt + e, tl.sum(angles * frequencies, 0) + decays * tl.load(decay + e) + tl.sum(steps, 0))
+    tl.store(grad_decay + e, decays * step)
+    tl.store(grad_omega + e * M + m, angles * step, mask=m < M)
 
 
 # ---- launches
@@ -179,7 +177,9 @@ def run_turns(omega: torch.Tensor, decay: torch.Tensor, dt: torch.Tensor, T: int
 
 
 def run_turns_backward(of_angle, of_decay, of_step, omega, decay, dt) -> tuple[torch.Tensor, ...]:
-    """The gradients of s omega (E, T, M), s decay and the steps (E, T) -> those of omega, decay and dt, float64."""
+    """The gradients of s omega, as `turns_gradient_kernel` takes them (E, M), of s decay and the steps (E, T) -> those
+    of omega, decay and dt, float64.
+    """
     E, M = omega.shape
     outputs = dt.new_empty(E, M), dt.new_empty(E), dt.new_empty(E)
     system, sizes, options = _of_turns(omega, decay, dt, of_step.shape[1])
@@ -321,7 +321,9 @@ def turns_case(device, N: int, T: int = 32) -> Case:
     ]
 
     def ours():
-        return [*run_turns(omega, decay, dt, T), *run_turns_backward(*weights, omega, decay, dt)]
+        of_angle, *others = weights
+        of_angle = (of_angle * torch.arange(1, T + 1, device=device)[:, None]).sum(1)
+        return [*run_turns(omega, decay, dt, T), *run_turns_backward(of_angle, *others, omega, decay, dt)]
 
     def twin():
         leaves = [x.clone().requires_grad_() for x in (omega, decay, dt)]

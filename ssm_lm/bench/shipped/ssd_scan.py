@@ -2,7 +2,7 @@
 
 import torch
 
-from ...modeling.kernel_limits import LARGEST_SSD_STATE, LONGEST_SSD_CHUNK, limit_of_ssd_scan
+from ...modeling.kernel_limits import LARGEST_SSD_STATE, limit_of_ssd_scan, longest_ssd_chunk
 from ...modeling.triton_ssd_scan import (
     PRECISION,
     block,
@@ -17,30 +17,31 @@ from ...modeling.triton_ssd_scan import (
 SIZES = dict.fromkeys(("L", "T", "chunks", "E"), "i32") | {"P": "i32:16", "M": "i32:16"}
 TYPES = {torch.float32: ("fp32", 4), torch.bfloat16: ("bf16", 2)}
 
-# B rows of L tokens, E heads of P channels, as many states as models have, chunks of T
-B, L, E, P, STATES, T = 8, 8192, 16, 64, 64, LONGEST_SSD_CHUNK
+# B rows of L tokens, E heads of P channels, as many states as models have
+B, L, E, P, STATES = 8, 8192, 16, 64, 64
 
 
-def states(N: int) -> int:
+def states(N: int, T: int) -> int:
     """How many numbers the states of all chunks are."""
     return B * L // T * E * P * N
 
 
-def kernels(N: int) -> dict[str, tuple]:
-    """With N states: kernel, in reverse, tensors of the tokens' dtype, those of float32; numbers moved of either;
-    products a token and head.
+def kernels(N: int, T: int, shared: bool) -> dict[str, tuple]:
+    """With N states, chunks of T tokens, and steps that are those of all or not: kernel, in reverse, tensors of the
+    tokens' dtype, those of float32; numbers moved of either; products a token and head.
     """
-    elements, vectors = B * L * E * P, B * L * N
+    elements, vectors, stored = B * L * E * P, B * L * N, states(N, T)
     chosen = {}
     for name, reverse in (("ends forward", False), ("ends reverse", True)):
-        chosen[name] = ends_kernel, reverse, "v b ends", "", elements + vectors + states(N), 0, P * N
+        chosen[name] = ends_kernel, reverse, "v b ends", "", elements + vectors + stored, 0, P * N
     for name, reverse in (("emit", False), ("gradient of v", True)):
-        moved = 2 * elements + 2 * vectors + states(N), 0
+        moved = 2 * elements + 2 * vectors + stored, 0
         chosen[name] = emit_kernel, reverse, "v b c starts y", "skip", *moved, P * N + T * (N + P)
     for name, reverse, read, pairs in (("gradient of c", False, 1, N), ("gradient of b", True, 2, 0)):
         of_float32 = "grad_decay grad_step grad_angle grad_skip"
-        # a head's vectors, and in float32 angles, half as many, which in reverse are read before
-        moved = 2 * elements + (2 + E) * vectors + read * states(N), E * vectors * (2 if reverse else 1) // 2
+        # a head's vectors, and in float32 angles, half as many, or of all tokens of a chunk, read before in reverse
+        angles = E * vectors // (2 * T if shared else 2)
+        moved = 2 * elements + (2 + E) * vectors + read * stored, angles * (2 if reverse else 1)
         products = P * N + T * (N + P + pairs)
         chosen[name] = vectors_kernel, reverse, "g v b c starts asked gradient", of_float32, *moved, products
     return chosen
@@ -60,17 +61,23 @@ def compile_cases(arch: str) -> list[dict]:
     cases = []
     for label, switch in switches.items():
         for dtype in TYPES:
-            cases += [_carry_case(label, switch, dtype, reverse) for reverse in (False, True)]
-            cases += [_case(name, label, switch, dtype) for name in kernels(STATES)]
+            T = longest_ssd_chunk(arch, dtype, STATES)
+            cases += [_carry_case(label, switch, dtype, T, reverse) for reverse in (False, True)]
+            cases += [_case(name, label, switch, dtype, T) for name in kernels(STATES, T, True)]
+            if T > 32 and not label:  # as configs of shorter chunks have them
+                cases += [_case(name, " of 32 tokens", switch, dtype, 32) for name in kernels(STATES, 32, True)]
     if arch in ("sm_90", "sm_100"):
         label, N = f" of {LARGEST_SSD_STATE} states", LARGEST_SSD_STATE
-        largest = [name for name, (kernel, *_) in kernels(N).items() if kernel is not ends_kernel]
-        cases += [_case(name, label, default, dtype, N) for dtype in TYPES for name in largest]
+        for dtype in TYPES:
+            T = longest_ssd_chunk(arch, dtype, N)
+            largest = [name for name, (kernel, *_) in kernels(N, T, True).items() if kernel is not ends_kernel]
+            cases += [_case(name, label, default, dtype, T, N) for name in largest]
     return cases
 
 
-def _case(name, label, switch, dtype, N=STATES) -> dict:
-    kernel, reverse, of_tokens, of_float32, moved, moved_in_float32, products = kernels(N)[name]
+def _case(name, label, switch, dtype, T, N=STATES) -> dict:
+    of_name = kernels(N, T, switch["SHARED"])[name]
+    kernel, reverse, of_tokens, of_float32, moved, moved_in_float32, products = of_name
     kind, size = TYPES[dtype]
     on_tensor_cores = dtype == torch.bfloat16
     flops = 2 * products * B * L * E
@@ -90,7 +97,7 @@ def _case(name, label, switch, dtype, N=STATES) -> dict:
             "BLOCK_M": block(N // 2),
             "PRECISION": PRECISION,
         },
-        "options": options(kernel, dtype, N // 2),
+        "options": options(kernel, dtype, N // 2, T),
         "tensor_cores": on_tensor_cores,
         "variant": bool(label),
         "work": {
@@ -102,7 +109,7 @@ def _case(name, label, switch, dtype, N=STATES) -> dict:
     }
 
 
-def _carry_case(label, switch, dtype, reverse, N=STATES) -> dict:
+def _carry_case(label, switch, dtype, T, reverse, N=STATES) -> dict:
     """In float32, but for what lies in memory between the launches. A variant begins with a zero state."""
     pointers, (kind, size) = "final cos sin decay" + ("" if label else " initial"), TYPES[dtype]
     return {
@@ -118,9 +125,9 @@ def _carry_case(label, switch, dtype, reverse, N=STATES) -> dict:
             "BLOCK_M": block(N // 2),
         }
         | ({"initial": None} if label else {}),
-        "options": options(carry_kernel, dtype, N // 2),
+        "options": options(carry_kernel, dtype, N // 2, T),
         "variant": bool(label),
-        "work": {"bytes": 2 * size * states(N), "flops": 8 * states(N)},
+        "work": {"bytes": 2 * size * states(N, T), "flops": 8 * states(N, T)},
     }
 
 

@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 from ssm_lm import S4Config, S4ForCausalLM
 from ssm_lm.modeling import triton_ssd_scan
+from ssm_lm.modeling.kernel_limits import longest_ssd_chunk
 from ssm_lm.modeling.ssd import SSD
 from ssm_lm.modeling.ssd_chunks import scan_vectors, since_start_of_chunks
 from ssm_lm.modeling.triton_ssd_scan import self_check_cases, ssd_scan, ssd_scan_chunks, ssd_scan_chunks_backward
@@ -57,6 +58,12 @@ def test_bfloat16():
 def test_whole_tiles(N):
     """None of a tile is masked, and a head is more channels than a program takes at a time."""
     compare(problem(1, 32, 1, 64, N), 16)
+
+
+@pytest.mark.parametrize("selective", [False, True], ids=["constant", "selective"])
+def test_chunks_of_hopper(selective):
+    """Of 64 tokens, whole, and a part. In bfloat16 the self-check has them, test_self_checks.py."""
+    compare(problem(1, 70, 2, 20, 64, selective, resets=True), longest_ssd_chunk("sm_90", torch.bfloat16, 64), 5e-5)
 
 
 @pytest.mark.slow
