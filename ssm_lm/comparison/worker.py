@@ -104,7 +104,7 @@ def speed(folder: Path) -> dict:
         if "tokens" in entry:
             tokens = entry["tokens"]
             seconds += taken * tokens / entry["step"] / entry["tokens_per_second"]
-            flops = tokens * entry["flops_per_second"] / entry["tokens_per_second"]
+            flops = round(tokens * entry["flops_per_second"] / entry["tokens_per_second"])  # a count, but for rounding
     return {
         "steps": steps,
         "tokens": tokens,
