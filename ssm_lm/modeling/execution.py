@@ -114,7 +114,7 @@ def decide(layer: nn.Module, problem: Problem, runs: Rule) -> Execution:
         dtype = scan_dtype if mode == "chunk" else layer.log_dt.dtype
         finds_state = mode == "fft" and needs_state and layer.has_chunk_kernel
         kernel = finds_state and _scans_on_kernel(layer, problem, dtype, runs)
-    chunk_size = min(layer.chunk_size, layer.longest_chunk(problem.architecture, dtype)) if kernel else layer.chunk_size
+    chunk_size = layer.chunk_on_kernel(problem.architecture, dtype) if kernel else layer.chunk_size
     in_chunk_kernel = kernel and mode == "chunk" and layer.has_chunk_kernel and _alone(layer, problem)
     fused = FUSED_ACTIVATIONS.get(type(problem.activation)) if in_chunk_kernel else None
     whole = not problem.from_state or length % min(chunk_size, length) == 0  # a rest is put behind, by a copy
@@ -141,7 +141,7 @@ def _scans_on_kernel(layer, problem, dtype, runs) -> bool:
         # forward of training may run without autograd first and with it in the backward, where no check can be made
         gradient = problem.gradient or layer.training
         fused = FUSED_ACTIVATIONS.get(type(problem.activation)) if _alone(layer, problem) else None
-        chunk_size = min(layer.chunk_size, layer.longest_chunk(problem.architecture, dtype))
+        chunk_size = layer.chunk_on_kernel(problem.architecture, dtype)
         key = (*key, chunk_size, gradient, problem.documents, problem.from_state, fused or "identity")
     return runs(operation, unsupported, key)
 

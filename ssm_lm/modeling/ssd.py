@@ -181,7 +181,7 @@ class SSD(StateSpace):
 
     def scan_kernel(self, architecture, dtype):
         unsupported = limit_of_ssd_scan(architecture, dtype, self.state_size)
-        chunk_size = min(self.chunk_size, self.longest_chunk(architecture, dtype))
+        chunk_size = self.chunk_on_kernel(architecture, dtype)
         return "ssd_scan", unsupported, (dtype, self.head_dim, self.state_size, chunk_size)
 
     def longest_chunk(self, architecture, dtype):

@@ -222,6 +222,10 @@ class StateSpace(nn.Module):
         """The longest chunk that the scan's kernel takes of signals in this dtype."""
         return longest_chunk(dtype, self.state_size, self.has_dense_carry)
 
+    def chunk_on_kernel(self, architecture: str, dtype: torch.dtype) -> int:
+        """How long its chunks are there."""
+        return min(self.chunk_size, self.longest_chunk(architecture, dtype))
+
     def scans_in_c(self, dtype: torch.dtype) -> bool:
         """Whether the chunk scan of signals in this dtype is that of `scan_library`."""
         if self.scan_library is None or dtype != self.log_dt.dtype:
