@@ -90,8 +90,8 @@ def carry_out(contest, jobs: int = 1, only_table: bool = False, every_curve: boo
         drawn = [run for run in runs if read_result(contest, run) is not None]
     curves = {f"{run.contender}, {run.rate:g}": contest.folder / "runs" / run.name for run in drawn}
     pictures = {"curves": lambda files: draw(curves, files)}
-    if families(summary["contenders"]):
-        pictures["sizes"] = lambda files: draw_sizes(summary["contenders"], files)
+    if lines := families(summary["contenders"]):
+        pictures["sizes"] = lambda files: draw_sizes(lines, files)
     write(contest.folder, markdown(summary), summary, pictures)
     return failed
 

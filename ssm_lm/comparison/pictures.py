@@ -38,25 +38,26 @@ def families(rows: list[dict]) -> dict[str, list[dict]]:
     return {name: sizes for name, sizes in sorted(found.items()) if len(sizes) > 1}
 
 
-def draw_sizes(rows: list[dict], files: list[Path]) -> None:
-    """Draw what a family's sizes reach, over their parameters and over the FLOPs of their training, into each of
-    `files`, a line a family. rows: of a summary. Raises UserError.
+def draw_sizes(lines: dict[str, list[dict]], files: list[Path]) -> None:
+    """Draw what the sizes of each family reach, over their parameters and over the FLOPs of their training, into each
+    of `files`. lines: of `families`, at least one. Raises UserError.
     """
     axis = {"without_embeddings": "parameters without embeddings", "flops": "FLOPs of training"}
-    if any(row["flops"] is None for sizes in families(rows).values() for row in sizes):
+    if any(row["flops"] is None for sizes in lines.values() for row in sizes):
         del axis["flops"]
-    drawings = [lambda axes, key=key, title=title: _by_size(axes, key, title, rows) for key, title in axis.items()]
+    drawings = [lambda axes, key=key, title=title: _by_size(axes, key, title, lines) for key, title in axis.items()]
     for file in files:
         save(drawings, file)
 
 
-def _by_size(axes, key: str, title: str, rows: list[dict]) -> None:
-    for name, sizes in families(rows).items():
+def _by_size(axes, key: str, title: str, lines: dict[str, list[dict]]) -> None:
+    for name, sizes in lines.items():
         axes.plot([row[key] for row in sizes], [row["value"] for row in sizes], label=name, marker="o", markersize=3)
     axes.set_xscale("log")
-    if rows[0]["measure"] == "perplexity":
+    measured = next(iter(lines.values()))[0]  # as all the others are
+    if measured["measure"] == "perplexity":
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel(title)
-    axes.set_title(f"{rows[0]['split']} {rows[0]['measure']}")
+    axes.set_title(f"{measured['split']} {measured['measure']}")
