@@ -80,24 +80,19 @@ def test_left_padding(model):
     for row, single in enumerate(prompts):
         ids[row, width - single.shape[1] :] = single
         mask[row, width - single.shape[1] :] = 1
-    together = generate_with_mask(model, ids, mask, tokens)
+    together = generate(model, ids, tokens, attention_mask=mask)
     for row, single in enumerate(prompts):
         assert torch.equal(together[row, width:], generate(model, single, tokens)[0, single.shape[1] :])
     assert not torch.equal(together[:, width:], generate(model, ids, tokens)[:, width:])  # the mask does something
 
 
-def generate_with_mask(model, ids, mask, tokens, **options):
-    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0, **options)
-    return model.generate(ids, attention_mask=mask, generation_config=config)
-
-
 def test_left_padding_with_prefill_in_parts(model):
     ids, mask = prompt(40, batch=2), torch.ones(2, 40, dtype=torch.long)
     mask[0, :23] = 0
-    expected = generate_with_mask(model, ids, mask, 12)
+    expected = generate(model, ids, 12, attention_mask=mask)
     for size, cache in ((10, None), (1, None), (1, "static")):  # a token that comes alone may be padding, too
         options = {"prefill_chunk_size": size, "cache_implementation": cache}
-        assert torch.equal(generate_with_mask(model, ids, mask, 12, **options), expected), options
+        assert torch.equal(generate(model, ids, 12, attention_mask=mask, **options), expected), options
     assert torch.equal(expected[0, 40:], generate(model, ids[:1, 23:], 12)[0, 17:])
 
 
