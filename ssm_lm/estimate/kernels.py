@@ -37,9 +37,8 @@ def _forward(u, operators: ChunkOperators, initial_state, wanted, save):
     (B, L, H), T, N, dense = u.shape, operators.taps.shape[-1], operators.inject.shape[1], operators.carry.dim() == 3
     chunks = chunks_in_a_row(B, L, T, N, dense, from_zero=initial_state is None)
     rows = _to_rows(u, chunks * T)
-    _read_by_segments(rows, operators, chunks, initial_state)
     with kernel_launches(1):
-        _read(rows, *operators, initial_state)
+        _read(*_passes(rows, operators, chunks), *operators, initial_state)
         y = torch.zeros_like(rows) if wanted.has_output else None
         final = rows.new_zeros(B, H, N, dtype=torch.float32)
         starts = rows.new_zeros((H, B, chunks, N) if save else 0)
@@ -60,14 +59,10 @@ def _to_rows(sequence, size):
         return sequence.new_zeros(H, B, size)
 
 
-def _read_by_segments(rows, operators, chunks, initial_state):
-    """The pass without output, and the states that are linked."""
-    (H, B, _), N, dense = rows.shape, operators.inject.shape[1], operators.carry.dim() == 3
-    if (G := segments(B, chunks, N, dense)) > 1:
-        with kernel_launches(2):
-            _read(rows, operators.inject, operators.carry, operators.carry, initial_state)
-            ends, starts = (rows.new_zeros(B, G, H, N, dtype=torch.float32) for _ in range(2))
-            _read(ends, starts)
+def _passes(rows, operators, chunks):
+    """What is scanned, as often as it is read: twice where the states of segments are found first."""
+    dense = operators.carry.dim() == 3
+    return [rows] * (1 + (segments(rows.shape[1], chunks, operators.inject.shape[1], dense) > 1))
 
 
 def _backward(saved: Saved, operators: ChunkOperators, wanted, grad_y, grad_final, length):
@@ -78,9 +73,8 @@ def _backward(saved: Saved, operators: ChunkOperators, wanted, grad_y, grad_fina
     else:
         grad_y = ACTIVATIONS[wanted.activation].backward(_to_rows(grad_y, size), before)
     # the scan in reverse, then the Gram product, which reads all four sequences
-    _read_by_segments(grad_y, operators, starts.shape[2], grad_final)
     with kernel_launches(2):
-        _read(grad_y, grad_final, *operators)
+        _read(*_passes(grad_y, operators, starts.shape[2]), grad_final, *operators)
         grad_rows, driven = torch.zeros_like(rows), torch.zeros_like(starts)
         grad_initial = rows.new_zeros(B, H, N, dtype=torch.float32)
         _read(grad_y, driven, rows, starts)

@@ -19,9 +19,10 @@ bfloat16, and 8 of them, with a dense carry, still more than an SM's shared memo
 
 The rows of a matrix product are batch elements: M = 16 of them, so that the state stays in registers and no chunk
 waits for more than the one before. Rows that a small batch leaves empty are filled with time: a row (H, B, C T) of C
-chunks is also G segments, (H, B G, C T / G), without a copy. One pass without output finds the state that each segment
-would leave from zero, one small kernel links them, as sequence parallelism does between ranks, and the scan then starts
-every segment from its true state: at B = 1 a chain of C / 16 chunks for one of C, for 2 bytes more an element.
+chunks is also G segments, (H, B G, C T / G), without a copy. A program, which has all those of its channel, first
+finds the state that each would leave from zero, links these in its registers, as sequence parallelism does between
+ranks, and starts every segment from its true state: at B = 1 two chains of C / 16 chunks for one of C, for 2 bytes more
+an element, which its own second pass may find in the cache.
 
 A row holds whole chunks: before the first token stand zeros, which change nothing in a zero state. So every address is
 a multiple of 16 elements, whatever the length; no mask is left over time; and no size but N is one that Triton
@@ -47,7 +48,7 @@ from .chunked import (
     operator_gradients,
 )
 from .kernel_launch import architecture, family, numbered_configuration, on_device, qualified, tuned
-from .kernel_limits import ROWS, chunks_in_a_row, longest_chunk, segments
+from .kernel_limits import chunks_in_a_row, longest_chunk, segments
 from .kernels_s4 import Case
 from .triton_step import activate
 
@@ -112,7 +113,133 @@ def from_rows_kernel(
     tl.store(y + (b * L + token)[:, None] * H + h[None, :], tl.trans(tile), mask=stored)
 
 
-@triton.jit(do_not_specialize=["B", "H", "C", "T", "has_first"])
+@triton.jit
+def load_into(into, half, mask, low, DENSE: tl.constexpr):
+    """What takes a chunk into a state, (TP, NP); of a complex state its real parts, and its imaginary ones."""
+    into0 = tl.load(into, mask=mask, other=0.0).to(low)
+    into1 = into0
+    if not DENSE:
+        into1 = tl.load(into + half, mask=mask, other=0.0).to(low)
+    return into0, into1
+
+
+@triton.jit
+def load_carry(carry, h, n, N, width, REVERSE: tl.constexpr, DENSE: tl.constexpr):
+    """A dense carry as a right factor, (NP, NP), or a diagonal one's real and imaginary parts, (1, NP); in reverse
+    transposed.
+    """
+    if DENSE:
+        square = n[:, None] * N + n[None, :] if REVERSE else n[None, :] * N + n[:, None]
+        inside = (n < N)[:, None] & (n < N)[None, :]
+        carry0 = tl.load(carry + h * N * N + square, mask=inside, other=0.0)
+        carry1 = carry0
+    else:
+        carry0 = tl.load(carry + h * N + n, mask=n < width, other=0.0)[None, :]
+        carry1 = tl.load(carry + h * N + width + n, mask=n < width, other=0.0)[None, :]
+        if REVERSE:
+            carry1 = -carry1
+    return carry0, carry1
+
+
+@triton.jit
+def load_states(states, at, mask, width, DENSE: tl.constexpr):
+    """Float32 states (M, NP): all of them, or real parts and imaginary ones."""
+    s0 = tl.load(states + at, mask=mask, other=0.0)
+    s1 = tl.zeros_like(s0)
+    if not DENSE:
+        s1 = tl.load(states + at + width, mask=mask, other=0.0)
+    return s0, s1
+
+
+@triton.jit
+def store_states(states, at, s0, s1, mask, width, DENSE: tl.constexpr):
+    """What `load_states` reads, in the dtype of `states`."""
+    tl.store(states + at, s0, mask=mask)
+    if not DENSE:
+        tl.store(states + at + width, s1, mask=mask)
+
+
+@triton.jit
+def advance(s0, s1, X, into0, into1, carry0, carry1, DENSE: tl.constexpr, PRECISION: tl.constexpr, CARRY: tl.constexpr):
+    """The states after the chunks X."""
+    if DENSE:
+        s0 = tl.dot(s0, carry0, input_precision=CARRY)
+        s0 = tl.dot(X, into0, s0, input_precision=PRECISION)
+    else:
+        turned = carry0 * s0 - carry1 * s1
+        s1 = tl.dot(X, into1, carry0 * s1 + carry1 * s0, input_precision=PRECISION)
+        s0 = tl.dot(X, into0, turned, input_precision=PRECISION)
+    return s0, s1
+
+
+@triton.jit
+def restart(s0, s1, stays):
+    """States (M, NP), zero where they do not stay (M, 1)."""
+    return tl.where(stays, s0, 0.0), tl.where(stays, s1, 0.0)
+
+
+@triton.jit
+def upper_bits(x):
+    """Float32 numbers with the sign, the exponent and the ten bits that TF32 has."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(a, b, c, PRECISION: tl.constexpr):
+    """a b + c of float32 numbers. "three parts": in TF32, products of upper and lower bits, one a turn; all at once, as
+    Triton's "tf32x3", their operands leave the registers.
+    """
+    if PRECISION == "three parts":
+        for turn in range(0, 3):
+            of_a = tl.where(turn == 0, a - upper_bits(a), upper_bits(a))
+            of_b = tl.where(turn == 1, b - upper_bits(b), upper_bits(b))
+            c = tl.dot(of_a, of_b, c, input_precision="tf32")
+    else:
+        c = tl.dot(a, b, c, input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def power(carry0, carry1, count, DENSE: tl.constexpr, PRECISION: tl.constexpr):
+    """carry^count, count at least 1, by squares from its highest bit on."""
+    total0, total1 = carry0, carry1
+    bit = 1
+    while bit * 2 <= count:
+        bit *= 2
+    while bit > 1:
+        bit = bit // 2
+        odd = (count // bit) % 2 == 1
+        if DENSE:
+            total0 = product(total0, total0, tl.zeros_like(total0), PRECISION)
+            if odd:
+                total0 = product(total0, carry0, tl.zeros_like(total0), PRECISION)
+        else:
+            re, im = total0 * total0 - total1 * total1, 2 * total0 * total1
+            total0 = tl.where(odd, re * carry0 - im * carry1, re)
+            total1 = tl.where(odd, re * carry1 + im * carry0, im)
+    return total0, total1
+
+
+@triton.jit
+def over_segment(s0, s1, total0, total1, end0, end1, stays, DENSE: tl.constexpr, PRECISION: tl.constexpr):
+    """The states after segments that leave `end` from zero and restart from it where their state does not stay."""
+    s0, s1 = restart(s0, s1, stays)
+    if DENSE:
+        s0 = product(s0, total0, end0, PRECISION)
+    else:
+        turned = total0 * s0 - total1 * s1 + end0
+        s1 = total0 * s1 + total1 * s0 + end1
+        s0 = turned
+    return s0, s1
+
+
+@triton.jit
+def rows_of(x, rows):
+    """x[rows], (M, NP)."""
+    return tl.gather(x, tl.broadcast_to(rows[:, None], x.shape), 0)
+
+
+@triton.jit(do_not_specialize=["B", "H", "C", "T", "G", "has_first"])
 def scan_kernel(
     x,  # (H, B, C T) what drives the state: u, or in reverse the gradient of y
     y,  # (H, B, C T) what comes out: y, or the gradient of u
@@ -120,8 +247,8 @@ def scan_kernel(
     emit,  # (H, T, N)
     inject,  # (H, N, T)
     carry,  # (H, N, N) or (H, N)
-    first,  # (B, H, N) the state before the first chunk that is run; zero where has_first is 0
-    last,  # (B, H, N) the state after the last
+    first,  # (B / G, H, N) the state before the first chunk that is run; zero where has_first is 0
+    last,  # (B / G, H, N) the state after the last
     states,  # (H, B, C, N) the state with which every chunk's output was made; None: not kept
     before,  # (H, B, C T) y before its activation; None: not kept
     keep,  # (B, C) bytes, or None
@@ -130,19 +257,24 @@ def scan_kernel(
     C,
     T,
     N,
+    G,  # rows of one sequence, its segments one after the other; 1 unless LINKS
     has_first,
     REVERSE: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FULL: tl.constexpr,
+    LINKS: tl.constexpr,
     TP: tl.constexpr,
     NP: tl.constexpr,
     M: tl.constexpr,
     PRECISION: tl.constexpr,
     CARRY_PRECISION: tl.constexpr,
+    LINK_PRECISION: tl.constexpr,
 ):
-    """One channel and M rows; grid (H, B / M)."""
+    """One channel and M rows; grid (H, B / M). With LINKS, where B is at most M, rows are segments: the states that
+    they leave from zero are found first, and linked, s_(g+1) = carry^C s_g + end_g, so that each starts from its own.
+    """
     h = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1) * M + tl.arange(0, M)
     b_in = b < B
@@ -153,8 +285,6 @@ def scan_kernel(
     tokens = TP if FULL else T
 
     # the operators as right factors of row vectors; in reverse, transposed
-    lag = t[:, None] - t[None, :] if REVERSE else t[None, :] - t[:, None]
-    within = tl.load(taps + h * tokens + lag, mask=(lag >= 0) & (lag < tokens), other=0.0).to(low)
     tn_in = (t < tokens)[:, None] & n_in[None, :]
     nt_in = n_in[:, None] & (t < tokens)[None, :]
     operator = h * tokens * N
@@ -167,149 +297,82 @@ def scan_kernel(
         into, out_of, half_into, half_out = tn_emit, nt_inject, width, width * tokens
     else:
         into, out_of, half_into, half_out = tn_inject, nt_emit, width * tokens, width
-    into0 = tl.load(into, mask=tn_in, other=0.0).to(low)
-    out0 = tl.load(out_of, mask=nt_in, other=0.0).to(low)
-    if DENSE:
-        square = n[:, None] * N + n[None, :] if REVERSE else n[None, :] * N + n[:, None]
-        power = tl.load(carry + h * N * N + square, mask=n_in[:, None] & n_in[None, :], other=0.0)
-    else:
-        into1 = tl.load(into + half_into, mask=tn_in, other=0.0).to(low)
-        out1 = tl.load(out_of + half_out, mask=nt_in, other=0.0).to(low)
-        power_re = tl.load(carry + h * N + n, mask=n_in, other=0.0)[None, :]
-        power_im = tl.load(carry + h * N + width + n, mask=n_in, other=0.0)[None, :]
-        if REVERSE:
-            power_im = -power_im
-
-    state_in = b_in[:, None] & n_in[None, :]
-    at_end = (b.to(tl.int64)[:, None] * H + h) * N + n[None, :]
-    at_start = state_in & (has_first != 0)
-    s0 = tl.load(first + at_end, mask=at_start, other=0.0)
-    s1 = tl.zeros((M, NP), tl.float32)
-    if not DENSE:
-        s1 = tl.load(first + at_end + width, mask=at_start, other=0.0)
-    row_of_keep = b.to(tl.int64) * C
-    if keep is not None:
-        if not REVERSE:
-            stays = tl.load(keep + row_of_keep, mask=b_in, other=0)[:, None] != 0
-            s0 = tl.where(stays, s0, 0.0)
-            s1 = tl.where(stays, s1, 0.0)
+    into0, into1 = load_into(into, half_into, tn_in, low, DENSE)
+    carry0, carry1 = load_carry(carry, h, n, N, width, REVERSE, DENSE)
 
     row = (h * B + b)[:, None]
+    row_of_keep = b.to(tl.int64) * C
     x_in = b_in[:, None]
     if not FULL:
         x_in = x_in & (t < tokens)[None, :]
-    for step in range(0, C):
-        c = C - 1 - step if REVERSE else step
-        token = row * (C * tokens) + (c * tokens + t)[None, :]
-        X = tl.load(x + token, mask=x_in, other=0.0)
-        low0, low1 = s0.to(low), s1.to(low)
-        if states is not None:
-            at = states + (row * C + c) * N + n[None, :]
-            tl.store(at, low0, mask=state_in)
-            if not DENSE:
-                tl.store(at + width, low1, mask=state_in)
-        if HAS_OUTPUT:
-            out = tl.dot(X, within, input_precision=PRECISION)
-            out = tl.dot(low0, out0, out, input_precision=PRECISION)
-            if not DENSE:
-                out = tl.dot(low1, out1, out, input_precision=PRECISION)
-            if before is not None:
-                tl.store(before + token, out.to(low), mask=x_in)
-            tl.store(y + token, activate(out, ACTIVATION).to(low), mask=x_in)
-        if DENSE:
-            s0 = tl.dot(s0, power, input_precision=CARRY_PRECISION)
-            s0 = tl.dot(X, into0, s0, input_precision=PRECISION)
-        else:
-            turned = power_re * s0 - power_im * s1
-            s1 = tl.dot(X, into1, power_re * s1 + power_im * s0, input_precision=PRECISION)
-            s0 = tl.dot(X, into0, turned, input_precision=PRECISION)
-        if keep is not None:
-            # of the chunk that comes next; here, where the state has left the layout of a product's operand
-            c_next = c if REVERSE else c + 1
-            stays = tl.load(keep + row_of_keep + c_next, mask=b_in & (c_next < C), other=1)[:, None] != 0
-            s0 = tl.where(stays, s0, 0.0)
-            s1 = tl.where(stays, s1, 0.0)
-    tl.store(last + at_end, s0, mask=state_in)
-    if not DENSE:
-        tl.store(last + at_end + width, s1, mask=state_in)
-
-
-@triton.jit(do_not_specialize=["B", "H", "G", "count", "squarings", "has_first", "reverse"])
-def link_kernel(
-    ends,  # (B, G, H, N) the state that a segment leaves when it starts from zero
-    first,  # (B, H, N) the state before the first segment that is run; zero where has_first is 0
-    carry,  # (H, N, N) or (H, N), of a chunk
-    kept,  # (B, G) bytes: 0 where a chunk of the segment starts from zero; or None
-    starts,  # (B, G, H, N) the state that a segment starts from
-    last,  # (B, H, N) the state after the last segment
-    B,
-    H,
-    G,
-    N,
-    count,  # chunks of a segment
-    squarings,  # floor(log2(count))
-    has_first,
-    reverse,
-    DENSE: tl.constexpr,
-    NP: tl.constexpr,
-    M: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """s_(g+1) = carry^count s_g + end_g; in reverse from the last segment on, with the transposed carry.
-    Grid (H, B / M).
-    """
-    h = tl.program_id(0).to(tl.int64)
-    b = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)
-    b_in = b < B
-    n = tl.arange(0, NP)
-    width = N if DENSE else N // 2
-    n_in = n < width
-    if DENSE:
-        square = tl.where(reverse != 0, n[:, None] * N + n[None, :], n[None, :] * N + n[:, None])
-        power = tl.load(carry + h * N * N + square, mask=n_in[:, None] & n_in[None, :], other=0.0)
-        total = power
-        for k in range(0, squarings):
-            total = tl.dot(total, total, input_precision=PRECISION)
-            if (count >> (squarings - 1 - k)) % 2 == 1:
-                total = tl.dot(total, power, input_precision=PRECISION)
-    else:
-        re = tl.load(carry + h * N + n, mask=n_in, other=0.0)
-        im = tl.load(carry + h * N + width + n, mask=n_in, other=0.0)
-        im = tl.where(reverse != 0, -im, im)
-        total_re, total_im = re, im
-        for k in range(0, squarings):
-            square_re, square_im = total_re * total_re - total_im * total_im, 2 * total_re * total_im
-            odd = (count >> (squarings - 1 - k)) % 2 == 1
-            total_re = tl.where(odd, square_re * re - square_im * im, square_re)
-            total_im = tl.where(odd, square_re * im + square_im * re, square_im)
     state_in = b_in[:, None] & n_in[None, :]
-    at_end = (b[:, None] * H + h) * N + n[None, :]
-    at_start = state_in & (has_first != 0)
-    s0 = tl.load(first + at_end, mask=at_start, other=0.0)
-    s1 = tl.zeros((M, NP), tl.float32)
-    if not DENSE:
-        s1 = tl.load(first + at_end + width, mask=at_start, other=0.0)
-    for step in range(0, G):
-        g = tl.where(reverse != 0, G - 1 - step, step)
-        at = ((b * G + g)[:, None] * H + h) * N + n[None, :]
-        tl.store(starts + at, s0, mask=state_in)
-        e0 = tl.load(ends + at, mask=state_in, other=0.0)
-        if not DENSE:
-            tl.store(starts + at + width, s1, mask=state_in)
-            e1 = tl.load(ends + at + width, mask=state_in, other=0.0)
-        if kept is not None:
-            stays = tl.load(kept + b * G + g, mask=b_in, other=0)[:, None] != 0
-            s0 = tl.where(stays, s0, 0.0)
-            s1 = tl.where(stays, s1, 0.0)
-        if DENSE:
-            s0 = tl.dot(s0, total, e0, input_precision=PRECISION)
-        else:
-            turned = total_re[None, :] * s0 - total_im[None, :] * s1
-            s1 = total_re[None, :] * s1 + total_im[None, :] * s0 + e1
-            s0 = turned + e0
-    tl.store(last + at_end, s0, mask=state_in)
-    if not DENSE:
-        tl.store(last + at_end + width, s1, mask=state_in)
+    sequence, g = b, tl.zeros_like(b)
+    if LINKS:
+        sequence, g = b // G, b % G
+    begins = g == (G - 1 if REVERSE else 0)  # where a sequence does, in the order in which it is run
+    at_end = (sequence.to(tl.int64)[:, None] * H + h) * N + n[None, :]
+    at_start = state_in & begins[:, None] & (has_first != 0)
+
+    if LINKS:
+        end0 = tl.zeros((M, NP), tl.float32)
+        end1 = tl.zeros((M, NP), tl.float32)
+        stays = tl.full((M, 1), 1, tl.int1)
+        if keep is not None:
+            if not REVERSE:
+                stays = tl.load(keep + row_of_keep, mask=b_in, other=0)[:, None] != 0
+        for step in range(0, C):
+            c = C - 1 - step if REVERSE else step
+            X = tl.load(x + row * (C * tokens) + (c * tokens + t)[None, :], mask=x_in, other=0.0)
+            end0, end1 = advance(end0, end1, X, into0, into1, carry0, carry1, DENSE, PRECISION, CARRY_PRECISION)
+            if keep is not None:
+                c_next = c if REVERSE else c + 1
+                stay = tl.load(keep + row_of_keep + c_next, mask=b_in & (c_next < C), other=1)[:, None] != 0
+                end0, end1 = restart(end0, end1, stay)
+                stays = stays & stay
+        total0, total1 = power(carry0, carry1, C, DENSE, LINK_PRECISION)
+        s0, s1 = load_states(first, at_end, at_start, width, DENSE)
+        earlier = tl.minimum(b + 1, M - 1) if REVERSE else tl.maximum(b - 1, 0)
+        for _ in range(1, G):  # after i turns the first i + 1 segments of a sequence start from their states
+            left0, left1 = over_segment(s0, s1, total0, total1, end0, end1, stays, DENSE, LINK_PRECISION)
+            s0 = tl.where(begins[:, None], s0, rows_of(left0, earlier))
+            if not DENSE:
+                s1 = tl.where(begins[:, None], s1, rows_of(left1, earlier))
+    else:
+        s0, s1 = load_states(first, at_end, at_start, width, DENSE)
+
+    if LINKS and not HAS_OUTPUT and states is None:
+        s0, s1 = over_segment(s0, s1, total0, total1, end0, end1, stays, DENSE, LINK_PRECISION)
+    else:
+        if keep is not None:
+            if not REVERSE:
+                s0, s1 = restart(s0, s1, tl.load(keep + row_of_keep, mask=b_in, other=0)[:, None] != 0)
+        if HAS_OUTPUT:
+            lag = t[:, None] - t[None, :] if REVERSE else t[None, :] - t[:, None]
+            within = tl.load(taps + h * tokens + lag, mask=(lag >= 0) & (lag < tokens), other=0.0).to(low)
+            out0, out1 = load_into(out_of, half_out, nt_in, low, DENSE)
+        for step in range(0, C):
+            c = C - 1 - step if REVERSE else step
+            token = row * (C * tokens) + (c * tokens + t)[None, :]
+            X = tl.load(x + token, mask=x_in, other=0.0)
+            low0, low1 = s0.to(low), s1.to(low)
+            if states is not None:
+                store_states(states, (row * C + c) * N + n[None, :], low0, low1, state_in, width, DENSE)
+            if HAS_OUTPUT:
+                out = tl.dot(X, within, input_precision=PRECISION)
+                out = tl.dot(low0, out0, out, input_precision=PRECISION)
+                if not DENSE:
+                    out = tl.dot(low1, out1, out, input_precision=PRECISION)
+                if before is not None:
+                    tl.store(before + token, out.to(low), mask=x_in)
+                tl.store(y + token, activate(out, ACTIVATION).to(low), mask=x_in)
+            s0, s1 = advance(s0, s1, X, into0, into1, carry0, carry1, DENSE, PRECISION, CARRY_PRECISION)
+            if keep is not None:
+                # of the chunk that comes next; here, where the state has left the layout of a product's operand
+                c_next = c if REVERSE else c + 1
+                stay = tl.load(keep + row_of_keep + c_next, mask=b_in & (c_next < C), other=1)[:, None] != 0
+                s0, s1 = restart(s0, s1, stay)
+    ends = g == (0 if REVERSE else G - 1)
+    store_states(last, at_end, s0, s1, state_in & ends[:, None], width, DENSE)
 
 
 @triton.jit(do_not_specialize=["chunks", "T"])
@@ -401,22 +464,17 @@ def scan_configurations(family: str, dtype: torch.dtype, N: int, dense: bool) ->
     if family == "cuda":  # more stages or fewer warps spill, or do not fit the shared memory of an A100
         if dtype == torch.bfloat16:
             return (Launch(16, 4, 4), Launch(16, 4, 2)) if N <= 64 else (Launch(16, 8, 2),)
-        return (Launch(16, 4, 2) if N <= 64 else Launch(16, 8, 1),)
+        return (Launch(16, 8 if dense else 4, 2) if N <= 64 else Launch(16, 8, 1),)
     if family == "blackwell":
         return (Launch(16, 4 if N <= 64 else 8, 1),)
     return (Launch(16, 4, 1 if family == "interpreter" or (dense and N > 64) else 2),)
 
 
-def link_configuration(family: str) -> Launch:
-    """What `link_kernel` is launched with."""
-    return Launch(ROWS, 4, 1)
-
-
 def link_precision(family: str) -> str:
-    """Of its products: every squaring doubles the error of the one before. In three TF32 products a float32 number has
-    22 bits, in six bfloat16 ones all 24, but their operands spill.
+    """Of the products that link segments: every squaring doubles the error of the one before. In three TF32 products a
+    float32 number has 22 bits; in six bfloat16 ones it has all 24, but their operands spill.
     """
-    return "tf32x3" if family == "cuda" else "ieee"
+    return "three parts" if family == "cuda" else "ieee"
 
 
 def gram_configurations(family: str, dtype: torch.dtype) -> tuple[Launch, ...]:
@@ -454,20 +512,30 @@ def tile_of_chunk(dtype: torch.dtype, N: int, dense: bool, T: int, rest: bool) -
     return (max(TP, power_of_two(T)), False) if rest else (TP, TP == T)
 
 
+def segments_on(architecture: str, B: int, C: int, N: int, dense: bool) -> int:
+    """`kernel_limits.segments`, but for Blackwell, where a square of 64 x 64 is tcgen05's, or spills."""
+    return 1 if dense and family(architecture) == "blackwell" else segments(B, C, N, dense)
+
+
 def launch_scan(x, y, operators, first, last, states, keep, reverse, activation="identity", before=None, rest=False):
-    """Run `scan_kernel`. x, y (H, B, C T), y None for no output; the rest as there. All contiguous, on one device."""
+    """Run `scan_kernel`, in segments where rows are left. x, y (H, B, C T), y None for no output, the rest as there but
+    for a whole sequence a row; all contiguous, on one device.
+    """
     H, B, size = x.shape
     taps, _, inject, carry = operators
     T, N, dense = taps.shape[-1], inject.shape[1], carry.dim() == 3
     if H * B == 0:
         return
-    kind = family(architecture(x.device))
+    arch = architecture(x.device)
+    kind = family(arch)
     product, carried = precisions(kind, x.dtype)
     TP, full = tile_of_chunk(x.dtype, N, dense, T, rest)
     NP, C = power_of_two(N if dense else N // 2), size // T
+    G = segments_on(arch, B, C, N, dense)
+    rows, C = B * G, C // G  # (H, B G, C T / G) lies as (H, B, C T) does
 
     def run(launch):
-        scan_kernel[(H, triton.cdiv(B, launch.rows))](
+        scan_kernel[(H, triton.cdiv(rows, launch.rows))](
             x,
             x if y is None else y,
             *operators,
@@ -476,22 +544,25 @@ def launch_scan(x, y, operators, first, last, states, keep, reverse, activation=
             states,
             before,
             keep,
-            B,
+            rows,
             H,
             C,
             T,
             N,
+            G,
             int(first is not None),
             REVERSE=reverse,
             DENSE=dense,
             HAS_OUTPUT=y is not None,
             ACTIVATION=activation,
             FULL=full,
+            LINKS=G > 1,
             TP=TP,
             NP=NP,
             M=launch.rows,
             PRECISION=product,
             CARRY_PRECISION=carried,
+            LINK_PRECISION=link_precision(kind),
             **launch.options(kind),
         )
 
@@ -500,41 +571,10 @@ def launch_scan(x, y, operators, first, last, states, keep, reverse, activation=
         if reverse or y is None or rest:  # the others are worth their compilations forward alone
             return run(choices[0])
         # programs and chunks to the next power of two: what fills a card, and what is waited for
-        size = f"{(H * triton.cdiv(B, 16)).bit_length()} {C.bit_length()}{'' if states is None else ' saving'}"
-        problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'} size {size}"
+        size = f"{(H * triton.cdiv(rows, 16)).bit_length()} {C.bit_length()}{'' if states is None else ' saving'}"
+        linked = " segments" if G > 1 else ""
+        problem = f"{x.dtype} T{TP} N{NP} {'dense' if dense else 'diagonal'} size {size}{linked}"
         run(tuned("chunk_scan", problem, choices, run, x.device))
-
-
-def launch_link(ends, first, carry, kept, starts, last, count, reverse):
-    """Run `link_kernel`. ends, starts (B, G, H, N); the rest as there. All contiguous, on one device."""
-    B, G, H, N = ends.shape
-    dense = carry.dim() == 3
-    if H * B == 0:
-        return
-    kind = family(architecture(ends.device))
-    squarings = count.bit_length() - 1
-    with on_device(ends.device):
-        link_kernel[(H, triton.cdiv(B, ROWS))](
-            ends,
-            last if first is None else first,
-            carry,
-            kept,
-            starts,
-            last,
-            B,
-            H,
-            G,
-            N,
-            count,
-            squarings,
-            int(first is not None),
-            int(reverse),
-            DENSE=dense,
-            NP=power_of_two(N if dense else N // 2),
-            M=ROWS,
-            PRECISION=link_precision(kind),
-            **link_configuration(kind).options(kind),
-        )
 
 
 def launch_gram(grad_y, driven, u, starts, gram, T, rest=False):
@@ -566,39 +606,6 @@ def launch_taps(gram, taps, N):
         return
     with on_device(gram.device):
         taps_kernel[(H,)](gram, taps, T, N, TP=max(64, power_of_two(T)), num_warps=4, num_stages=1)
-
-
-def run_scan(x, y, operators, first, states, keep, reverse, activation="identity", before=None, rest=False):
-    """The scan in its segments -> the state after the last chunk that is run, (B, H, N). Arguments as `launch_scan`."""
-    (H, B, size), N, carry = x.shape, operators[2].shape[1], operators[3]
-    C = size // operators[0].shape[-1]
-    dense = carry.dim() == 3
-    # on Blackwell a square of 64 x 64 is tcgen05's, or spills
-    G = 1 if dense and family(architecture(x.device)) == "blackwell" else segments(B, C, N, dense)
-    last = torch.empty(B, H, N, dtype=torch.float32, device=x.device)
-    options = {"reverse": reverse, "rest": rest}
-    if G == 1:
-        launch_scan(x, y, operators, first, last, states, keep, activation=activation, before=before, **options)
-        return last
-
-    def cut(tensor):  # (H, B, ...) as (H, B G, ... / G), or (B, C) as (B G, C / G)
-        if tensor is None:
-            return None
-        return tensor.view(B * G, C // G) if tensor.dim() == 2 else tensor.view(H, B * G, -1, *tensor.shape[3:])
-
-    ends, starts = (torch.empty(B, G, H, N, dtype=torch.float32, device=x.device) for _ in range(2))
-    kept = None if keep is None else keep.view(B, G, C // G).amin(-1)
-    launch_scan(cut(x), None, operators, None, ends.flatten(0, 1), None, cut(keep), **options)
-    launch_link(ends, first, carry, kept, starts, last, C // G, reverse)
-    if y is not None or states is not None:
-        left = ends.flatten(0, 1)  # once more, and for nothing
-        launch_scan(
-            *(cut(x), cut(y), operators, starts.flatten(0, 1), left, cut(states), cut(keep)),
-            activation=activation,
-            before=cut(before),
-            **options,
-        )
-    return last
 
 
 # ---- operators of torch
@@ -673,11 +680,13 @@ def scan(
     starts = torch.empty((H, B, size // taps.shape[-1], N) if save else 0, dtype=x.dtype, device=x.device)
     keep_before = save and has_output and activation != "identity"
     before = torch.empty(x.shape if keep_before else 0, dtype=x.dtype, device=x.device)
-    final = run_scan(
+    final = torch.empty(B, H, N, dtype=torch.float32, device=x.device)
+    launch_scan(
         x.contiguous(),
         y if has_output else None,
         operators,
         None if initial_state is None else initial_state.float().contiguous(),
+        final,
         starts if save else None,
         _bytes(keep),
         reverse=False,
@@ -718,13 +727,14 @@ def scan_backward(
     those of the operators, see `operator_gradients`; that of the taps (H, T).
     """
     operators = [operator.float().contiguous() for operator in (taps, emit, inject, carry)]
-    H, N, T = len(x), inject.shape[1], taps.shape[-1]
+    (H, B, _), N, T = x.shape, inject.shape[1], taps.shape[-1]
     x = x.contiguous()
     grad_y = torch.zeros_like(x) if grad_y is None else grad_y.contiguous()
     grad_x, driven = torch.empty_like(x), torch.empty_like(starts)
     gram = torch.empty(H, T + N, T + N, dtype=torch.float32, device=x.device)
     first = None if grad_final is None else grad_final.float().contiguous()
-    grad_initial = run_scan(grad_y, grad_x, operators, first, driven, _bytes(keep), reverse=True, rest=rest)
+    grad_initial = torch.empty(B, H, N, dtype=torch.float32, device=x.device)
+    launch_scan(*(grad_y, grad_x, operators, first, grad_initial, driven, _bytes(keep)), reverse=True, rest=rest)
     launch_gram(grad_y, driven, x, starts, gram, T, rest)
     of_taps = gram.new_empty(H, T)
     launch_taps(gram, of_taps, N)
@@ -829,10 +839,10 @@ def self_check_cases(
 
 
 def _cases(device, dtype, dense, N, T, gradient, documents, from_state, activation, tolerance):
-    """number of the configuration -> the cases. The rows leave room for segments, and the chunks of the batch are more
-    than four of the Gram product's steps, which are pipelined.
+    """number of the configuration -> the cases. The rows leave room for segments, of which few chunks make none; many
+    are, with those of the batch, more than four of the Gram product's steps, which are pipelined.
     """
-    B, chunks, H = 4, 68, 2 if family(architecture(device)) == "interpreter" else 16
+    B, many, few, H = 4, 68, 7, 2 if family(architecture(device)) == "interpreter" else 16
     label = (
         f"{'dense' if dense else 'diagonal'} {str(dtype).removeprefix('torch.')} of {N} states in chunks of {T}"
         f"{', over documents' if documents else ''}{', from a state' if from_state else ''}"
@@ -845,8 +855,13 @@ def _cases(device, dtype, dense, N, T, gradient, documents, from_state, activati
             functions = _functions(device, dtype, dense, N, T, B, length, H, number=number, **options, **more)
             return Case(f"{label}{of}{f', configuration {number}' if number else ''}", *functions, tolerance)
 
-        whole = documents or from_state
-        found = [case("", T, chunks * T - (0 if whole or T < 4 else 3), from_state=from_state)]
+        lacks = 0 if documents or from_state or T < 4 else 3
+        found = []
+        for chunks, of in ((many, ""), (few, ", in one segment")):
+            problem = T, chunks * T - lacks
+            found.append(case(of, *problem, from_state=from_state))
+            if not gradient and not number:
+                found.append(case(f"{of}, its last state alone", *problem, from_state=from_state, has_output=False))
         if from_state and not documents and not number:
             found.append(case(", what is left", max(1, T - 1), max(1, T - 1), from_state=True, rest=True))
         return found
@@ -855,7 +870,21 @@ def _cases(device, dtype, dense, N, T, gradient, documents, from_state, activati
 
 
 def _functions(
-    device, dtype, dense, N, T, B, length, H, number, gradient, documents, activation, from_state, rest=False
+    device,
+    dtype,
+    dense,
+    N,
+    T,
+    B,
+    length,
+    H,
+    number,
+    gradient,
+    documents,
+    activation,
+    from_state,
+    has_output=True,
+    rest=False,
 ):
     """(the kernel's run, its twin's) on one random problem."""
     generator = torch.Generator().manual_seed(0)
@@ -870,7 +899,7 @@ def _functions(
     keep = torch.ones(B, -(-length // T), dtype=torch.bool, device=device) if documents else None
     if documents:
         keep[1, 2] = keep[3, 0] = False
-    wanted = Wanted(keep, activation=activation, rest=rest)
+    wanted = Wanted(keep, has_output, activation, rest)
 
     def run(implementation, cast, pad=0):
         inputs = [cast(x).requires_grad_(gradient) for x in (u, *operators, *([state] if from_state else []))]
@@ -878,7 +907,9 @@ def _functions(
         with torch.set_grad_enabled(gradient):
             start = inputs[5] if from_state else None
             y, final = differentiable(implementation, first, ChunkOperators(*inputs[1:5]), start, wanted)
-            y = y[:, pad:]
+        if not has_output:
+            return [final]
+        y = y[:, pad:]
         if not gradient:
             return [y, final]
         gradients = torch.autograd.grad([y, final], inputs, [cast(grad_y).to(y.dtype), cast(grad_state)])

@@ -240,8 +240,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 # The report's rows of a layer of B = 8, L = 8192, H = 1024, N = 64 (S5: 1,024 states) in the mode, forward
 # and backward. The gradient of a layer's output lies in rows already, and is not turned.
 OF_CHUNKS = (
-    "to rows bf16, ends {0} bf16, link {0}, training gelu {0} bf16 N=64",
-    "ends {0} bf16, link {0}, reverse {0} bf16 N=64, gradients of operators bf16, gradients of taps, from rows bf16",
+    "to rows bf16, training gelu {0} bf16 N=64 in segments",
+    "reverse {0} bf16 N=64 in segments, gradients of operators bf16, gradients of taps, from rows bf16",
 )
 ROWS = {
     (S4, "chunk"): ("chunk_scan", *(way.format("dense") for way in OF_CHUNKS)),
@@ -317,7 +317,7 @@ def test_the_recipe_is_counted_by_the_rows_of_the_report():
     moved = [ssm.forward_in_kernels, ssm.backward_in_kernels]
     found = {case["name"]: case["work"]["bytes"] for case in compile_cases("sm_90")}
     # the activation goes with the dropout that follows it, and not with the scan
-    training = (found[f"chunk_scan training {way}dense bf16 N=64 w4s4"] for way in ("", "gelu "))
+    training = (found[f"chunk_scan training {way}dense bf16 N=64 in segments w4s4"] for way in ("", "gelu "))
     around = ("layer_norm {} fp32 to bf16", "dropout activated {} gelu bf16", "dropout gated {} bf16 on fp32")
     expected = [
         of_scan + sum(found[row.format(way)] for row in around)
@@ -336,7 +336,7 @@ def test_the_table_of_a_sublayer_of_the_recipe_is_what_is_counted():
     page = (REPO / "docs" / "scaling.md").read_text()
     for batch in (1, 8):
         (ssm,) = count_pieces(config, batch, length, autocast=torch.bfloat16, architecture="sm_90").block
-        assert (ssm.forward_launches, ssm.backward_launches) == (11, 20)
+        assert (ssm.forward_launches, ssm.backward_launches) == (9, 18)
         cells = [
             cell
             for moved, least in ((ssm.forward_traffic, ssm.forward_least), (ssm.backward_traffic, ssm.backward_least))

@@ -75,6 +75,11 @@ def undropped(seed, quads, threshold, scale, SHAPE: tl.constexpr):
     return tl.zeros(SHAPE, tl.float32) + scale
 
 
+@triton.jit
+def unmoved(x, rows):
+    return x
+
+
 def plain_turns(omega, decay, dt, T):
     return turns_of_chunks(*since_start_of_chunks(dt, decay, omega, T, T))
 
@@ -104,6 +109,7 @@ def operation(name):
     problems, more = [()], []
     if name == "chunk_scan":  # of real sizes unless they are told others: whole tiles of time, and masked ones
         problems = [(None, 12, None, 16), (torch.float32, 12, None, 12)]
+        module.rows_of = unmoved  # TileLens knows no gather, and no address depends on a state
     elif name == "short_convolution":  # but for what documents add, all of its problems lie at the same addresses
         problems = module.PROBLEMS[:1]
     elif name in ("diagonal_operators", "diagonal_discretization"):

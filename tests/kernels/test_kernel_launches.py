@@ -365,10 +365,11 @@ def test_smallest_sizes(launched, name, target):
     elif name == "chunk_scan":
         for dtype in (torch.float32, torch.bfloat16):
             for H, T, N in ((1, 2, 2), (16, 16, 64)):
-                u = torch.ones(1, T - 1, H, dtype=dtype, requires_grad=True)
                 for carry in (torch.ones(H, N), torch.ones(H, N, N)):
                     operators = ChunkOperators(torch.ones(H, T), torch.ones(H, T, N), torch.ones(H, N, T), carry)
-                    chunk_scan(u, operators, run_kernel=True)[0].sum().backward()
+                    for L in (T - 1, 8 * T):  # the latter in two segments
+                        u = torch.ones(1, L, H, dtype=dtype, requires_grad=True)
+                        chunk_scan(u, operators, run_kernel=True)[0].sum().backward()
     elif name == "s5_scan":
         for half in (1, 32):
             u = torch.ones(1, 1, 2 * half, requires_grad=True)

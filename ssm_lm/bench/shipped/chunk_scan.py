@@ -3,19 +3,18 @@
 import torch
 
 from ...modeling.kernel_launch import family
-from ...modeling.kernel_limits import ROWS, largest_state, longest_chunk, segments
+from ...modeling.kernel_limits import largest_state, longest_chunk
 from ...modeling.triton_chunk_scan import (
     from_rows_kernel,
     gram_block,
     gram_configurations,
     gram_kernel,
-    link_configuration,
-    link_kernel,
     link_precision,
     power_of_two,
     precisions,
     scan_configurations,
     scan_kernel,
+    segments_on,
     taps_kernel,
     to_rows_kernel,
 )
@@ -25,35 +24,43 @@ def compile_cases(target: str) -> list[dict]:
     """The configurations that are shipped for `target`; what holds no more than another is listed for sm_90 alone."""
     kind, ways = family(target), _WAYS if target == "sm_90" else _HEAVIEST
     cases = [_turn_case("to rows", to_rows_kernel), _turn_case("from rows", from_rows_kernel), _taps_case()]
-    cases += [_link_case(kind, dense) for dense in (False, True) if not (dense and kind == "blackwell")]
     for dtype in (torch.bfloat16, torch.float32):
         cases.append(_gram_case(kind, dtype))
         for dense in (False, True):
             default, *others = scan_configurations(kind, dtype, 64, dense)
             for way, activation in ways:
-                cases.append(_scan_case(kind, dtype, dense, 64, default, way, activation))
-            cases += [_scan_case(kind, dtype, dense, 64, other, "training") for other in others]
+                cases.append(_scan_case(target, dtype, dense, 64, default, way, activation))
+            cases += [_scan_case(target, dtype, dense, 64, other, "training") for other in others]
             if largest_state(target, dense) > 64:
                 for large in scan_configurations(kind, dtype, 128, dense):
                     for way, activation in _HEAVIEST[:2]:
-                        cases.append(_scan_case(kind, dtype, dense, 128, large, way, activation))
+                        cases.append(_scan_case(target, dtype, dense, 128, large, way, activation))
     return cases
 
 
 _HEAVIEST = (("training", "gelu"), ("reverse", "identity"), ("rest", "identity"))
-_WAYS = (("forward", "identity"), ("training", "identity"), ("forward", "gelu"), *_HEAVIEST, ("ends", "identity"))
+_WAYS = (
+    *(("forward", "identity"), ("training", "identity"), ("forward", "gelu"), *_HEAVIEST),
+    *(("ends", "identity"), ("full training", "gelu"), ("full reverse", "identity")),
+)
 
 # of the roofline: B rows of L tokens, H channels, and what a number takes in memory and on tensor cores
 _B, _L, _H = 8, 8192, 1024
 _TYPES = {torch.bfloat16: ("bf16", 2, 1), torch.float32: ("fp32", 4, 6)}
 
 
-def _scan_case(kind, dtype, dense, N, launch, way, activation="identity"):
+def _scan_case(target, dtype, dense, N, launch, way, activation="identity"):
     """forward: no gradient needed; training: what the backward reads is saved; reverse: the backward's scan; ends: the
-    states of segments alone; rest: what is left of a sequence, a chunk of any length.
+    final state alone; rest: what is left of a sequence, a chunk of any length. In segments, as at B = 8, but for the
+    rest and what is full: twice as many rows.
     """
+    kind, links = family(target), False
+    if not way.startswith(("rest", "full")):
+        links = segments_on(target, _B, _L // longest_chunk(dtype, N, dense), N, dense) > 1
+    full_rows, way = way.startswith("full "), way.removeprefix("full ")
     name, size, products = _TYPES[dtype]
-    T, elements, activates = longest_chunk(dtype, N, dense), _B * _L * _H, activation != "identity"
+    rows = (1 + full_rows) * _B
+    T, elements, activates = longest_chunk(dtype, N, dense), rows * _L * _H, activation != "identity"
     trains, keeps_before = way in ("training", "reverse"), way == "training" and activates
     has_output, full = way != "ends", way != "rest"
     emitted = (T + T * N) * (way != "ends")
@@ -65,11 +72,12 @@ def _scan_case(kind, dtype, dense, N, launch, way, activation="identity"):
     )
     pointers |= {"states": f"*{name}:16", "keep": "*u8:16"} if trains else {}
     pointers |= {"before": f"*{name}:16"} if keeps_before else {}
-    sizes = dict.fromkeys(("B", "H", "C", "T", "has_first"), "i32") | {"N": "i32:16"}
-    read = size * (1 + has_output + N / T * trains + keeps_before)
+    sizes = dict.fromkeys(("B", "H", "C", "T", "G", "has_first"), "i32") | {"N": "i32:16"}
+    passes = 1 + (links and way != "ends")  # over what is scanned
+    read = size * (passes + has_output + N / T * trains + keeps_before)
     return {
         "name": f"chunk_scan {way} {f'{activation} ' if activates else ''}{'dense' if dense else 'diagonal'} {name} "
-        f"N={N} w{launch.num_warps}s{launch.num_stages}",
+        f"N={N}{' in segments' if links else ''} w{launch.num_warps}s{launch.num_stages}",
         "kernel": scan_kernel,
         "arguments": pointers | sizes,
         "constexprs": ({} if trains else {"states": None, "keep": None})
@@ -80,18 +88,20 @@ def _scan_case(kind, dtype, dense, N, launch, way, activation="identity"):
             "HAS_OUTPUT": has_output,
             "ACTIVATION": activation,
             "FULL": full,
+            "LINKS": links,
             "TP": T,
             "NP": power_of_two(N if dense else N // 2),
             "M": launch.rows,
             "PRECISION": product,
             "CARRY_PRECISION": carry,
+            "LINK_PRECISION": link_precision(kind),
         },
         "options": launch.options(kind),
         "tensor_cores": True,
         "work": {
             "bytes": elements * read + operators,
             "flops": elements * ((0 if dense else 4 * N / T) + (30 if activates else 0)),  # 30 or so
-            "tensor_flops": elements * ((2 * T * has_output + 2 * N * (1 + has_output)) * products + carried),
+            "tensor_flops": elements * (2 * (T + N) * has_output * products + (2 * N * products + carried) * passes),
             "tensor_dtype": "bf16",
         },
     }
@@ -115,33 +125,6 @@ def _gram_case(kind, dtype):
         "work": {
             "bytes": elements * size * 2 * (1 + N / T) + 4 * _H * (T + N) ** 2,
             "tensor_flops": blocks**2 * 2 * P * P * elements / T * products,
-            "tensor_dtype": "bf16",
-        },
-    }
-
-
-def _link_case(kind, dense):
-    """Two segments a row, as at B = 8, of 64 chunks in bfloat16."""
-    launch, N, C = link_configuration(kind), 64, _L // longest_chunk(torch.bfloat16, 64, dense)
-    G, carry = segments(_B, C, N, dense), N * N if dense else N
-    squarings = (C // G).bit_length() - 1
-    return {
-        "name": f"chunk_scan link {'dense' if dense else 'diagonal'}",
-        "kernel": link_kernel,
-        "arguments": dict.fromkeys(("ends", "first", "carry", "starts", "last"), "*fp32:16")
-        | {"kept": "*u8:16", "N": "i32:16"}
-        | dict.fromkeys(("B", "H", "G", "count", "squarings", "has_first", "reverse"), "i32"),
-        "constexprs": {
-            "DENSE": dense,
-            "NP": power_of_two(N if dense else N // 2),
-            "M": ROWS,
-            "PRECISION": link_precision(kind),
-        },
-        "options": launch.options(kind),
-        "tensor_cores": dense,
-        "work": {
-            "bytes": 4 * _H * (carry + _B * N * (2 * G + 1)),
-            "tensor_flops": 6 * 2 * _H * (squarings * N**3 + G * ROWS * N**2) if dense else 0,
             "tensor_dtype": "bf16",
         },
     }

@@ -172,14 +172,33 @@ def test_rows_hold_zeros_before_the_first_token(size):
     ids=["plain", "odd", "three-rows", "state-and-resets", "two-segments"],
 )
 def test_segments(case, dense, monkeypatch):
-    linked, right = [], triton_chunk_scan.launch_link
-    monkeypatch.setattr(triton_chunk_scan, "launch_link", lambda *args: (linked.append(args[6:]), right(*args)))
+    counted, right = [], triton_chunk_scan.segments_on
+    monkeypatch.setattr(triton_chunk_scan, "segments_on", lambda *sizes: counted.append(right(*sizes)) or counted[-1])
     inputs = problem(**case, dense=dense)
     compare_with_twin(kernel, twin, inputs, 1e-5)
-    assert [reverse for _, reverse in linked] == [False, True]
+    assert len(counted) == 2  # there and back
+    assert min(counted) > 1
     compare_with_twin(
         lambda *x: kernel(*x, has_output=False)[1], lambda *x: twin(*x, has_output=False)[1], inputs, 1e-5
     )
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+def test_a_sequence_that_overflowed_is_alone_in_it(dense):
+    """Its segments lie in one tile with those of others, which are linked at the same time."""
+    u, *operators, state, _ = (None if x is None else x.detach() for x in problem(2, 256, 1, 6, 4, dense, state=True))
+    alone = kernel(u[1:], *operators, state[1:], None)
+    u[0, 100] = state[0, 0, 1] = float("inf")
+    y, final = kernel(u, *operators, state, None)
+    assert not final[0].isfinite().any()
+    assert_close(y[1:], alone[0], 1e-6)
+    assert_close(final[1:], alone[1], 1e-6)
+
+
+def test_segments_linked_by_products_of_parts(monkeypatch):
+    """As on NVIDIA's cards before Blackwell, where the parts are TF32: here all numbers have 24 bits."""
+    monkeypatch.setattr(triton_chunk_scan, "link_precision", lambda family: "three parts")
+    compare_with_twin(kernel, twin, problem(1, 164, 1, 16, 4, True, state=True), 1e-5)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
@@ -267,11 +286,11 @@ SMALL_CASES = partial(triton_chunk_scan.self_check_cases, dtype=torch.bfloat16, 
 
 def test_self_check_of_one_problem():
     cases = partial(triton_chunk_scan.self_check_cases, torch.device("cpu"), torch.float32, 6, True)
-    both = ["dense float32 of 6 states in chunks of 32, over documents, from a state"]
-    both.append("dense float32 of 6 states in chunks of 32, gelu")
-    assert [case.label for case in cases()] == both
+    both = [f"dense float32 of 6 states in chunks of 32, {way}" for way in ("over documents, from a state", "gelu")]
+    assert [case.label for case in cases()] == [name + of for name in both for of in ("", ", in one segment")]
     named = "dense float32 of 6 states in chunks of 16, from a state, silu, without gradients"
-    assert [case.label for case in cases(16, False, False, True, "silu")] == [named, f"{named}, what is left"]
+    of = "", ", its last state alone", ", in one segment", ", in one segment, its last state alone", ", what is left"
+    assert [case.label for case in cases(16, False, False, True, "silu")] == [named + more for more in of]
 
 
 @pytest.mark.parametrize(("gradient", "from_state"), [(True, False), (False, True)], ids=["training", "inference"])
@@ -291,10 +310,8 @@ def test_self_check_refuses_a_broken_kernel(monkeypatch, fault, word):
 
     def wrong(x, y, *rest, **kwargs):
         right(x, y, *rest, **kwargs)
-        if y is None:  # a pass that finds the states of segments
-            return
         if fault is None:
-            y[..., 0] += torch.rand(()).to(y.dtype)  # another number every time
+            y[..., -1] += torch.rand(()).to(y.dtype)  # another number every time
         else:
             y *= fault
 
