@@ -82,8 +82,10 @@ def _backward(saved: Saved, operators: ChunkOperators, wanted, grad_y, grad_fina
     with kernel_launches(1):
         of_taps = rows.new_zeros(H, T, dtype=torch.float32)
         _read(gram.view(H, -1)[:, : T * (T + 1) // 2])  # as many numbers as the lower half of T x T
-    with kernel_launches(1):
-        grad_u = grad_rows[..., size - length :].permute(1, 2, 0).contiguous()
+    grad_u = grad_rows[..., size - length :].permute(1, 2, 0)
+    if not wanted.in_rows:
+        with kernel_launches(1):
+            grad_u = grad_u.contiguous()
     return grad_u, grad_initial, operator_gradients(gram, of_taps, operators.carry)
 
 
@@ -452,25 +454,29 @@ def _vandermonde(v_re, v_im, log_re, log_im, length):
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, dtype):
+    def forward(ctx, x, weight, bias, dtype, turned):
         ctx.save_for_backward(x, weight)
+        ctx.turned = turned
         with kernel_launches(1):
             _read(x, weight, bias)
-            return torch.zeros_like(x, dtype=dtype), x.view_as(x)
+            y = torch.zeros_like(x, dtype=dtype)
+        return y.view(x.shape[-1], *x.shape[:-1]).movedim(0, -1) if turned else y, x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad_y, grad_past):
         x, weight = ctx.saved_tensors
+        if ctx.turned:
+            grad_y = grad_y.movedim(-1, 0).contiguous()
         with kernel_launches(1):
             _read(grad_y, grad_past, x, weight)
             C = x.shape[-1]
             grad_x = torch.zeros_like(x)
-            found = x.new_zeros(programs_of_a_norm(x.numel() // C, C), 2, C, dtype=torch.float32)
-        return grad_x, *found.sum(0).to(weight.dtype), None
+            found = x.new_zeros(programs_of_a_norm(x.numel() // C, C, ctx.turned), 2, C, dtype=torch.float32)
+        return grad_x, *found.sum(0).to(weight.dtype), None, None
 
 
-def _layer_norm(x, weight, bias, eps, dtype):
-    return _LayerNorm.apply(x, weight, bias, dtype)
+def _layer_norm(x, weight, bias, eps, dtype, turned):
+    return _LayerNorm.apply(x, weight, bias, dtype, turned)
 
 
 class _Elementwise(torch.autograd.Function):

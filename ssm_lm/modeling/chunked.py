@@ -147,13 +147,15 @@ class Wanted(NamedTuple):
 
     keep: (B, chunks) bool; where it is False, the chunk starts from a zero state: a new document. None: it never is.
     has_output: whether y is wanted. activation: what y goes through, one of ACTIVATIONS. rest: the chunk is what whole
-    ones have left of a sequence, of any length; a kernel is compiled once for all of these.
+    ones have left of a sequence, of any length; a kernel is compiled once for all of these. in_rows: the sequence is a
+    view of (H, B, L), and its gradient may be one.
     """
 
     keep: torch.Tensor | None = None
     has_output: bool = True
     activation: str = "identity"
     rest: bool = False
+    in_rows: bool = False
 
 
 class Saved(NamedTuple):

@@ -158,14 +158,23 @@ def limit_of_dropout(*dtypes: torch.dtype, C: int = 0) -> str | None:
     return f"{C} channels, more than {MOST_NORMED}" if C > MOST_NORMED else None
 
 
-def rows_of_a_norm(C: int) -> int:
+TURNED_ROWS = 16  # of a norm that turns them: in bfloat16, 32 bytes of a channel, what memory moves at least
+MOST_TURNED = 1024  # channels: so many rows of more leave the registers
+
+
+def turns_rows(rows: int, C: int) -> bool:
+    """Whether a layer norm of so many rows may be turned."""
+    return rows % TURNED_ROWS == 0 and C <= MOST_TURNED
+
+
+def rows_of_a_norm(C: int, turned: bool = False) -> int:
     """Rows of C channels that a program holds at a time."""
-    return max(1, 2048 >> (C - 1).bit_length())
+    return TURNED_ROWS if turned else max(1, 2048 >> (C - 1).bit_length())
 
 
-def programs_of_a_norm(rows: int, C: int) -> int:
+def programs_of_a_norm(rows: int, C: int, turned: bool = False) -> int:
     """Of the backward, each of which takes every so manieth block of rows."""
-    return min(-(-rows // rows_of_a_norm(C)), NORM_PROGRAMS)
+    return min(-(-rows // rows_of_a_norm(C, turned)), NORM_PROGRAMS)
 
 
 def limit_of_cross_entropy(z: torch.dtype) -> str | None:

@@ -163,6 +163,17 @@ class S4Mixer(Mixer):
         """Whether `forward` takes an `end`; not with an adapter around the projection."""
         return type(self.out_proj) is GatedProjection
 
+    def reads_rows(self, x, attention_mask=None, past_key_values=None, documents: Documents | None = None) -> bool:
+        """Whether a forward of training over what is made of x (B, L, H) reads it as rows (H, B, L), without a copy."""
+        if attention_mask is not None or past_key_values is not None or documents is not None:
+            return False
+        trains = torch.is_grad_enabled() or self.training
+        return trains and self.ssm.fills_rows(x, self.mode, None if self._after_scan(x) else self.activation)
+
+    def _after_scan(self, x) -> Callable | None:
+        """Activation and dropout of what is scanned in one launch, or None."""
+        return after_activation(x, as_autocast_dtype(x), self.activation, self.dropout, self.kernels)
+
     def forward(
         self,
         hidden_states,
@@ -173,7 +184,7 @@ class S4Mixer(Mixer):
     ):
         """end: of `at_gated_end`; what comes back is then the sublayer's output."""
         x = masked(hidden_states, attention_mask)
-        fused = after_activation(x, as_autocast_dtype(x), self.activation, self.dropout, self.kernels)
+        fused = self._after_scan(x)
         activation = self.activation if fused is None else None
         y, execution = self.scan(x, self.cache_of(past_key_values), documents, activation)
         return self._mix((fused or self.dropout)(y), execution.in_rows, end)

@@ -9,7 +9,7 @@ from torch import nn
 from .activations import FUSED_ACTIVATIONS
 from .configuration_s4 import S4Config
 from .execution import as_autocast_dtype
-from .kernel_limits import limit_of_dropout, limit_of_rms_norm
+from .kernel_limits import limit_of_dropout, limit_of_rms_norm, turns_rows
 from .ops import (
     DROPOUT,
     LAYER_NORM,
@@ -62,29 +62,32 @@ class LayerNorm(nn.LayerNorm):
 
     kernels = "auto"  # as in S4Config.kernels: whether the Triton kernel runs
 
-    def forward(self, x, with_input=False):
+    def forward(self, x, with_input=False, turned=False):
         """y; with_input: y, by the kernel in bfloat16 where autocast makes that of float32, and x, to go past the
-        sublayer: of this x and not of the first, so that both gradients meet in the norm's backward.
+        sublayer: of this x and not of the first, so that both gradients meet in the norm's backward. turned: y may be a
+        view of rows (C, B, L), as a kernel of what follows reads it.
         """
         if not with_input:
             return super().forward(x)
-        dtypes, out = (x.dtype, self.weight.dtype), as_autocast_dtype(x)
+        dtypes, out, C = (x.dtype, self.weight.dtype), as_autocast_dtype(x), x.shape[-1]
+        turned = turned and turns_rows(x.shape[:-1].numel(), C)
         if (torch.is_grad_enabled() or self.training) and LAYER_NORM.runs_kernel(
             x,
-            unsupported=limit_of_rms_norm(*dtypes, x.shape[-1]),
+            unsupported=limit_of_rms_norm(*dtypes, C),
             setting=self.kernels,
-            problem=(*dtypes, out, x.shape[-1]),
+            problem=(*dtypes, out, C, turned),
         ):
-            return layer_norm(x, self.weight, self.bias, self.eps, out)
+            return layer_norm(x, self.weight, self.bias, self.eps, out, turned)
         return super().forward(x), x
 
 
-def norm_before(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_before(norm: nn.Module, x: torch.Tensor, turned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """norm(x), and x for what goes past, see `RMSNorm` and `LayerNorm`; of other modules, and where a hook waits for
-    what a norm returns, x as it is.
+    what a norm returns, x as it is. turned: what follows reads rows (C, B, L), as a layer norm can write them.
     """
-    ours = type(norm) in (RMSNorm, LayerNorm) and not norm._forward_hooks
-    return norm(x, with_input=True) if ours else (norm(x), x)
+    if type(norm) not in (RMSNorm, LayerNorm) or norm._forward_hooks:
+        return norm(x), x
+    return norm(x, with_input=True, **({"turned": turned} if type(norm) is LayerNorm else {}))
 
 
 def make_norm(config: S4Config, before_product: bool = False) -> nn.Module:

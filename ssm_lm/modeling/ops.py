@@ -138,7 +138,7 @@ def chunk_scan(
 
     u: (B, L, p H) with L a multiple of the operators' T, in their dtype or in bfloat16 beside float32 operators;
     initial_state: (B, H, N), None for zero. The kernel takes any L from a zero state, and returns y as a view of
-    (H, B, L).
+    (H, B, L); where u is such a view, it is not copied, and its gradient is one too.
     operators: the four operators, or a function of `parameters` that makes them. They come from the function alone
     and from nothing else that needs a gradient, and are made a second time in the backward instead of being kept.
     keep: (B, chunks) bool; where it is False, the chunk starts from a zero state: a new document.
@@ -148,7 +148,7 @@ def chunk_scan(
     in_c: whether the library does, where the kernel does not; `scans_in_c` knows.
     Returns y (B, L, p H), None without has_output, and the final state (B, H, N). Both are differentiable.
     """
-    wanted = Wanted(keep, has_output, activation, rest)
+    wanted = Wanted(keep, has_output, activation, rest, in_rows=u.permute(2, 0, 1).is_contiguous())
     implementation = NATIVE if in_c and not run_kernel else CHUNK_SCAN.either(run_kernel)
     return differentiable(implementation, u, operators, initial_state, wanted, parameters)
 
@@ -289,9 +289,11 @@ def _load_layer_norm():
 LAYER_NORM = Operation("layer_norm", plain_layer_norm, _load_layer_norm)
 
 
-def layer_norm(x, weight, bias, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """`layer_norm.layer_norm` by its Triton kernel."""
-    return LAYER_NORM.either(True)(x, weight, bias, eps, dtype)
+def layer_norm(
+    x, weight, bias, eps: float, dtype: torch.dtype, turned: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`layer_norm.layer_norm` by its Triton kernel. turned: y (..., C) is a view of (C, ...)."""
+    return LAYER_NORM.either(True)(x, weight, bias, eps, dtype, turned)
 
 
 # ---- dropout with what stands beside it. Where the kernel does not run, PyTorch's own draws other factors

@@ -25,9 +25,9 @@ from .checks import DISCRETIZATIONS, check_system
 from .chunked import ChunkOperators, with_skip
 from .discrete import Discrete
 from .documents import Documents, find_documents
-from .execution import MODES, Execution, Problem, as_autocast, decide, rule_of
+from .execution import MODES, Execution, Problem, as_autocast, as_autocast_dtype, decide, rule_of
 from .kernel_launch import architecture
-from .kernel_limits import limit_of_chunk_scan, limit_of_step, longest_chunk
+from .kernel_limits import chunks_in_a_row, limit_of_chunk_scan, limit_of_step, longest_chunk
 from .native_operators import takes
 from .real_form import apply_diagonal
 from .sequence_modes import LayerScan, run_chunk, run_whole
@@ -264,17 +264,27 @@ class StateSpace(nn.Module):
         self, u: torch.Tensor, mode: str = "auto", initial_state: torch.Tensor | None = None, **facts
     ) -> Execution:
         """The execution of a forward over u (B, L, H). facts: further ones of `execution.Problem`."""
-        u = as_autocast(u)
         problem = Problem(
             mode,
             u.shape[1],
-            u.dtype,
+            as_autocast_dtype(u),
             architecture(u.device),
             from_state=initial_state is not None,
             gradient=torch.is_grad_enabled(),
             **facts,
         )
         return decide(self, problem, rule_of(self, u, initial_state))
+
+    def fills_rows(self, u: torch.Tensor, mode: str = "auto", activation: nn.Module | None = None) -> bool:
+        """Whether a forward over u (B, L, H) from a zero state reads rows (H, B, L) in a kernel, as long as they are:
+        what comes as a view of such rows is then not copied.
+        """
+        B, L, _ = u.shape
+        if B == 0 or L == 0:
+            return False
+        execution = self.decide(u, mode, activation=activation)
+        T, dense = execution.chunk_size, self.has_dense_carry
+        return execution.in_rows and L == T * chunks_in_a_row(B, L, T, self.state_size, dense, from_zero=True)
 
     def forward(
         self,

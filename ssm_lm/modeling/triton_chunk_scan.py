@@ -794,7 +794,11 @@ def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, gr
     if grad_y is not None:
         grad_y = ACTIVATIONS[wanted.activation].backward(to_rows(grad_y, rows.shape[2]), before)
     grad_u, grad_initial, *sums = scan_backward(grad_y, grad_final, rows, starts, keep, *operators, wanted.rest)
-    return from_rows(grad_u, length), grad_initial, operator_gradients(*sums, operators.carry)
+    if wanted.in_rows:
+        grad_u = grad_u[..., rows.shape[2] - length :].permute(1, 2, 0)
+    else:
+        grad_u = from_rows(grad_u, length)
+    return grad_u, grad_initial, operator_gradients(*sums, operators.carry)
 
 
 FUSED = Implementation(forward, backward, to_rows)

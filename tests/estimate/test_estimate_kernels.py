@@ -27,7 +27,7 @@ from ssm_lm.modeling.norms_and_dropout import (
     at_gated_end,
     gated_by_silu,
 )
-from ssm_lm.modeling.ops import CROSS_ENTROPY
+from ssm_lm.modeling.ops import CROSS_ENTROPY, gradient_in_rows
 from ssm_lm.modeling.short_convolution import ShortConvolution
 from ssm_lm.modeling.ssm import S4, S4D, S5, SSD
 
@@ -170,7 +170,7 @@ def compare_with_launchers(operation: str, kernel, module, inputs: list, rows: l
     """
     found = []
     for which in (kernel, STAND_INS[operation]):
-        with assume("sm_90", {operation: which}):
+        with assume("sm_90", STAND_INS | {operation: which}):
             for x in (*inputs, *module.parameters()):
                 x.grad = None
             found.append(trace(module, inputs, torch.bfloat16))
@@ -318,10 +318,14 @@ def test_the_recipe_is_counted_by_the_rows_of_the_report():
     found = {case["name"]: case["work"]["bytes"] for case in compile_cases("sm_90")}
     # the activation goes with the dropout that follows it, and not with the scan
     training = (found[f"chunk_scan training {way}dense bf16 N=64 in segments w4s4"] for way in ("", "gelu "))
-    around = ("layer_norm {} fp32 to bf16", "dropout activated {} gelu bf16", "dropout gated {} bf16 on fp32")
+    around = ("layer_norm turned {} fp32 to bf16", "dropout activated {} gelu bf16", "dropout gated {} bf16 on fp32")
     expected = [
         of_scan + sum(found[row.format(way)] for row in around)
         for of_scan, way in zip(bytes_of_rows(S4, "chunk"), ("forward", "backward"), strict=True)
+    ]
+    # that norm turns what is scanned, and its gradient back
+    expected = [
+        moved - found[f"chunk_scan {turn} rows bf16"] for moved, turn in zip(expected, ("to", "from"), strict=True)
     ]
     expected[0] += next(training) - next(training)
     assert moved == pytest.approx(expected, rel=0.01)
@@ -336,7 +340,8 @@ def test_the_table_of_a_sublayer_of_the_recipe_is_what_is_counted():
     page = (REPO / "docs" / "scaling.md").read_text()
     for batch in (1, 8):
         (ssm,) = count_pieces(config, batch, length, autocast=torch.bfloat16, architecture="sm_90").block
-        assert (ssm.forward_launches, ssm.backward_launches) == (9, 18)
+        assert (ssm.forward_launches, ssm.backward_launches) == (8, 17)
+        assert "takes 8 launches forward and 17 backward" in page
         cells = [
             cell
             for moved, least in ((ssm.forward_traffic, ssm.forward_least), (ssm.backward_traffic, ssm.backward_least))
@@ -471,13 +476,13 @@ def test_a_gated_norm_moves_what_its_report_says_and_holds_what_its_kernel_holds
 class Residual(torch.nn.Module):
     """A sublayer that does nothing, around a norm."""
 
-    def __init__(self, norm):
+    def __init__(self, norm, **options):
         super().__init__()
-        self.norm = norm
+        self.norm, self.options = norm, options
 
     def forward(self, x):
-        y, past = self.norm(x, with_input=True)
-        return y + past
+        y, past = self.norm(x, with_input=True, **self.options)
+        return past + (gradient_in_rows(y) if self.options.get("turned") else y)
 
 
 def opened_before_a_sublayer(monkeypatch, module, *kernels: str) -> list[str]:
@@ -511,9 +516,11 @@ def test_a_layer_norm_moves_what_its_report_says_and_holds_what_its_kernel_holds
     launched = opened_before_a_sublayer(monkeypatch, module, *names)
     with FakeTensorMode():
         inputs = [torch.empty(8, 8192, 1024, requires_grad=True)]
-        rows = [f"layer_norm {way} fp32 to bf16" for way in ("forward", "backward")]
-        compare_with_launchers("layer_norm", module.layer_norm, Residual(LayerNorm(1024)), inputs, rows)
-    assert launched == list(names)
+        for turned in (False, True):
+            rows = [f"layer_norm {'turned ' * turned}{way} fp32 to bf16" for way in ("forward", "backward")]
+            sublayer = Residual(LayerNorm(1024), turned=turned)
+            compare_with_launchers("layer_norm", module.layer_norm, sublayer, inputs, rows)
+    assert launched == 2 * list(names)
 
 
 @needs_triton

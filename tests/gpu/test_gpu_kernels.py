@@ -197,7 +197,8 @@ def test_self_checks(place):
             assert use_kernel("cross_entropy", where, problem=problem) == place.has_kernels, problem
         for out, channels in ((dtype, 1024), (torch.bfloat16, 768)):
             problem = dtype, torch.float32, out, channels
-            assert use_kernel("layer_norm", where, problem=problem) == place.has_kernels, problem
+            for turned in (False, True):
+                assert use_kernel("layer_norm", where, problem=(*problem, turned)) == place.has_kernels, problem
             for drops in (False, True):
                 problem = "gated", dtype, out, channels, drops
                 assert use_kernel("dropout", where, problem=problem) == place.has_kernels, problem

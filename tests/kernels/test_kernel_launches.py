@@ -185,6 +185,7 @@ def test_another_batch_of_a_layer_norm_and_of_dropout_compiles_nothing_new(seen)
     low = torch.bfloat16
     for module, problem, count in (
         (triton_layer_norm, (torch.float32, torch.float32, low, 1024), 2),
+        (triton_layer_norm, (torch.float32, torch.float32, low, 1024, True), 2),
         (triton_dropout, ("activated", low, "gelu"), 4),  # of a multiple of 16, and of any number
         (triton_dropout, ("gated", torch.float32, low, 1024, True), 2),
         (triton_dropout, ("added", torch.float32, low), 4),
@@ -199,7 +200,9 @@ def test_another_batch_of_a_layer_norm_and_of_dropout_compiles_nothing_new(seen)
             x = torch.empty(B, L, 1024, requires_grad=True)
             wide = torch.empty(B, L, 2048, dtype=low, requires_grad=True)
             if module is triton_layer_norm:
-                y, past = module.layer_norm(x, *torch.ones(2, 1024, requires_grad=True), 1e-5, low)
+                turned = len(problem) == 5  # of rows 16 at a time
+                x = torch.empty(B, 16 * L, 1024, requires_grad=True) if turned else x
+                y, past = module.layer_norm(x, *torch.ones(2, 1024, requires_grad=True), 1e-5, low, turned)
                 (y.sum() + past.sum()).backward()
             elif problem[0] == "activated":
                 for signal in (wide, torch.empty(B, L, 3, dtype=low, requires_grad=True)):

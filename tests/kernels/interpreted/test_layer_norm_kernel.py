@@ -27,14 +27,31 @@ def problem(*shape, dtype=torch.float32, weights=torch.float32):
     return tuple(part.requires_grad_() for part in (x, *(torch.randn(shape[-1]).to(weights) for _ in range(2))))
 
 
-def compare(inputs, tolerance=1e-5, dtype=None):
-    compare_with_twin(lambda *x: layer_norm(*x, EPS, dtype), lambda *x: twin(*x, EPS), inputs, tolerance)
+def compare(inputs, tolerance=1e-5, dtype=None, turned=False):
+    compare_with_twin(lambda *x: layer_norm(*x, EPS, dtype, turned), lambda *x: twin(*x, EPS), inputs, tolerance)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 7), (2, 5, 16), (3, 1, 33), (1, 40, 100), (6, 12), (2, 4, 2)])
 def test_rows(shape):
     """Both outputs, the norm and what goes past, with a gradient each."""
     compare(problem(*shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 7), (2, 40, 16), (16, 5, 33)])
+def test_turned(shape, monkeypatch):
+    """As rows of channels, of one block, of several, of more than there are programs; gradients in rows and others."""
+    monkeypatch.setattr(module, "programs_of_a_norm", lambda rows, C, turned: min(2, rows // 16))
+    inputs = problem(*shape)
+    compare(inputs, turned=True)
+    compare(inputs, 1e-2, torch.bfloat16, turned=True)
+    y, past = layer_norm(*inputs, EPS, None, turned=True)
+    assert y.movedim(-1, 0).is_contiguous()
+    in_rows = torch.randn(shape[-1], *shape[:-1])
+    ours = torch.autograd.grad([y, past], inputs, [in_rows.movedim(0, -1), torch.ones(shape)])
+    theirs = torch.autograd.grad(layer_norm(*inputs, EPS), inputs, [in_rows.movedim(0, -1), torch.ones(shape)])
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert_the_same_bits_again(lambda *x: layer_norm(*x, EPS, None, True), inputs)
 
 
 def test_none():
@@ -56,8 +73,8 @@ def test_half_precision(dtype, tolerance):
 
 
 def test_more_blocks_than_programs(monkeypatch):
-    monkeypatch.setattr(module, "programs_of_a_norm", lambda rows, C: 2)
-    monkeypatch.setattr(module, "rows_of_a_norm", lambda C: 4)
+    monkeypatch.setattr(module, "programs_of_a_norm", lambda rows, C, turned: 2)
+    monkeypatch.setattr(module, "rows_of_a_norm", lambda C, turned: 4)
     compare(problem(1, 27, 9))
 
 
@@ -73,10 +90,11 @@ def test_the_same_bits_again():
 
 @pytest.mark.slow
 def test_custom_operators():
-    x, weight, bias = (part.detach() for part in problem(2, 5, 6))
-    for dtype in (torch.float32, torch.bfloat16):
-        opcheck(norm_rows, (x, weight, bias, EPS, dtype))
-        opcheck(norm_rows_backward, (torch.randn(x.shape, dtype=dtype), torch.randn(x.shape), x, weight, EPS))
+    x, weight, bias = (part.detach() for part in problem(2, 8, 6))
+    for dtype, turned in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        opcheck(norm_rows, (x, weight, bias, EPS, dtype, turned))
+        grad_y = torch.randn((6, 2, 8) if turned else x.shape, dtype=dtype)
+        opcheck(norm_rows_backward, (grad_y, torch.randn(x.shape), x, weight, EPS, turned))
 
 
 @pytest.mark.slow
@@ -87,7 +105,7 @@ def test_self_check():
 def test_before_a_sublayer_in_training_alone(monkeypatch):
     """Under autocast in its dtype; without what goes past, in evaluation, and by PyTorch as ever."""
     launched = []
-    monkeypatch.setattr(module, "norm_rows", lambda *x: launched.append(x[-1]) or norm_rows(*x))
+    monkeypatch.setattr(module, "norm_rows", lambda *x: launched.append(x[-2]) or norm_rows(*x))
     norm, x = LayerNorm(8, eps=EPS), torch.randn(2, 3, 8)
     norm.kernels = "triton"
     with torch.autocast("cpu", torch.bfloat16):
@@ -107,7 +125,7 @@ def test_before_a_sublayer_in_training_alone(monkeypatch):
 def test_model(autocast, monkeypatch):
     """Loss and gradients of a layer's three sublayers; the norm behind them is PyTorch's."""
     launched = []
-    monkeypatch.setattr(module, "norm_rows", lambda *x: launched.append(x[-1]) or norm_rows(*x))
+    monkeypatch.setattr(module, "norm_rows", lambda *x: launched.append(x[-2]) or norm_rows(*x))
     config = S4Config(
         vocab_size=19, hidden_size=8, num_hidden_layers=1, state_size=6, arch="s4", intermediate_size=12, chunk_size=8
     )

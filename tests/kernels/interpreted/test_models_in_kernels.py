@@ -1,5 +1,7 @@
 """Whole models with every kernel that there is, in the interpreter, against the same models in plain PyTorch."""
 
+from functools import partial
+
 import pytest
 import torch
 from kernel_checks import assert_close
@@ -79,6 +81,41 @@ def check_training_step(launches, dtype, autocast):
         [("loss", None), *model.named_parameters()], results[1], results[0], strict=True
     ):
         assert_close(actual, expected, 6e-2, name)
+
+
+@pytest.fixture
+def turned(monkeypatch):
+    """What was turned to rows, and from them, by launches of their own."""
+    seen = []
+    for name in ("turn_to_rows", "turn_from_rows"):
+        right = getattr(triton_chunk_scan, name)
+        counted = partial(lambda name, right, *x: seen.append(name) or right(*x), name, right)
+        monkeypatch.setattr(triton_chunk_scan, name, counted)
+    return seen
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_the_norm_of_a_training_step_turns_what_is_scanned(turned, autocast):
+    """In whole chunks, without a mask, documents or a cache; the gradient of what is made of it lies in rows anyway."""
+    tokens, results = torch.randint(0, 19, (2, 32)), []
+    for kernels in ("torch", "triton"):
+        model = build("s4d", kernels=kernels, arch="ssm")
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for actual, expected in zip(*results, strict=True):
+        assert_close(expected, actual, 6e-2 if autocast else 2e-5)
+    assert not turned
+    for keys in (
+        {"input_ids": tokens, "attention_mask": (torch.arange(32) > 3).expand(2, -1)},
+        {"input_ids": tokens, "position_ids": torch.arange(16).repeat(2, 2)},
+        {"input_ids": tokens, "use_cache": True},
+        {"input_ids": tokens[:, :31]},
+    ):
+        turned.clear()
+        model(**{"use_cache": False} | keys).logits.sum().backward()
+        assert turned[0] == "turn_to_rows", keys
+        assert turned[-1] == "turn_from_rows", keys
 
 
 @pytest.mark.parametrize("layer_class", [S4, S4D])
