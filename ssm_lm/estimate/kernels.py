@@ -9,7 +9,7 @@ the bytes are those of the report, bench/shipped/NAME.py.
 import torch
 
 from ..modeling.activations import ACTIVATIONS
-from ..modeling.chunked import ChunkOperators, Implementation, Saved, operator_gradients, operator_shapes, to_rows
+from ..modeling.chunked import ChunkOperators, Implementation, Saved, carry_gradient, operator_shapes, to_rows
 from ..modeling.discrete import DiscreteDPLR
 from ..modeling.kernel_limits import (
     VANDERMONDE_POLES,
@@ -78,15 +78,13 @@ def _backward(saved: Saved, operators: ChunkOperators, wanted, grad_y, grad_fina
         grad_rows, driven = torch.zeros_like(rows), torch.zeros_like(starts)
         grad_initial = rows.new_zeros(B, H, N, dtype=torch.float32)
         _read(grad_y, driven, rows, starts)
-        gram = rows.new_zeros(H, T + N, T + N, dtype=torch.float32)
-    with kernel_launches(1):
-        of_taps = rows.new_zeros(H, T, dtype=torch.float32)
-        _read(gram.view(H, -1)[:, : T * (T + 1) // 2])  # as many numbers as the lower half of T x T
+        shapes = operator_shapes(H, T, N, dense=True)
+        *of_operators, of_states = (rows.new_zeros(shape, dtype=torch.float32) for shape in shapes)
     grad_u = grad_rows[..., size - length :].permute(1, 2, 0)
     if not wanted.in_rows:
         with kernel_launches(1):
             grad_u = grad_u.contiguous()
-    return grad_u, grad_initial, operator_gradients(gram, of_taps, operators.carry)
+    return grad_u, grad_initial, ChunkOperators(*of_operators, carry_gradient(of_states, operators.carry))
 
 
 # ---- S5's scan: every launch over chunks reads what drives the states, one in two writes them; one makes the powers

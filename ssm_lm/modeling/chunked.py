@@ -74,14 +74,18 @@ def operator_gradients(gram: torch.Tensor, of_taps: torch.Tensor, carry: torch.T
     of the taps, `toeplitz_adjoint` of the first T rows and columns.
     """
     T = of_taps.shape[-1]
-    of_carry = gram[:, T:, T:]
-    if carry.dim() == 2:  # of the complex product: conj(start) driven
-        half = carry.shape[-1] // 2
-        rr, ri, ir, ii = (
-            of_carry[:, a : a + half, b : b + half].diagonal(dim1=1, dim2=2) for a in (0, half) for b in (0, half)
-        )
-        of_carry = torch.cat([rr + ii, ir - ri], -1)
-    return ChunkOperators(of_taps, gram[:, :T, T:], gram[:, T:, :T], of_carry)
+    return ChunkOperators(of_taps, gram[:, :T, T:], gram[:, T:, :T], carry_gradient(gram[:, T:, T:], carry))
+
+
+def carry_gradient(of_states: torch.Tensor, carry: torch.Tensor) -> torch.Tensor:
+    """That of the carry, from the sums over chunks of driven^T starts, (H, N, N)."""
+    if carry.dim() == 3:
+        return of_states
+    half = carry.shape[-1] // 2  # of the complex product: conj(start) driven
+    rr, ri, ir, ii = (
+        of_states[:, a : a + half, b : b + half].diagonal(dim1=1, dim2=2) for a in (0, half) for b in (0, half)
+    )
+    return torch.cat([rr + ii, ir - ri], -1)
 
 
 # tokens x channels x batch that are cut into chunks at a time; what is cut is a copy in another order, so this bounds

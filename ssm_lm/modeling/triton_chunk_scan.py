@@ -28,8 +28,8 @@ A row holds whole chunks: before the first token stand zeros, which change nothi
 a multiple of 16 elements, whatever the length; no mask is left over time; and no size but N is one that Triton
 specialises on: another batch, width or length is the same machine code, which is what the self-check has seen.
 
-The backward is the same kernel with transposed operators, over the chunks in reverse, then one Gram product that holds
-the gradients of all four operators. Nothing is summed atomically: every result is the same bits every time.
+The backward is the same kernel with transposed operators, over the chunks in reverse, then one Gram product for the
+gradients of all four operators. Nothing is summed atomically: every result is the same bits every time.
 """
 
 from typing import NamedTuple
@@ -44,8 +44,9 @@ from .chunked import (
     Implementation,
     Saved,
     Wanted,
+    carry_gradient,
     differentiable,
-    operator_gradients,
+    operator_shapes,
 )
 from .kernel_launch import architecture, family, numbered_configuration, on_device, qualified, tuned
 from .kernel_limits import chunks_in_a_row, longest_chunk, segments
@@ -375,13 +376,29 @@ def scan_kernel(
     store_states(last, at_end, s0, s1, state_in & ends[:, None], width, DENSE)
 
 
+@triton.jit
+def along_diagonals(x, P: tl.constexpr):
+    """x (P, P) -> the sums of x[i, i - lag] for every lag (P,)."""
+    column = tl.arange(0, P)[:, None] - tl.arange(0, P)[None, :]
+    return tl.sum(tl.where(column >= 0, columns_of(x, tl.maximum(column, 0)), 0.0), 0)
+
+
+@triton.jit
+def columns_of(x, columns):
+    """x[i, columns[i, j]]."""
+    return tl.gather(x, columns, 1)
+
+
 @triton.jit(do_not_specialize=["chunks", "T"])
 def gram_kernel(
     grad_y,  # (H, B C, T)
     driven,  # (H, B C, N) the gradient that reaches the state after every chunk
     u,  # (H, B C, T)
     starts,  # (H, B C, N) the state before every chunk
-    gram,  # (H, T + N, T + N), float32
+    of_taps,  # (H, T), of_emit (H, T, N), of_inject (H, N, T), float32: gradients
+    of_emit,
+    of_inject,
+    of_states,  # (H, N, N), float32: the outer products of driven and starts
     chunks,  # B C
     T,
     N,
@@ -392,7 +409,7 @@ def gram_kernel(
     PRECISION: tl.constexpr,
 ):
     """Sums over the B C chunks of outer products, [grad_y | driven]^T [u | starts]; P x P of them a program, T at most
-    P. Grid ((1 + N / P)^2, H).
+    P. Of the first T rows and columns the sums along the diagonals, each of a tap. Grid ((1 + N / P)^2, H).
     """
     tokens = TP if FULL else T
     blocks = 1 + tl.cdiv(N, P)
@@ -418,27 +435,18 @@ def gram_kernel(
         a = tl.load(left + chunk * left_width + i[None, :], mask=r_in & (i < left_width)[None, :], other=0.0)
         b = tl.load(right + chunk * right_width + j[None, :], mask=r_in & (j < right_width)[None, :], other=0.0)
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
-    row = tl.where(left_block == 0, 0, tokens) + i[:, None]
-    column = tl.where(right_block == 0, 0, tokens) + j[None, :]
+    at = (h * left_width + i[:, None]) * right_width + j[None, :]
     inside = (i < left_width)[:, None] & (j < right_width)[None, :]
-    tl.store(gram + (h * (tokens + N) + row) * (tokens + N) + column, total, mask=inside)
-
-
-# runs behind gram_kernel, whose programs each hold a part of the matrix
-@triton.jit(do_not_specialize=["T", "N"])
-def taps_kernel(
-    gram,  # (H, T + N, T + N)
-    taps,  # (H, T) their gradient
-    T,
-    N,
-    TP: tl.constexpr,
-):
-    """The sums along the diagonals of the first T rows and columns of the Gram matrix. Grid (H,)."""
-    h, size = tl.program_id(0).to(tl.int64), T + N
-    i = tl.arange(0, TP)[:, None]
-    lag = TP - 1 - tl.arange(0, TP)[None, :]  # so that a row is read forward
-    part = tl.load(gram + (h * size + i) * size + i - lag, mask=(lag <= i) & (i < T), other=0.0)
-    tl.store(taps + h * T + lag, tl.sum(part, 0, keep_dims=True), mask=lag < T)
+    if left_block == 0:
+        if right_block == 0:
+            tl.store(of_taps + h * tokens + i, along_diagonals(total, P), mask=i < tokens)
+        else:
+            tl.store(of_emit + at, total, mask=inside)
+    else:
+        if right_block == 0:
+            tl.store(of_inject + at, total, mask=inside)
+        else:
+            tl.store(of_states + at, total, mask=inside)
 
 
 # ---- launches
@@ -577,8 +585,8 @@ def launch_scan(x, y, operators, first, last, states, keep, reverse, activation=
         run(tuned("chunk_scan", problem, choices, run, x.device))
 
 
-def launch_gram(grad_y, driven, u, starts, gram, T, rest=False):
-    """Run `gram_kernel`."""
+def launch_gram(grad_y, driven, u, starts, found, T, rest=False):
+    """Run `gram_kernel`. found: its four outputs."""
     H, B, C, N = starts.shape
     if H == 0:
         return
@@ -589,7 +597,7 @@ def launch_gram(grad_y, driven, u, starts, gram, T, rest=False):
     blocks = 1 + triton.cdiv(N, P)
     with on_device(u.device):
         gram_kernel[(blocks * blocks, H)](
-            *(grad_y, driven, u, starts, gram, B * C, T, N),
+            *(grad_y, driven, u, starts, *found, B * C, T, N),
             FULL=TP == T and not rest,
             TP=P if rest else TP,
             P=P,
@@ -597,15 +605,6 @@ def launch_gram(grad_y, driven, u, starts, gram, T, rest=False):
             PRECISION=precisions(kind, u.dtype)[0],
             **launch.options(kind),
         )
-
-
-def launch_taps(gram, taps, N):
-    """Run `taps_kernel`."""
-    H, T = taps.shape
-    if H == 0:
-        return
-    with on_device(gram.device):
-        taps_kernel[(H,)](gram, taps, T, N, TP=max(64, power_of_two(T)), num_warps=4, num_stages=1)
 
 
 # ---- operators of torch
@@ -722,31 +721,28 @@ def scan_backward(
     inject: torch.Tensor,
     carry: torch.Tensor,
     rest: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of x (H, B, C T) and of the initial state (B, H, N); the Gram matrix (H, T + N, T + N) that holds
-    those of the operators, see `operator_gradients`; that of the taps (H, T).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of x (H, B, C T), of the initial state (B, H, N), of taps, emit and inject; of the carry the outer
+    products of which it is made, (H, N, N), see `carry_gradient`.
     """
     operators = [operator.float().contiguous() for operator in (taps, emit, inject, carry)]
     (H, B, _), N, T = x.shape, inject.shape[1], taps.shape[-1]
     x = x.contiguous()
     grad_y = torch.zeros_like(x) if grad_y is None else grad_y.contiguous()
     grad_x, driven = torch.empty_like(x), torch.empty_like(starts)
-    gram = torch.empty(H, T + N, T + N, dtype=torch.float32, device=x.device)
     first = None if grad_final is None else grad_final.float().contiguous()
     grad_initial = torch.empty(B, H, N, dtype=torch.float32, device=x.device)
     launch_scan(*(grad_y, grad_x, operators, first, grad_initial, driven, _bytes(keep)), reverse=True, rest=rest)
-    launch_gram(grad_y, driven, x, starts, gram, T, rest)
-    of_taps = gram.new_empty(H, T)
-    launch_taps(gram, of_taps, N)
-    return grad_x, grad_initial, gram, of_taps
+    found = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in operator_shapes(H, T, N, dense=True)]
+    launch_gram(grad_y, driven, x, starts, found, T, rest)
+    return grad_x, grad_initial, *found
 
 
 @scan_backward.register_fake
 def _(grad_y, grad_final, x, starts, keep, taps, emit, inject, carry, rest):
-    (H, B, _), N, size = x.shape, inject.shape[1], taps.shape[-1] + inject.shape[1]
-    like = dict(dtype=torch.float32)
-    of_operators = x.new_empty(H, size, size, **like), x.new_empty(H, taps.shape[-1], **like)
-    return x.new_empty(x.shape), x.new_empty(B, H, N, **like), *of_operators
+    (H, B, _), N = x.shape, inject.shape[1]
+    shapes = (B, H, N), *operator_shapes(H, taps.shape[-1], N, dense=True)
+    return x.new_empty(x.shape), *(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 # ---- from and to the model's layout
@@ -793,12 +789,14 @@ def backward(saved: Saved, operators: ChunkOperators, wanted: Wanted, grad_y, gr
         keep = F.pad(keep, (chunks - keep.shape[1], 0), value=True)
     if grad_y is not None:
         grad_y = ACTIVATIONS[wanted.activation].backward(to_rows(grad_y, rows.shape[2]), before)
-    grad_u, grad_initial, *sums = scan_backward(grad_y, grad_final, rows, starts, keep, *operators, wanted.rest)
+    grad_u, grad_initial, *of_operators, of_states = scan_backward(
+        grad_y, grad_final, rows, starts, keep, *operators, wanted.rest
+    )
     if wanted.in_rows:
         grad_u = grad_u[..., rows.shape[2] - length :].permute(1, 2, 0)
     else:
         grad_u = from_rows(grad_u, length)
-    return grad_u, grad_initial, operator_gradients(*sums, operators.carry)
+    return grad_u, grad_initial, ChunkOperators(*of_operators, carry_gradient(of_states, operators.carry))
 
 
 FUSED = Implementation(forward, backward, to_rows)

@@ -76,7 +76,7 @@ def undropped(seed, quads, threshold, scale, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def unmoved(x, rows):
+def unmoved(x, index):
     return x
 
 
@@ -109,7 +109,9 @@ def operation(name):
     problems, more = [()], []
     if name == "chunk_scan":  # of real sizes unless they are told others: whole tiles of time, and masked ones
         problems = [(None, 12, None, 16), (torch.float32, 12, None, 12)]
-        module.rows_of = unmoved  # TileLens knows no gather, and no address depends on a state
+        module.rows_of = module.columns_of = (
+            unmoved  # TileLens knows no gather, and no address depends on what is moved
+        )
     elif name == "short_convolution":  # but for what documents add, all of its problems lie at the same addresses
         problems = module.PROBLEMS[:1]
     elif name in ("diagonal_operators", "diagonal_discretization"):

@@ -15,7 +15,6 @@ from ...modeling.triton_chunk_scan import (
     scan_configurations,
     scan_kernel,
     segments_on,
-    taps_kernel,
     to_rows_kernel,
 )
 
@@ -23,7 +22,7 @@ from ...modeling.triton_chunk_scan import (
 def compile_cases(target: str) -> list[dict]:
     """The configurations that are shipped for `target`; what holds no more than another is listed for sm_90 alone."""
     kind, ways = family(target), _WAYS if target == "sm_90" else _HEAVIEST
-    cases = [_turn_case("to rows", to_rows_kernel), _turn_case("from rows", from_rows_kernel), _taps_case()]
+    cases = [_turn_case("to rows", to_rows_kernel), _turn_case("from rows", from_rows_kernel)]
     for dtype in (torch.bfloat16, torch.float32):
         cases.append(_gram_case(kind, dtype))
         for dense in (False, True):
@@ -117,29 +116,17 @@ def _gram_case(kind, dtype):
         "name": f"chunk_scan gradients of operators {name}",
         "kernel": gram_kernel,
         "arguments": dict.fromkeys(("grad_y", "driven", "u", "starts"), f"*{name}:16")
-        | {"gram": "*fp32:16", "chunks": "i32", "T": "i32", "N": "i32:16"},
+        | dict.fromkeys(("of_taps", "of_emit", "of_inject", "of_states"), "*fp32:16")
+        | {"chunks": "i32", "T": "i32", "N": "i32:16"},
         "constexprs": {"FULL": True, "TP": T, "P": P, "R": launch.rows, "PRECISION": precisions(kind, dtype)[0]},
         "options": launch.options(kind),
         "tensor_cores": True,
         # every operand is read by several programs of a channel, from the cache but for once: they run side by side
         "work": {
-            "bytes": elements * size * 2 * (1 + N / T) + 4 * _H * (T + N) ** 2,
+            "bytes": elements * size * 2 * (1 + N / T) + 4 * _H * (T + 2 * T * N + N**2),
             "tensor_flops": blocks**2 * 2 * P * P * elements / T * products,
             "tensor_dtype": "bf16",
         },
-    }
-
-
-def _taps_case():
-    """Its mask leaves half of the T x T numbers."""
-    T = 64
-    return {
-        "name": "chunk_scan gradients of taps",
-        "kernel": taps_kernel,
-        "arguments": dict.fromkeys(("gram", "taps"), "*fp32:16") | dict.fromkeys(("T", "N"), "i32"),
-        "constexprs": {"TP": T},
-        "options": {"num_warps": 4, "num_stages": 1},
-        "work": {"bytes": 4 * _H * (T * (T + 1) // 2 + T), "flops": _H * T * T // 2},
     }
 
 
