@@ -20,8 +20,8 @@ class S4Sublayer(nn.Module):
         self.kernels = config.kernels
 
     def forward(self, hidden_states, **kwargs):
-        in_rows = getattr(self.inner, "reads_rows", None)
-        turned = in_rows is not None and in_rows(hidden_states, **kwargs)
+        reads_rows = getattr(self.inner, "reads_rows", None)
+        turned = reads_rows is not None and reads_rows(hidden_states, **kwargs)
         normed, hidden_states = norm_before(self.norm, hidden_states, turned)
         if getattr(self.inner, "takes_end", False):
             end = at_gated_end(hidden_states, self.dropout, self.kernels)
