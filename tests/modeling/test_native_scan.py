@@ -38,7 +38,9 @@ def run(implementation, u, operators, state, wanted, weights):
     """y, the final state and the gradients of all that there is, for as many of y and it as there are weights."""
     leaves = [None if x is None else x.clone().requires_grad_() for x in (u, *operators, state)]
     in_c = implementation is NATIVE
-    y, final = chunk_scan(leaves[0], ChunkOperators(*leaves[1:5]), leaves[5], *wanted[:1], (), *wanted[1:], False, in_c)
+    y, final = chunk_scan(
+        leaves[0], ChunkOperators(*leaves[1:5]), leaves[5], *wanted[:1], (), *wanted[1:4], False, in_c
+    )
     pairs = [(x, w) for x, w in zip((y, final), weights, strict=True) if w is not None]
     outputs, of_outputs = zip(*pairs, strict=True)
     leaves = [x for x in leaves if x is not None]
