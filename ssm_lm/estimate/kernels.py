@@ -11,6 +11,7 @@ import torch
 from ..modeling.activations import ACTIVATIONS
 from ..modeling.chunked import ChunkOperators, Implementation, Saved, carry_gradient, operator_shapes, to_rows
 from ..modeling.discrete import DiscreteDPLR
+from ..modeling.kernel_launch import architecture, family
 from ..modeling.kernel_limits import (
     VANDERMONDE_POLES,
     chunks_in_a_row,
@@ -35,7 +36,8 @@ def _read(*tensors: torch.Tensor | None) -> None:
 
 def _forward(u, operators: ChunkOperators, initial_state, wanted, save):
     (B, L, H), T, N, dense = u.shape, operators.taps.shape[-1], operators.inject.shape[1], operators.carry.dim() == 3
-    chunks = chunks_in_a_row(B, L, T, N, dense, from_zero=initial_state is None)
+    kind = family(architecture(u.device))
+    chunks = chunks_in_a_row(kind, B, L, T, N, dense, from_zero=initial_state is None)
     rows = _to_rows(u, chunks * T)
     with kernel_launches(1):
         _read(*_passes(rows, operators, chunks), *operators, initial_state)
@@ -61,8 +63,8 @@ def _to_rows(sequence, size):
 
 def _passes(rows, operators, chunks):
     """What is scanned, as often as it is read: twice where the states of segments are found first."""
-    dense = operators.carry.dim() == 3
-    return [rows] * (1 + (segments(rows.shape[1], chunks, operators.inject.shape[1], dense) > 1))
+    kind, N, dense = family(architecture(rows.device)), operators.inject.shape[1], operators.carry.dim() == 3
+    return [rows] * (1 + (segments(kind, rows.shape[1], chunks, N, dense) > 1))
 
 
 def _backward(saved: Saved, operators: ChunkOperators, wanted, grad_y, grad_final, length):

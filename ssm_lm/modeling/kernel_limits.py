@@ -55,11 +55,12 @@ ROWS = 16  # of the matrix products of the scan: batch elements, and segments wh
 SHORTEST_SEGMENT = 4  # chunks; a segment costs a pass over its tokens and a step of the link
 
 
-def segments(B: int, C: int, N: int, dense: bool) -> int:
+def segments(family: str, B: int, C: int, N: int, dense: bool) -> int:
     """Into how many segments each of B rows of C chunks is cut, a divisor of C; 1: none. Powers of a dense carry of
-    more than 64 states do not fit where those of smaller ones are made.
+    more than 64 states do not fit where those of smaller ones are made; on Blackwell a square of 64 x 64 is tcgen05's,
+    or spills. family: see `kernel_launch.family`.
     """
-    if dense and N > 64:
+    if dense and (N > 64 or family == "blackwell"):
         return 1
     G = 1
     while B * G * 2 <= ROWS and C % (G * 2) == 0 and C // (G * 2) >= SHORTEST_SEGMENT:
@@ -67,7 +68,7 @@ def segments(B: int, C: int, N: int, dense: bool) -> int:
     return G
 
 
-def chunks_in_a_row(B: int, L: int, T: int, N: int, dense: bool, from_zero: bool) -> int:
+def chunks_in_a_row(family: str, B: int, L: int, T: int, N: int, dense: bool, from_zero: bool) -> int:
     """How many chunks a row of L tokens is laid out in. From a zero state zeros may stand before the first token: as
     many as make whole chunks, and chunks as make more segments, but not an eighth more of them. From another one, L is
     a multiple of T.
@@ -77,7 +78,7 @@ def chunks_in_a_row(B: int, L: int, T: int, N: int, dense: bool, from_zero: bool
         return chunks
     best = chunks
     for more in range(chunks + 1, chunks + chunks // 8 + 1):
-        if segments(B, more, N, dense) > segments(B, best, N, dense):
+        if segments(family, B, more, N, dense) > segments(family, B, best, N, dense):
             best = more
     return best
 

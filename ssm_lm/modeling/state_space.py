@@ -26,7 +26,7 @@ from .chunked import ChunkOperators, with_skip
 from .discrete import Discrete
 from .documents import Documents, find_documents
 from .execution import MODES, Execution, Problem, as_autocast, as_autocast_dtype, decide, rule_of
-from .kernel_launch import architecture
+from .kernel_launch import architecture, family
 from .kernel_limits import chunks_in_a_row, limit_of_chunk_scan, limit_of_step, longest_chunk
 from .native_operators import takes
 from .real_form import apply_diagonal
@@ -283,8 +283,9 @@ class StateSpace(nn.Module):
         if B == 0 or L == 0:
             return False
         execution = self.decide(u, mode, activation=activation)
-        T, dense = execution.chunk_size, self.has_dense_carry
-        return execution.in_rows and L == T * chunks_in_a_row(B, L, T, self.state_size, dense, from_zero=True)
+        T, kind = execution.chunk_size, family(architecture(u.device))
+        chunks = chunks_in_a_row(kind, B, L, T, self.state_size, self.has_dense_carry, from_zero=True)
+        return execution.in_rows and L == T * chunks
 
     def forward(
         self,

@@ -180,6 +180,12 @@ def restart(s0, s1, stays):
 
 
 @triton.jit
+def stay_before(keep, c, b_in, C):
+    """Whether states stay before chunk c of the rows at `keep`, (M, 1); beyond the last one they do."""
+    return tl.load(keep + c, mask=b_in & (c < C), other=1)[:, None] != 0
+
+
+@triton.jit
 def upper_bits(x):
     """Float32 numbers with the sign, the exponent and the ten bits that TF32 has."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
@@ -302,13 +308,14 @@ def scan_kernel(
     carry0, carry1 = load_carry(carry, h, n, N, width, REVERSE, DENSE)
 
     row = (h * B + b)[:, None]
-    row_of_keep = b.to(tl.int64) * C
+    if keep is not None:
+        keep += b.to(tl.int64) * C
     x_in = b_in[:, None]
     if not FULL:
         x_in = x_in & (t < tokens)[None, :]
     state_in = b_in[:, None] & n_in[None, :]
     sequence, g = b, tl.zeros_like(b)
-    if LINKS:
+    if LINKS:  # G is 1 else, but the compiler does not know
         sequence, g = b // G, b % G
     begins = g == (G - 1 if REVERSE else 0)  # where a sequence does, in the order in which it is run
     at_end = (sequence.to(tl.int64)[:, None] * H + h) * N + n[None, :]
@@ -320,33 +327,31 @@ def scan_kernel(
         stays = tl.full((M, 1), 1, tl.int1)
         if keep is not None:
             if not REVERSE:
-                stays = tl.load(keep + row_of_keep, mask=b_in, other=0)[:, None] != 0
+                stays = stay_before(keep, 0, b_in, C)
         for step in range(0, C):
             c = C - 1 - step if REVERSE else step
             X = tl.load(x + row * (C * tokens) + (c * tokens + t)[None, :], mask=x_in, other=0.0)
             end0, end1 = advance(end0, end1, X, into0, into1, carry0, carry1, DENSE, PRECISION, CARRY_PRECISION)
             if keep is not None:
-                c_next = c if REVERSE else c + 1
-                stay = tl.load(keep + row_of_keep + c_next, mask=b_in & (c_next < C), other=1)[:, None] != 0
+                stay = stay_before(keep, c if REVERSE else c + 1, b_in, C)
                 end0, end1 = restart(end0, end1, stay)
                 stays = stays & stay
         total0, total1 = power(carry0, carry1, C, DENSE, LINK_PRECISION)
-        s0, s1 = load_states(first, at_end, at_start, width, DENSE)
+    s0, s1 = load_states(first, at_end, at_start, width, DENSE)
+    if LINKS:
         earlier = tl.minimum(b + 1, M - 1) if REVERSE else tl.maximum(b - 1, 0)
         for _ in range(1, G):  # after i turns the first i + 1 segments of a sequence start from their states
             left0, left1 = over_segment(s0, s1, total0, total1, end0, end1, stays, DENSE, LINK_PRECISION)
             s0 = tl.where(begins[:, None], s0, rows_of(left0, earlier))
             if not DENSE:
                 s1 = tl.where(begins[:, None], s1, rows_of(left1, earlier))
-    else:
-        s0, s1 = load_states(first, at_end, at_start, width, DENSE)
 
     if LINKS and not HAS_OUTPUT and states is None:
         s0, s1 = over_segment(s0, s1, total0, total1, end0, end1, stays, DENSE, LINK_PRECISION)
     else:
         if keep is not None:
             if not REVERSE:
-                s0, s1 = restart(s0, s1, tl.load(keep + row_of_keep, mask=b_in, other=0)[:, None] != 0)
+                s0, s1 = restart(s0, s1, stay_before(keep, 0, b_in, C))
         if HAS_OUTPUT:
             lag = t[:, None] - t[None, :] if REVERSE else t[None, :] - t[:, None]
             within = tl.load(taps + h * tokens + lag, mask=(lag >= 0) & (lag < tokens), other=0.0).to(low)
@@ -369,9 +374,7 @@ def scan_kernel(
             s0, s1 = advance(s0, s1, X, into0, into1, carry0, carry1, DENSE, PRECISION, CARRY_PRECISION)
             if keep is not None:
                 # of the chunk that comes next; here, where the state has left the layout of a product's operand
-                c_next = c if REVERSE else c + 1
-                stay = tl.load(keep + row_of_keep + c_next, mask=b_in & (c_next < C), other=1)[:, None] != 0
-                s0, s1 = restart(s0, s1, stay)
+                s0, s1 = restart(s0, s1, stay_before(keep, c if REVERSE else c + 1, b_in, C))
     ends = g == (0 if REVERSE else G - 1)
     store_states(last, at_end, s0, s1, state_in & ends[:, None], width, DENSE)
 
@@ -520,11 +523,6 @@ def tile_of_chunk(dtype: torch.dtype, N: int, dense: bool, T: int, rest: bool) -
     return (max(TP, power_of_two(T)), False) if rest else (TP, TP == T)
 
 
-def segments_on(architecture: str, B: int, C: int, N: int, dense: bool) -> int:
-    """`kernel_limits.segments`, but for Blackwell, where a square of 64 x 64 is tcgen05's, or spills."""
-    return 1 if dense and family(architecture) == "blackwell" else segments(B, C, N, dense)
-
-
 def launch_scan(x, y, operators, first, last, states, keep, reverse, activation="identity", before=None, rest=False):
     """Run `scan_kernel`, in segments where rows are left. x, y (H, B, C T), y None for no output, the rest as there but
     for a whole sequence a row; all contiguous, on one device.
@@ -534,12 +532,11 @@ def launch_scan(x, y, operators, first, last, states, keep, reverse, activation=
     T, N, dense = taps.shape[-1], inject.shape[1], carry.dim() == 3
     if H * B == 0:
         return
-    arch = architecture(x.device)
-    kind = family(arch)
+    kind = family(architecture(x.device))
     product, carried = precisions(kind, x.dtype)
     TP, full = tile_of_chunk(x.dtype, N, dense, T, rest)
     NP, C = power_of_two(N if dense else N // 2), size // T
-    G = segments_on(arch, B, C, N, dense)
+    G = segments(kind, B, C, N, dense)
     rows, C = B * G, C // G  # (H, B G, C T / G) lies as (H, B, C T) does
 
     def run(launch):
@@ -771,7 +768,8 @@ def from_rows(rows: torch.Tensor, length: int | None = None) -> torch.Tensor:
 def forward(u, operators: ChunkOperators, initial_state, wanted: Wanted, save: bool):
     """See `chunked.Implementation`; y is a (B, L, H) view of rows, and what is saved lies in rows."""
     (B, L, _), T, N = u.shape, operators.taps.shape[-1], operators.inject.shape[1]
-    chunks = chunks_in_a_row(B, L, T, N, operators.carry.dim() == 3, from_zero=initial_state is None)
+    kind, dense = family(architecture(u.device)), operators.carry.dim() == 3
+    chunks = chunks_in_a_row(kind, B, L, T, N, dense, from_zero=initial_state is None)
     rows, keep = to_rows(u, chunks * T), wanted.keep
     if keep is not None and keep.shape[1] < chunks:
         keep = F.pad(keep, (chunks - keep.shape[1], 0), value=True)
@@ -871,24 +869,8 @@ def _cases(device, dtype, dense, N, T, gradient, documents, from_state, activati
     return cases
 
 
-def _functions(
-    device,
-    dtype,
-    dense,
-    N,
-    T,
-    B,
-    length,
-    H,
-    number,
-    gradient,
-    documents,
-    activation,
-    from_state,
-    has_output=True,
-    rest=False,
-):
-    """(the kernel's run, its twin's) on one random problem."""
+def _functions(device, dtype, dense, N, T, B, length, H, number, gradient, documents, activation, from_state, **more):
+    """(the kernel's run, its twin's) on one random problem. more: of `Wanted`."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape, scale=1.0):
@@ -901,7 +883,7 @@ def _functions(
     keep = torch.ones(B, -(-length // T), dtype=torch.bool, device=device) if documents else None
     if documents:
         keep[1, 2] = keep[3, 0] = False
-    wanted = Wanted(keep, has_output, activation, rest)
+    wanted = Wanted(keep, activation=activation, **more)
 
     def run(implementation, cast, pad=0):
         inputs = [cast(x).requires_grad_(gradient) for x in (u, *operators, *([state] if from_state else []))]
@@ -909,7 +891,7 @@ def _functions(
         with torch.set_grad_enabled(gradient):
             start = inputs[5] if from_state else None
             y, final = differentiable(implementation, first, ChunkOperators(*inputs[1:5]), start, wanted)
-        if not has_output:
+        if not wanted.has_output:
             return [final]
         y = y[:, pad:]
         if not gradient:

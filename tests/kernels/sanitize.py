@@ -109,9 +109,8 @@ def operation(name):
     problems, more = [()], []
     if name == "chunk_scan":  # of real sizes unless they are told others: whole tiles of time, and masked ones
         problems = [(None, 12, None, 16), (torch.float32, 12, None, 12)]
-        module.rows_of = module.columns_of = (
-            unmoved  # TileLens knows no gather, and no address depends on what is moved
-        )
+        # TileLens knows no gather, and no address depends on what is moved
+        module.rows_of = module.columns_of = unmoved
     elif name == "short_convolution":  # but for what documents add, all of its problems lie at the same addresses
         problems = module.PROBLEMS[:1]
     elif name in ("diagonal_operators", "diagonal_discretization"):

@@ -3,7 +3,7 @@
 import torch
 
 from ...modeling.kernel_launch import family
-from ...modeling.kernel_limits import largest_state, longest_chunk
+from ...modeling.kernel_limits import largest_state, longest_chunk, segments
 from ...modeling.triton_chunk_scan import (
     from_rows_kernel,
     gram_block,
@@ -14,7 +14,6 @@ from ...modeling.triton_chunk_scan import (
     precisions,
     scan_configurations,
     scan_kernel,
-    segments_on,
     to_rows_kernel,
 )
 
@@ -27,39 +26,34 @@ def compile_cases(target: str) -> list[dict]:
         cases.append(_gram_case(kind, dtype))
         for dense in (False, True):
             default, *others = scan_configurations(kind, dtype, 64, dense)
-            for way, activation in ways:
-                cases.append(_scan_case(target, dtype, dense, 64, default, way, activation))
-            cases += [_scan_case(target, dtype, dense, 64, other, "training") for other in others]
+            cases += [_scan_case(kind, dtype, dense, 64, default, *way) for way in ways]
+            cases += [_scan_case(kind, dtype, dense, 64, other, "training") for other in others]
             if largest_state(target, dense) > 64:
                 for large in scan_configurations(kind, dtype, 128, dense):
-                    for way, activation in _HEAVIEST[:2]:
-                        cases.append(_scan_case(target, dtype, dense, 128, large, way, activation))
+                    cases += [_scan_case(kind, dtype, dense, 128, large, *way) for way in _HEAVIEST[:2]]
     return cases
 
 
-_HEAVIEST = (("training", "gelu"), ("reverse", "identity"), ("rest", "identity"))
-_WAYS = (
-    *(("forward", "identity"), ("training", "identity"), ("forward", "gelu"), *_HEAVIEST),
-    *(("ends", "identity"), ("full training", "gelu"), ("full reverse", "identity")),
-)
-
-# of the roofline: B rows of L tokens, H channels, and what a number takes in memory and on tensor cores
+# of the roofline: B rows of L tokens, H channels, and what a number takes in memory and on tensor cores; as many rows
+# as are FULL leave no room for segments
 _B, _L, _H = 8, 8192, 1024
+_FULL = 16
 _TYPES = {torch.bfloat16: ("bf16", 2, 1), torch.float32: ("fp32", 4, 6)}
 
+_HEAVIEST = (("training", "gelu"), ("reverse",), ("rest",))
+_WAYS = (
+    *(("forward",), ("training",), ("forward", "gelu"), *_HEAVIEST, ("ends",)),
+    *(("forward", "identity", _FULL), ("training", "gelu", _FULL), ("reverse", "identity", _FULL)),
+)
 
-def _scan_case(target, dtype, dense, N, launch, way, activation="identity"):
+
+def _scan_case(kind, dtype, dense, N, launch, way, activation="identity", rows=_B):
     """forward: no gradient needed; training: what the backward reads is saved; reverse: the backward's scan; ends: the
-    final state alone; rest: what is left of a sequence, a chunk of any length. In segments, as at B = 8, but for the
-    rest and what is full: twice as many rows.
+    final state alone; rest: what is left of a sequence, a chunk of any length.
     """
-    kind, links = family(target), False
-    if not way.startswith(("rest", "full")):
-        links = segments_on(target, _B, _L // longest_chunk(dtype, N, dense), N, dense) > 1
-    full_rows, way = way.startswith("full "), way.removeprefix("full ")
     name, size, products = _TYPES[dtype]
-    rows = (1 + full_rows) * _B
     T, elements, activates = longest_chunk(dtype, N, dense), rows * _L * _H, activation != "identity"
+    links = way != "rest" and segments(kind, rows, _L // T, N, dense) > 1
     trains, keeps_before = way in ("training", "reverse"), way == "training" and activates
     has_output, full = way != "ends", way != "rest"
     emitted = (T + T * N) * (way != "ends")

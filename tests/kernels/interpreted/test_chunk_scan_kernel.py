@@ -172,8 +172,8 @@ def test_rows_hold_zeros_before_the_first_token(size):
     ids=["plain", "odd", "three-rows", "state-and-resets", "two-segments"],
 )
 def test_segments(case, dense, monkeypatch):
-    counted, right = [], triton_chunk_scan.segments_on
-    monkeypatch.setattr(triton_chunk_scan, "segments_on", lambda *sizes: counted.append(right(*sizes)) or counted[-1])
+    counted, right = [], triton_chunk_scan.segments
+    monkeypatch.setattr(triton_chunk_scan, "segments", lambda *sizes: counted.append(right(*sizes)) or counted[-1])
     inputs = problem(**case, dense=dense)
     compare_with_twin(kernel, twin, inputs, 1e-5)
     assert len(counted) == 2  # there and back
@@ -208,12 +208,12 @@ def test_segments_in_bfloat16(dense):
 
 def test_segments_fill_a_tile():
     """At the recipe's length in bfloat16, chunks of 64; the chain of chunks is a segment's."""
-    found = {B: kernel_limits.segments(B, 128, 64, True) for B in range(1, 34)}
+    found = {B: kernel_limits.segments("cuda", B, 128, 64, True) for B in range(1, 34)}
     assert [found[B] for B in (1, 2, 3, 4, 5, 8, 9, 16, 33)] == [16, 8, 4, 4, 2, 2, 1, 1, 1]
     assert 128 // found[1] <= 16
-    assert kernel_limits.segments(1, 127, 64, True) == 1
-    assert kernel_limits.chunks_in_a_row(1, 127 * 64, 64, 64, True, from_zero=True) == 128
-    assert kernel_limits.chunks_in_a_row(1, 127 * 64, 64, 64, True, from_zero=False) == 127
+    assert kernel_limits.segments("cuda", 1, 127, 64, True) == 1
+    assert kernel_limits.chunks_in_a_row("cuda", 1, 127 * 64, 64, 64, True, from_zero=True) == 128
+    assert kernel_limits.chunks_in_a_row("cuda", 1, 127 * 64, 64, 64, True, from_zero=False) == 127
 
 
 @pytest.mark.parametrize("length", [1, 5, 16])
